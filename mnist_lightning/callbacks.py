@@ -1,0 +1,166 @@
+"""What a person sees of a run: progress in the terminal, pictures in TensorBoard and in the run's folder."""
+
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import ProgressBar
+from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.utilities.rank_zero import rank_zero_only
+from matplotlib.figure import Figure
+from PIL import Image
+from torch import Tensor
+from tqdm import tqdm
+
+from mnist_lightning import figures
+from mnist_lightning.checkpoints import RunCheckpoint
+from mnist_lightning.data import Batch
+
+METRICS = ("accuracy", "penalized_loss", "loss")
+
+
+class EpochProgressBar(ProgressBar):
+    """A line for each finished epoch, and in a terminal a bar for the running one.
+
+    The bar moves 20 times an epoch: drawing it at every batch takes longer than the batch.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._bar: tqdm[Any] = tqdm(disable=True)
+        self._enabled = True
+        self._start = 0.0
+        self._line = ""
+
+    def disable(self) -> None:
+        """Show nothing, as on all processes but the first."""
+        self._enabled = False
+
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Print the line of the epoch before and start a bar."""
+        self._print_line(trainer)
+        self._start = time.perf_counter()
+        epochs = f"/{trainer.max_epochs}" if trainer.max_epochs and trainer.max_epochs > 0 else ""
+        self._line = f"Epoch {trainer.current_epoch + 1:{len(epochs) - 1}}{epochs}"
+        total = self.total_train_batches
+        self._bar = tqdm(
+            desc=self._line,
+            total=int(total) if total < float("inf") else None,
+            unit="batch",
+            leave=False,
+            disable=None if self._enabled else True,  # None: where the output is no terminal
+        )
+        self._every = max(1, (self._bar.total or 1000) // 20)
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Move the bar."""
+        if (batch_idx + 1) % self._every == 0:
+            self._bar.update(self._every)
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Take the bar away."""
+        self._bar.close()
+        self._line += f"  {time.perf_counter() - self._start:5.1f} s"
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Print the line of the last epoch."""
+        self._print_line(trainer)
+
+    def _print_line(self, trainer: Trainer) -> None:
+        # one hook late: callbacks see the metrics of an epoch only after its end
+        if self._line and self._enabled:
+            metrics = trainer.callback_metrics
+            for stage in ("train", "val"):
+                shown = [f"{n} {metrics[f'{stage}/{n}']:.4f}" for n in METRICS if f"{stage}/{n}" in metrics]
+                self._line += "".join([f"  {stage}:", *(f" {text}" for text in shown)]) if shown else ""
+            print(self._line, flush=True)
+        self._line = ""
+
+
+class Figures(Callback):
+    """The notebook's figures in ``figures/`` of the run's folder and in TensorBoard, with what TensorBoard adds.
+
+    TensorBoard also gets a confusion matrix for each epoch, the graph, a chart of train against validation for each
+    metric (page "Custom scalars") and the hyper-parameters beside the validation metrics (page "HParams").
+
+    Args:
+        checkpoint: Keeps the history that the curves show.
+    """
+
+    def __init__(self, checkpoint: RunCheckpoint) -> None:
+        self._checkpoint = checkpoint
+        self._confusion = torch.zeros(0)
+        self._hparams_logged = False
+
+    @rank_zero_only
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Show training samples and the network."""
+        images, labels = trainer.datamodule.train.__getitems__(range(25))  # type: ignore[attr-defined]
+        self._show(trainer, "samples", figures.sample_grid(images.squeeze(1).numpy(), labels.numpy()))
+        for logger in _tensorboards(trainer):
+            charts = {name: ["Multiline", [f"train/{name}$", f"val/{name}$"]] for name in METRICS}
+            logger.experiment.add_custom_scalars({"train against validation": charts})
+            pl_module.eval()  # tracing must not draw from the random state
+            logger.experiment.add_graph(pl_module, images[:1].to(pl_module.device))
+            pl_module.train()
+
+    def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Start to count."""
+        self._confusion = torch.zeros(10, 10, dtype=torch.long, device=pl_module.device)
+
+    def on_validation_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Tensor,  # type: ignore[override]
+        batch: Batch,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """Count true and predicted classes."""
+        labels = batch[1]
+        self._confusion.index_put_((labels, outputs), torch.ones_like(labels), accumulate=True)
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Show the confusion matrix of the epoch."""
+        counts = trainer.strategy.reduce(self._confusion, reduce_op="sum").cpu().numpy()
+        if trainer.sanity_checking or not trainer.is_global_zero:
+            return
+        step = trainer.global_step - 1
+        for logger in _tensorboards(trainer):
+            title = f"validation, epoch {trainer.current_epoch + 1}"
+            pixels = figures.render(figures.confusion_matrix(counts, title))
+            logger.experiment.add_image("confusion_matrix/val", pixels, step, dataformats="HWC")
+            if not self._hparams_logged:
+                metrics = {f"val/{name}": trainer.callback_metrics[f"val/{name}"].item() for name in METRICS}
+                logger.log_hyperparams(logger.hparams, metrics, step)
+                self._hparams_logged = True
+
+    @rank_zero_only
+    @torch.no_grad()
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Show the curves and what the network now makes of the first ten test images."""
+        self._show(trainer, "accuracy", figures.curves(self._checkpoint.history, ["accuracy"]))
+        self._show(trainer, "loss", figures.curves(self._checkpoint.history, ["penalized_loss", "loss"]))
+        trainer.datamodule.setup("test")  # type: ignore[attr-defined]
+        images, labels = trainer.datamodule.test.__getitems__(range(10))  # type: ignore[attr-defined]
+        pl_module.eval()
+        predicted = pl_module(images.to(pl_module.device)).argmax(dim=1).cpu()
+        figure = figures.predictions(images.squeeze(1).numpy(), labels.numpy(), predicted.numpy())
+        self._show(trainer, "predictions", figure)
+
+    def _show(self, trainer: Trainer, name: str, figure: Figure) -> None:
+        folder = Path(str(trainer.log_dir), "figures")
+        folder.mkdir(parents=True, exist_ok=True)
+        pixels = figures.render(figure)
+        Image.fromarray(pixels).save(folder / f"{name}.png")
+        for logger in _tensorboards(trainer):
+            logger.experiment.add_image(name, pixels, trainer.global_step, dataformats="HWC")
+
+
+def _tensorboards(trainer: Trainer) -> list[TensorBoardLogger]:
+    return [logger for logger in trainer.loggers if isinstance(logger, TensorBoardLogger)]

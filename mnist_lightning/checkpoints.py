@@ -1,0 +1,146 @@
+"""What a run leaves on disk, so that it can be killed at any moment and continued as if it had not been."""
+
+import csv
+import os
+import random
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.cli import ReduceLROnPlateau
+from lightning.pytorch.plugins.io import TorchCheckpointIO
+from lightning.pytorch.utilities.rank_zero import rank_zero_only, rank_zero_warn
+
+
+class CheckpointIO(TorchCheckpointIO):
+    """Writes a checkpoint beside its place and renames it, and loads nothing but tensors and plain types.
+
+    A reader finds the old file or the new one, whole. (Lightning's own class writes to the system's temporary folder:
+    where that is another file system, its last step copies. And it runs the code in a malicious local checkpoint.)
+    """
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None) -> None:
+        """Save to ``path``."""
+        partial = f"{path}.partial"
+        super().save_checkpoint(checkpoint, partial, storage_options)
+        os.replace(partial, path)
+
+    def load_checkpoint(
+        self, path: Any, map_location: Any = lambda storage, _: storage, weights_only: bool | None = True
+    ) -> dict[str, Any]:
+        """Load from ``path``; whatever the caller says, with ``weights_only``."""
+        return super().load_checkpoint(path, map_location, weights_only=True)
+
+
+class RunCheckpoint(ModelCheckpoint):
+    """``checkpoints/best.ckpt``, ``checkpoints/last.ckpt`` and ``metrics.csv`` of a run, renewed after every epoch.
+
+    Best is the earliest epoch with the highest ``val/accuracy``. Beyond what Lightning stores, a checkpoint carries
+    the random state of Python, NumPy and torch and the metrics of all epochs so far. A run that starts from it draws
+    the same shuffles and dropout masks as one that was never interrupted, and its folder is complete: metrics of all
+    epochs, and the best checkpoint even if it came before the interruption.
+
+    Attributes:
+        history: One row an epoch: ``epoch``, ``step`` and the logged metrics.
+    """
+
+    def __init__(self) -> None:
+        super().__init__(
+            filename="best",
+            monitor="val/accuracy",
+            mode="max",
+            save_last=True,
+            save_on_train_epoch_end=True,
+            enable_version_counter=False,
+        )
+        self.history: list[dict[str, float]] = []
+        self._val_metrics: dict[str, float] = {}
+        self._resumed_from: Path | None = None
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Find out where a resumed run comes from."""
+        super().setup(trainer, pl_module, stage)
+        self._resumed_from = Path(trainer.ckpt_path) if stage == "fit" and trainer.ckpt_path else None
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Bring the logs and the learning rate of a resumed run to where its checkpoint was taken."""
+        super().on_train_start(trainer, pl_module)
+        if self._resumed_from is None or not self.history:
+            return
+        for row in self.history:
+            metrics = {name: value for name, value in row.items() if name != "step"}
+            for logger in trainer.loggers:
+                logger.log_metrics(metrics, step=int(row["step"]))
+        self._write_metrics(trainer)
+        # Lightning steps these after the checkpoint of the epoch is written
+        for config in trainer.lr_scheduler_configs:
+            if isinstance(config.scheduler, ReduceLROnPlateau):
+                config.scheduler.step(self.history[-1][str(config.monitor)])
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Keep the metrics of ``val`` for the epoch's row."""
+        super().on_validation_end(trainer, pl_module)
+        metrics = trainer.callback_metrics.items()
+        self._val_metrics = {name: value.item() for name, value in metrics if name.startswith("val/")}
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Add the epoch's row, then save."""
+        metrics = {n: value.item() for n, value in trainer.callback_metrics.items() if not n.startswith("val/")}
+        row = {"epoch": trainer.current_epoch, "step": trainer.global_step - 1, **metrics, **self._val_metrics}
+        self._val_metrics = {}  # an epoch without validation has none
+        self.history.append(row)
+        self._write_metrics(trainer)
+        super().on_train_epoch_end(trainer, pl_module)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Lightning's state, the history and the random state, in plain types and tensors."""
+        name, keys, *rest = np.random.get_state(legacy=True)
+        random_state = {
+            "python": random.getstate(),
+            "numpy": (name, torch.from_numpy(np.asarray(keys, dtype=np.int64)), *rest),
+            "torch": torch.get_rng_state(),
+            "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else [],
+        }
+        return {**super().state_dict(), "history": self.history, "random_state": random_state}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take up the history, the random state and the best checkpoint of the run that is resumed."""
+        if self._resumed_from is None or self.dirpath is None:  # to evaluate, weights are enough
+            return
+        self.history = list(state_dict["history"])
+        random_state = state_dict["random_state"]
+        random.setstate(random_state["python"])
+        name, keys, *rest = random_state["numpy"]
+        np.random.set_state((name, keys.numpy().astype(np.uint32), *rest))
+        torch.set_rng_state(random_state["torch"])
+        if random_state["cuda"]:
+            torch.cuda.set_rng_state_all(random_state["cuda"])
+
+        old, new = self._resumed_from.with_name("best.ckpt"), Path(self.dirpath, "best.ckpt")
+        if old.is_file():
+            _copy(old, new)
+            moved = {name: str(new) for name in ("best_model_path", "kth_best_model_path")}
+            score = {"best_k_models": {str(new): state_dict["best_model_score"]}, "last_model_path": ""}
+            super().load_state_dict({**state_dict, **moved, **score, "dirpath": self.dirpath})
+        elif state_dict["best_model_path"]:
+            rank_zero_warn(f"{old} is gone: the best epoch of this run is looked for from here on only.")
+
+    @rank_zero_only
+    def _write_metrics(self, trainer: Trainer) -> None:
+        path = Path(str(trainer.log_dir), "metrics.csv")
+        partial = path.with_suffix(".partial")
+        with partial.open("w", newline="") as file:
+            writer = csv.DictWriter(file, fieldnames=list(dict.fromkeys(name for row in self.history for name in row)))
+            writer.writeheader()
+            writer.writerows(self.history)
+        partial.replace(path)
+
+
+@rank_zero_only
+def _copy(source: Path, target: Path) -> None:
+    target.parent.mkdir(parents=True, exist_ok=True)
+    shutil.copyfile(source, target)

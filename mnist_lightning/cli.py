@@ -1,0 +1,273 @@
+"""The commands and their options: a LightningCLI whose defaults are the notebook's."""
+
+import json
+import logging
+import sys
+import warnings
+from pathlib import Path
+from typing import Any, NoReturn
+
+import torch
+from jsonargparse.typing import PositiveInt
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelSummary
+from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
+from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities.rank_zero import rank_zero_only, rank_zero_warn
+
+from mnist_lightning.callbacks import EpochProgressBar, Figures
+from mnist_lightning.checkpoints import CheckpointIO, RunCheckpoint
+from mnist_lightning.classifier import Classifier
+from mnist_lightning.data import MNISTDataModule
+
+LOGS = "lightning_logs"
+PROG = "python -m mnist_lightning"
+
+
+class Parser(LightningArgumentParser):
+    """Says what is wrong in one line instead of a page of usage."""
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        """Print the message and end with exit code 2."""
+        print(f"error: {' '.join(message.split())}\nAll options: add --help", file=sys.stderr)
+        self.exit(2)
+
+
+class RunCLI(LightningCLI):
+    """``fit``, ``validate``, ``test`` and ``predict``, of which only the chosen command's options are built.
+
+    Args:
+        command: The chosen command.
+        description: What it does, for its ``--help``.
+        args: Command-line arguments including the command, by default those of the process.
+    """
+
+    def __init__(self, command: str, description: str, args: ArgsType = None) -> None:
+        self.command = command
+        super().__init__(
+            Classifier,
+            MNISTDataModule,
+            # the notebook's network is too small to share: one device, unless asked for more
+            trainer_defaults={"max_epochs": 20, "devices": 1, "num_sanity_val_steps": 0},
+            seed_everything_default=42,
+            parser_class=Parser,
+            parser_kwargs={"prog": PROG, command: {"description": description}},
+            auto_configure_optimizers=False,
+            args=args,
+        )
+
+    def subcommands(self) -> dict[str, set[str]]:  # type: ignore[override]
+        """The chosen command, with the arguments of its Trainer method that are no options."""
+        return {self.command: {*super().subcommands()[self.command], "weights_only", "return_predictions"}}
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Add the options that are neither the trainer's nor the model's nor the data's."""
+        parser.add_argument("--name", default="baseline", help=f"Folder of the run, in {LOGS}.")
+        parser.add_argument(
+            "--num_threads",
+            type=PositiveInt,
+            default=1,
+            help="CPU threads of one process; more only pay for large networks.",
+        )
+        parser.set_defaults({"model.network": {"class_path": "mnist_lightning.networks.MLP"}})
+        if self.command == "predict":
+            parser.add_argument("--output", default="predictions.csv", help="CSV file to write; must not exist yet.")
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
+        """Parse, and find and check the checkpoint."""
+        super().parse_arguments(parser, args)
+        options = self.config[self.command]
+        self.logs = Path(options.trainer.default_root_dir or ".", LOGS)
+        if options.ckpt_path is None and self.command != "fit":
+            options.ckpt_path = "last"
+        if options.ckpt_path in ("last", "best"):
+            options.ckpt_path = self._newest(options.name, options.ckpt_path)
+        if options.ckpt_path is not None:
+            self._check_checkpoint(options.ckpt_path)
+
+    def _newest(self, name: str, kind: str) -> str:
+        paths = (self.logs / name).glob(f"version_*/checkpoints/{kind}.ckpt")
+        newest = max(paths, key=lambda path: path.stat().st_mtime, default=None)
+        if newest is None:
+            raise MisconfigurationException(
+                f"No run in {self.logs / name} has a {kind}.ckpt. Train one with `{PROG} fit`, "
+                "or name another with --name or --ckpt_path."
+            )
+        return str(newest)
+
+    def _check_checkpoint(self, path: str) -> None:
+        """Refuse what is no checkpoint, and say what it will override."""
+        if not Path(path).is_file():
+            raise MisconfigurationException(f"No checkpoint at {path}; `last` and `best` mean the newest run's.")
+        try:
+            checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+            saved = {
+                "model": checkpoint.get("hyper_parameters", {}),
+                "data": checkpoint.get("datamodule_hyper_parameters", {}),
+            }
+            checkpoint["state_dict"]
+        except Exception as error:  # what other bytes than a checkpoint's make torch raise is anything
+            raise MisconfigurationException(
+                f"{path} is damaged or no checkpoint of this package. Take another, or train anew without --ckpt_path."
+            ) from error
+        parser = self._parser(self.command)
+        given, default = (
+            json.loads(parser.dump(config, skip_none=False, format="json"))
+            for config in (self.config[self.command], parser.get_defaults())
+        )
+        for group in ("model", "data") if self.command == "fit" else ("model",):
+            for key, value in given[group].items():
+                if value == saved[group].get(key, value):
+                    continue
+                if group == "data":
+                    rank_zero_warn(
+                        f"Continuing with data.{key} {value}, but {path} was trained with {saved[group][key]}. "
+                        f"To continue exactly, add --config {Path(path).parents[1] / 'config.yaml'}"
+                    )
+                elif value != default[group][key]:
+                    rank_zero_warn(f"The checkpoint's model.{key} is used, not the one given: {saved[group][key]}")
+
+    def before_instantiate_classes(self) -> None:
+        """Set up this process."""
+        torch.set_num_threads(self.config[self.command].num_threads)
+
+    def instantiate_classes(self) -> None:
+        """Make model, data and trainer; a value that one of them refuses is the user's mistake."""
+        try:
+            super().instantiate_classes()
+            self.model.configure_optimizers()  # only to see now whether it can be done
+        except (TypeError, ValueError) as error:
+            raise MisconfigurationException(str(error)) from error
+        # only a model made from a config has hyper-parameters that can be stored as plain types
+        config = json.loads(self._parser(self.command).dump(self.config[self.command], skip_none=False, format="json"))
+        self.model.save_hyperparameters(
+            {**config["model"], "_instantiator": "lightning.pytorch.cli.instantiate_module"}
+        )
+
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        """Make the trainer; a ``fit`` with a logger also gets all that a run folder holds."""
+        options = self.config_init[self.command].trainer
+        callbacks: list[Any] = []
+        if options.enable_progress_bar is not False:
+            callbacks.append(EpochProgressBar())
+        if options.enable_model_summary is not False:
+            callbacks.append(ModelSummary(max_depth=2))
+            kwargs["enable_model_summary"] = False  # Lightning's own shows no layers
+        self.checkpoint: RunCheckpoint | None = None
+        self.keeps_run = self.command == "fit" and options.logger is not False and not options.fast_dev_run
+        if not self.keeps_run:
+            self.save_config_callback = None
+            kwargs["logger"] = False
+        elif options.enable_checkpointing is not False:
+            self.checkpoint = RunCheckpoint()
+            callbacks += [self.checkpoint, Figures(self.checkpoint)]
+        kwargs["plugins"] = [*(options.plugins or []), CheckpointIO()]
+        self.trainer_defaults["callbacks"] = callbacks
+        return super().instantiate_trainer(**kwargs)
+
+    def fit(self, model: LightningModule, datamodule: MNISTDataModule, ckpt_path: str | None) -> None:
+        """Train, then evaluate on the test images: the weights of the last epoch and those of the best."""
+        for stage in ("fit", "test"):  # all data is checked before anything is trained
+            datamodule.setup(stage)
+        if self.trainer.is_global_zero:
+            source = datamodule.data_dir or "the package's own MNIST"
+            print(f"Data: {source}, scaled to [0, 1]")
+            for name in ("train", "val", "test"):
+                split = getattr(datamodule, name)
+                shapes = [tuple(tensor.shape) for tensor in (split.images, split.labels)]
+                dtypes = [tensor.dtype for tensor in split.__getitems__([0])]
+                print(f"  {name:5}  images {shapes[0]} {dtypes[0]}, labels {shapes[1]} {dtypes[1]}")
+        if self.keeps_run and self.config[self.command].trainer.logger is None:
+            name = self.config[self.command].name
+            self.trainer.loggers = [
+                TensorBoardLogger(self.logs, name, new_version(self.logs / name), default_hp_metric=False)
+            ]
+        try:
+            self.trainer.fit(model, datamodule=datamodule, ckpt_path=ckpt_path)
+        except SystemExit:  # Ctrl-C
+            if self.checkpoint is not None and self.checkpoint.last_model_path:
+                config = Path(str(self.trainer.log_dir), "config.yaml")
+                print(f"Continue: {PROG} fit --config {config} --ckpt_path {self.checkpoint.last_model_path}")
+            raise
+        self._evaluate(model, datamodule)
+
+    def _evaluate(self, model: LightningModule, datamodule: MNISTDataModule) -> None:
+        loggers, self.trainer.loggers = self.trainer.loggers, []
+        (results,) = self.trainer.test(model, datamodule=datamodule, verbose=False)
+        for logger in loggers:
+            logger.log_metrics(dict(results), step=self.trainer.global_step)
+        rows = {f"last epoch ({self.trainer.current_epoch})": results}
+        if self.checkpoint is not None and self.checkpoint.best_model_path:
+            best = max(self.checkpoint.history, key=lambda row: row.get("val/accuracy", 0.0))
+            model.load_state_dict(torch.load(self.checkpoint.best_model_path, weights_only=True)["state_dict"])
+            (results,) = self.trainer.test(model, datamodule=datamodule, verbose=False)
+            rows[f"best val/accuracy (epoch {best['epoch'] + 1})"] = results
+        if not self.trainer.is_global_zero:
+            return
+        columns = {"test loss": "loss", "penalized loss": "penalized_loss", "accuracy": "accuracy"}
+        print(f"\n{'weights after the':28}" + "".join(f"{title:>16}" for title in columns))
+        for weights, metrics in rows.items():
+            print(f"{weights:28}" + "".join(f"{metrics[f'test/{name}']:16.4f}" for name in columns.values()))
+        if loggers:
+            print(f"\nRun: {loggers[0].log_dir}    Look at it: tensorboard --logdir {self.logs}")
+
+    def predict(self, model: LightningModule, datamodule: MNISTDataModule, ckpt_path: str) -> None:
+        """Write true label, predicted label and the ten probabilities of each test image."""
+        output = Path(self.config[self.command].output)
+        if output.exists():
+            raise MisconfigurationException(f"{output} exists and is not overwritten: choose another --output.")
+        import pandas as pd  # takes a while, and only this command needs it
+
+        batches: Any = self.trainer.predict(model, datamodule=datamodule, ckpt_path=ckpt_path)
+        probabilities = torch.cat(batches).numpy()
+        table = pd.DataFrame(probabilities).add_prefix("probability_")
+        assert datamodule.test is not None
+        table.insert(0, "label", datamodule.test.labels[: len(table)].numpy())
+        table.insert(1, "predicted", probabilities.argmax(axis=1))
+        table.to_csv(output, index_label="index")
+        print(f"{len(table)} predictions of {ckpt_path} in {output}")
+
+
+def new_version(folder: Path) -> int:
+    """Make the next ``version_N`` in a folder.
+
+    Safe among processes: making a folder succeeds in one of them only.
+
+    Args:
+        folder: Where the versions are; made if it does not exist.
+
+    Returns:
+        N.
+    """
+    versions = [int(path.name[8:]) for path in folder.glob("version_*") if path.name[8:].isdigit()]
+    version = max(versions, default=-1) + 1
+    if rank_zero_only.rank == 0:  # type: ignore[attr-defined]
+        try:
+            (folder / f"version_{version}").mkdir(parents=True)
+        except FileExistsError:
+            return new_version(folder)
+    return version
+
+
+def main(command: str, description: str) -> None:
+    """Run a command; a mistake of the user's ends with a message instead of a traceback."""
+    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(lambda record: "Tip:" not in record.msg)
+    for message in (
+        ".*does not have many workers",  # the data is in memory
+        ".*smaller than the logging interval",  # metrics are logged once an epoch
+        ".*torch.jit.trace",  # TensorBoard's graph is made with it
+        ".*callbacks used to create the checkpoint",  # RunCheckpoint, which only `fit` needs
+        ".*LeafSpec",  # Lightning's own
+    ):
+        warnings.filterwarnings("ignore", message)
+    try:
+        RunCLI(command, description)
+    except MisconfigurationException as error:
+        sys.exit(f"error: {error}")
+    except OSError as error:
+        sys.exit(f"error: {error.filename}: {error.strerror}" if error.filename else f"error: {error}")
+    except RuntimeError as error:
+        if "loading state_dict" in str(error):
+            sys.exit("error: the checkpoint is of another network: give its --model.network, or its --config")
+        raise

@@ -1,0 +1,201 @@
+"""MNIST from the copy inside the package or from a folder of the user's, split, scaled and served from memory."""
+
+import gzip
+import hashlib
+import os
+import tempfile
+import zlib
+from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from jsonargparse.typing import OpenUnitInterval, PositiveInt
+from lightning.pytorch import LightningDataModule
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+MD5 = {
+    "train-images-idx3-ubyte": "6bbc9ace898e44ae57da46a324031adb",
+    "train-labels-idx1-ubyte": "a25bea736e30d166cdddb491f175f624",
+    "t10k-images-idx3-ubyte": "2646ac647ad5339dbf082846283269ea",
+    "t10k-labels-idx1-ubyte": "27ae3e4e09519cfbb04c329615203637",
+}
+"""The four files of MNIST and the MD5 of their unpacked bytes, as published with the database."""
+
+Batch = tuple[Tensor, Tensor]
+"""Images, float32 of shape (batch, 1, 28, 28) in [0, 1], and labels, int64 of shape (batch,)."""
+
+
+class Split(Dataset[Batch]):
+    """Images and labels in memory, from which a whole batch is gathered and scaled at once.
+
+    Args:
+        images: uint8 of shape (n, 1, 28, 28); a quarter of the memory of float32, and faster to gather.
+        labels: int64 of shape (n,).
+    """
+
+    def __init__(self, images: Tensor, labels: Tensor) -> None:
+        self.images = images
+        self.labels = labels
+
+    def __len__(self) -> int:
+        """Number of images."""
+        return len(self.labels)
+
+    def __getitems__(self, indices: Sequence[int]) -> Batch:
+        """Batch of the images and labels at ``indices``; the DataLoader calls it once a batch."""
+        index = torch.tensor(indices)  # index_select takes half the time of indexing with a list or a tensor
+        return self.images.index_select(0, index) / 255, self.labels.index_select(0, index)
+
+
+class MNISTDataModule(LightningDataModule):
+    """MNIST, held in memory: the head of the 60,000 training images, their tail as validation, 10,000 test images.
+
+    Nothing is downloaded: the package carries the four files.
+
+    Args:
+        data_dir: Folder with an own copy of the four IDX files (raw or ``.gz``, 28x28 images, labels 0 to 9); it is
+            only read. By default the copy inside the package is used.
+        batch_size: Images in a training batch; the last, smaller batch of an epoch is kept.
+        eval_batch_size: Images in a batch of validation, test and prediction; no result depends on it.
+        val_split: Share of the training images, taken from their end, that is held out for validation.
+    """
+
+    def __init__(
+        self,
+        data_dir: str | None = None,
+        batch_size: PositiveInt = 64,
+        eval_batch_size: PositiveInt = 250,
+        val_split: OpenUnitInterval = 0.2,
+    ) -> None:
+        super().__init__()
+        self.save_hyperparameters()
+        self.data_dir = Path(data_dir).expanduser() if data_dir is not None else None
+        self.batch_size = batch_size
+        self.eval_batch_size = eval_batch_size
+        self.val_split = val_split
+        self.train: Split | None = None
+        self.val: Split | None = None
+        self.test: Split | None = None
+
+    def setup(self, stage: str) -> None:
+        """Load the splits that ``stage`` needs, if they are not loaded yet.
+
+        Args:
+            stage: ``"fit"`` or ``"validate"`` (training and validation images) or ``"test"`` or ``"predict"``.
+
+        Raises:
+            MisconfigurationException: A file of ``data_dir`` is missing, damaged or not what its name says.
+        """
+        if stage in ("fit", "validate"):
+            if self.train is None:
+                images, labels = self._load("train")
+                split = int(len(labels) * (1 - self.val_split))  # Keras's rule for `validation_split`
+                self.train = Split(images[:split], labels[:split])
+                self.val = Split(images[split:], labels[split:])
+        elif self.test is None:
+            self.test = Split(*self._load("t10k"))
+
+    def train_dataloader(self) -> DataLoader[Batch]:
+        """Training batches, shuffled anew in every epoch."""
+        return self._dataloader(self.train, self.batch_size, shuffle=True)
+
+    def val_dataloader(self) -> DataLoader[Batch]:
+        """Validation batches, in order."""
+        return self._dataloader(self.val, self.eval_batch_size)
+
+    def test_dataloader(self) -> DataLoader[Batch]:
+        """Test batches, in order."""
+        return self._dataloader(self.test, self.eval_batch_size)
+
+    def predict_dataloader(self) -> DataLoader[Batch]:
+        """The test batches again: images to predict, with the labels that they should get."""
+        return self.test_dataloader()
+
+    def _dataloader(self, split: Split | None, batch_size: int, shuffle: bool = False) -> DataLoader[Batch]:
+        assert split is not None, "call setup() first"
+        return DataLoader(split, batch_size=batch_size, shuffle=shuffle, collate_fn=_as_is)
+
+    def _load(self, prefix: str) -> Batch:
+        images, labels = (self._read(f"{prefix}-{kind}") for kind in ("images-idx3-ubyte", "labels-idx1-ubyte"))
+        if len(images) != len(labels):
+            raise MisconfigurationException(
+                f"{self.data_dir}: {prefix} has {len(images)} images but {len(labels)} labels; "
+                "take both files from one copy of the data set."
+            )
+        return torch.from_numpy(images).unsqueeze(1), torch.from_numpy(labels).long()
+
+    def _read(self, name: str) -> NDArray[np.uint8]:
+        if self.data_dir is None:
+            return parse_idx(_embedded(name), name)
+        for path in (self.data_dir / name, self.data_dir / f"{name}.gz"):
+            if path.is_file():
+                try:
+                    content = path.read_bytes()
+                    return parse_idx(gzip.decompress(content) if path.suffix == ".gz" else content, name)
+                except (ValueError, EOFError, gzip.BadGzipFile, zlib.error) as error:
+                    raise MisconfigurationException(
+                        f"{path} is damaged or no MNIST file: {error}. Copy it anew, or leave out data_dir to use "
+                        "the package's own copy."
+                    ) from error
+        raise MisconfigurationException(
+            f"{self.data_dir} has no file {name} or {name}.gz. data_dir wants these four, raw or gzipped: "
+            f"{', '.join(MD5)}; leave it out to use the package's own copy."
+        )
+
+
+def _as_is(batch: Any) -> Any:
+    return batch
+
+
+def parse_idx(content: bytes, name: str) -> NDArray[np.uint8]:
+    """Read an IDX file of MNIST, the format of http://yann.lecun.com/exdb/mnist.
+
+    Args:
+        content: The whole file, not compressed.
+        name: Name of the file; ``images`` or ``labels`` in it says what it must hold.
+
+    Returns:
+        uint8 array, writable: images of shape (n, 28, 28), or labels of shape (n,) from 0 to 9.
+
+    Raises:
+        ValueError: The content is not what the name promises.
+    """
+    shape = (28, 28) if "images" in name else ()
+    kind, header_size = ("images", 16) if shape else ("labels", 8)
+    if len(content) < header_size:
+        raise ValueError(f"{len(content)} bytes are too few for an IDX header")
+    magic, count, *dims = np.frombuffer(content, ">u4", header_size // 4).tolist()
+    if magic != 0x801 + len(shape):  # 08: unsigned bytes; then the number of dimensions
+        raise ValueError(f"magic number {magic:#010x} is not {0x801 + len(shape):#010x}, that of {kind}")
+    if tuple(dims) != shape:
+        raise ValueError(f"its images are {'x'.join(map(str, dims))}, not 28x28")
+    expected = header_size + count * int(np.prod(shape, dtype=int))
+    if len(content) != expected or count == 0:
+        raise ValueError(f"its header promises {count} {kind}, {expected} bytes in all, but it has {len(content)}")
+    array = np.frombuffer(bytearray(content), np.uint8, offset=header_size).reshape(count, *shape)
+    if not shape and array.max() > 9:
+        raise ValueError(f"label {array.max()} is not a digit")
+    return array
+
+
+def _embedded(name: str) -> bytes:
+    """The unpacked bytes of one of the package's files, from the cache if that is whole, else unpacked into it."""
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mnist_lightning"
+    with suppress(OSError):
+        content = (cache / name).read_bytes()
+        if hashlib.md5(content, usedforsecurity=False).hexdigest() == MD5[name]:
+            return content
+    content = gzip.decompress((Path(__file__).parent / "mnist" / f"{name}.gz").read_bytes())
+    with suppress(OSError):  # a cache that cannot be written only costs the time to unpack
+        cache.mkdir(parents=True, exist_ok=True)
+        # write aside, then rename: another process never sees half a file
+        with tempfile.NamedTemporaryFile(dir=cache, delete=False) as file:
+            file.write(content)
+        Path(file.name).replace(cache / name)
+    return content

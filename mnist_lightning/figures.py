@@ -1,0 +1,112 @@
+"""The notebook's pictures, as matplotlib figures that belong to no window and no global state."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+from numpy.typing import NDArray
+
+RIGHT, WRONG = "#1a7f37", "#cf222e"
+
+
+def digits(
+    images: NDArray[Any], titles: Sequence[str], columns: int, colors: Sequence[str] | None = None, scale: float = 1.2
+) -> Figure:
+    """Images in rows, each under its title.
+
+    Args:
+        images: Of shape (n, 28, 28), in [0, 1].
+        titles: One for each image, of one or two lines.
+        columns: Images in a row; n is a multiple of it.
+        colors: Of the titles, by default black.
+        scale: Width of an image in inches.
+    """
+    rows, lines = len(images) // columns, 1 + titles[0].count("\n")
+    top, side = 4 + 6 * lines, 6  # pixels of an image's cell above and beside it
+    cells = np.pad(images, ((0, 0), (top, 0), (side, side)))
+    height, width = cells.shape[1:]
+    mosaic = cells.reshape(rows, columns, height, width).swapaxes(1, 2).reshape(rows * height, columns * width)
+    figure = Figure(figsize=(columns * scale, rows * scale * height / width))
+    axes = figure.add_axes((0, 0, 1, 1))  # one image for all: an axes for each takes ten times as long to draw
+    axes.imshow(mosaic, cmap="gray_r", vmin=0, vmax=1)
+    axes.set_axis_off()
+    for index, title in enumerate(titles):
+        row, column = divmod(index, columns)
+        place = ((column + 0.5) * width, row * height + top - 2)
+        axes.text(*place, title, ha="center", va="bottom", color=colors[index] if colors else "black", fontsize=9)
+    return figure
+
+
+def sample_grid(images: NDArray[Any], labels: NDArray[Any]) -> Figure:
+    """The first 25 digits in five rows, each under its label.
+
+    Args:
+        images: Of shape (n, 28, 28), in [0, 1].
+        labels: Of shape (n,).
+    """
+    return digits(images[:25], [str(label) for label in labels[:25]], columns=5)
+
+
+def predictions(images: NDArray[Any], labels: NDArray[Any], predicted: NDArray[Any]) -> Figure:
+    """The first ten digits in two rows, each under what was predicted: green where it is right, red where not.
+
+    Args:
+        images: Of shape (n, 28, 28), in [0, 1].
+        labels: True classes, of shape (n,).
+        predicted: Predicted classes, of shape (n,).
+    """
+    pairs = list(zip(predicted[:10], labels[:10], strict=True))
+    titles = [f"predicted {guess}\ntrue {label}" for guess, label in pairs]
+    colors = [RIGHT if guess == label else WRONG for guess, label in pairs]
+    return digits(images[:10], titles, columns=5, colors=colors, scale=1.6)
+
+
+def confusion_matrix(counts: NDArray[Any], title: str, cmap: str = "Blues") -> Figure:
+    """A confusion matrix, coloured by the share of each true class.
+
+    Args:
+        counts: Of shape (classes, classes): rows are true, columns predicted classes.
+        title: Stands above the matrix.
+        cmap: Name of a matplotlib colour map, light for 0.
+    """
+    shares = counts / counts.sum(axis=1, keepdims=True).clip(min=1)
+    figure = Figure(figsize=(5, 5))
+    axes = figure.add_axes((0.1, 0.09, 0.87, 0.85), title=title, xlabel="predicted", ylabel="true")
+    axes.set(xticks=range(len(counts)), yticks=range(len(counts)))
+    # the root lets a handful of mistakes be seen beside a thousand right answers
+    axes.imshow(np.sqrt(shares), cmap=cmap, vmin=0, vmax=1)
+    for (row, column), count in np.ndenumerate(counts):
+        if count:
+            color = "white" if shares[row, column] > 0.4 else "black"
+            axes.text(column, row, f"{count}", ha="center", va="center", color=color, fontsize=8)
+    return figure
+
+
+def curves(history: Sequence[dict[str, float]], metrics: Sequence[str]) -> Figure:
+    """Metrics of training and validation over the epochs.
+
+    Args:
+        history: One row an epoch with ``epoch`` (from 0) and values like ``train/loss`` and ``val/loss``.
+        metrics: Names without their stage; the first is drawn solid, the next dashed.
+    """
+    figure = Figure(figsize=(7, 4.5))
+    axes = figure.add_axes((0.1, 0.11, 0.87, 0.85), xlabel="epoch", ylabel=metrics[0].replace("_", " "))
+    for metric, style in zip(metrics, ("-", "--"), strict=False):
+        for stage, color in (("train", "tab:blue"), ("val", "tab:orange")):
+            points = [(row["epoch"] + 1, row[f"{stage}/{metric}"]) for row in history if f"{stage}/{metric}" in row]
+            if points:
+                axes.plot(*zip(*points, strict=True), style, color=color, marker=".", label=f"{stage}/{metric}")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.grid(alpha=0.3)
+    axes.legend()
+    return figure
+
+
+def render(figure: Figure) -> NDArray[np.uint8]:
+    """The pixels of a figure, of shape (height, width, 3)."""
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    return np.asarray(canvas.buffer_rgba())[..., :3]
