@@ -1,7 +1,6 @@
 """What a person sees of a run: progress in the terminal, pictures in TensorBoard and in the run's folder."""
 
 import time
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -154,7 +153,7 @@ class Figures(Callback):
         self._show(trainer, "predictions", figure)
 
     def _show(self, trainer: Trainer, name: str, figure: Figure) -> None:
-        folder = Path(str(trainer.log_dir), "figures")
+        folder = self._checkpoint.run_dir / "figures"
         folder.mkdir(parents=True, exist_ok=True)
         pixels = figures.render(figure)
         Image.fromarray(pixels).save(folder / f"{name}.png")

@@ -13,6 +13,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import ReduceLROnPlateau
 from lightning.pytorch.plugins.io import TorchCheckpointIO
+from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.rank_zero import rank_zero_only, rank_zero_warn
 
 
@@ -61,21 +62,27 @@ class RunCheckpoint(ModelCheckpoint):
         self._val_metrics: dict[str, float] = {}
         self._resumed_from: Path | None = None
 
-    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Find out where a resumed run comes from."""
-        super().setup(trainer, pl_module, stage)
-        self._resumed_from = Path(trainer.ckpt_path) if stage == "fit" and trainer.ckpt_path else None
+    @property
+    def run_dir(self) -> Path:
+        """Folder of the run."""
+        # trainer.log_dir waits until all processes ask for it
+        return Path(str(self.dirpath)).parent
+
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Note where a resumed run comes from, before its state is loaded."""
+        if trainer.state.fn == TrainerFn.FITTING:
+            self._resumed_from = Path(str(trainer.ckpt_path))
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Bring the logs and the learning rate of a resumed run to where its checkpoint was taken."""
         super().on_train_start(trainer, pl_module)
-        if self._resumed_from is None or not self.history:
+        if self._resumed_from is None:
             return
         for row in self.history:
             metrics = {name: value for name, value in row.items() if name != "step"}
             for logger in trainer.loggers:
                 logger.log_metrics(metrics, step=int(row["step"]))
-        self._write_metrics(trainer)
+        self._write_metrics()
         # Lightning steps these after the checkpoint of the epoch is written
         for config in trainer.lr_scheduler_configs:
             if isinstance(config.scheduler, ReduceLROnPlateau):
@@ -93,7 +100,7 @@ class RunCheckpoint(ModelCheckpoint):
         row = {"epoch": trainer.current_epoch, "step": trainer.global_step - 1, **metrics, **self._val_metrics}
         self._val_metrics = {}  # an epoch without validation has none
         self.history.append(row)
-        self._write_metrics(trainer)
+        self._write_metrics()
         super().on_train_epoch_end(trainer, pl_module)
 
     def state_dict(self) -> dict[str, Any]:
@@ -130,8 +137,8 @@ class RunCheckpoint(ModelCheckpoint):
             rank_zero_warn(f"{old} is gone: the best epoch of this run is looked for from here on only.")
 
     @rank_zero_only
-    def _write_metrics(self, trainer: Trainer) -> None:
-        path = Path(str(trainer.log_dir), "metrics.csv")
+    def _write_metrics(self) -> None:
+        path = self.run_dir / "metrics.csv"
         partial = path.with_suffix(".partial")
         with partial.open("w", newline="") as file:
             writer = csv.DictWriter(file, fieldnames=list(dict.fromkeys(name for row in self.history for name in row)))

@@ -141,7 +141,7 @@ class Classifier(LightningModule):
         return loss, predicted
 
     def _log(self, stage: str) -> None:
-        totals: Any = self.all_gather(self.totals.pop(stage))  # one row for each process
-        loss, penalty, correct, count = totals.view(-1, 4).double().sum(dim=0)
+        totals = self.trainer.strategy.reduce(self.totals.pop(stage).double(), reduce_op="sum")  # over the processes
+        loss, penalty, correct, count = totals
         metrics = {"loss": loss / count, "penalized_loss": (loss + penalty) / count, "accuracy": correct / count}
-        self.log_dict({f"{stage}/{name}": value for name, value in metrics.items()})
+        self.log_dict({f"{stage}/{name}": value for name, value in metrics.items()}, sync_dist=True)

@@ -1,13 +1,17 @@
 """The commands and their options: a LightningCLI whose defaults are the notebook's."""
 
+import importlib
+import inspect
 import json
 import logging
 import sys
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
+from jsonargparse import Namespace, _typehints
 from jsonargparse.typing import PositiveInt
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelSummary
@@ -32,6 +36,29 @@ class Parser(LightningArgumentParser):
         """Print the message and end with exit code 2."""
         print(f"error: {' '.join(message.split())}\nAll options: add --help", file=sys.stderr)
         self.exit(2)
+
+
+def _discard_defaults(original: Callable[..., None]) -> Callable[..., None]:
+    """Make a class that is exchanged for another take its defaults along.
+
+    jsonargparse hands every argument that both classes have to the new one, even one that nobody gave: SGD would train
+    with Adam's default learning rate. Here only values other than the old class's defaults are handed on.
+    """
+
+    def discard(parser: Any, previous: Any, value: Any) -> None:
+        if isinstance(previous, Namespace) and "init_args" in previous and previous.class_path != value["class_path"]:
+            module, _, name = previous.class_path.rpartition(".")
+            parameters = inspect.signature(getattr(importlib.import_module(module), name)).parameters
+            for key, given in list(previous.init_args.items(branches=True, nested=False)):
+                default = parameters[key].default if key in parameters else None
+                if given == (list(default) if isinstance(given, list) and isinstance(default, tuple) else default):
+                    previous.init_args.pop(key)
+        original(parser, previous, value)
+
+    return discard
+
+
+_typehints.discard_init_args_on_class_path_change = _discard_defaults(_typehints.discard_init_args_on_class_path_change)
 
 
 class RunCLI(LightningCLI):
@@ -158,7 +185,7 @@ class RunCLI(LightningCLI):
         self.keeps_run = self.command == "fit" and options.logger is not False and not options.fast_dev_run
         if not self.keeps_run:
             self.save_config_callback = None
-            kwargs["logger"] = False
+            kwargs.update(logger=False, enable_checkpointing=False)
         elif options.enable_checkpointing is not False:
             self.checkpoint = RunCheckpoint()
             callbacks += [self.checkpoint, Figures(self.checkpoint)]
@@ -187,7 +214,7 @@ class RunCLI(LightningCLI):
             self.trainer.fit(model, datamodule=datamodule, ckpt_path=ckpt_path)
         except SystemExit:  # Ctrl-C
             if self.checkpoint is not None and self.checkpoint.last_model_path:
-                config = Path(str(self.trainer.log_dir), "config.yaml")
+                config = self.checkpoint.run_dir / "config.yaml"
                 print(f"Continue: {PROG} fit --config {config} --ckpt_path {self.checkpoint.last_model_path}")
             raise
         self._evaluate(model, datamodule)
@@ -264,6 +291,8 @@ def main(command: str, description: str) -> None:
     try:
         RunCLI(command, description)
     except MisconfigurationException as error:
+        sys.exit(f"error: {error}")
+    except ModuleNotFoundError as error:  # what an option of Lightning's needs
         sys.exit(f"error: {error}")
     except OSError as error:
         sys.exit(f"error: {error.filename}: {error.strerror}" if error.filename else f"error: {error}")

@@ -132,7 +132,7 @@ class MNISTDataModule(LightningDataModule):
 
     def _read(self, name: str) -> NDArray[np.uint8]:
         if self.data_dir is None:
-            return parse_idx(_embedded(name), name)
+            return parse_idx(embedded(name), name)
         for path in (self.data_dir / name, self.data_dir / f"{name}.gz"):
             if path.is_file():
                 try:
@@ -184,7 +184,7 @@ def parse_idx(content: bytes, name: str) -> NDArray[np.uint8]:
     return array
 
 
-def _embedded(name: str) -> bytes:
+def embedded(name: str) -> bytes:
     """The unpacked bytes of one of the package's files, from the cache if that is whole, else unpacked into it."""
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mnist_lightning"
     with suppress(OSError):

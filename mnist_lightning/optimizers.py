@@ -35,6 +35,7 @@ class KerasAdam(torch.optim.Adam):
         fused: bool = True,
     ) -> None:
         super().__init__(params, lr, betas, eps, weight_decay, fused=fused)
+        self._step_supports_amp_scaling = False  # or Lightning refuses to clip gradients in mixed precision
 
 
 class KerasSGD(torch.optim.SGD):
@@ -59,6 +60,7 @@ class KerasSGD(torch.optim.SGD):
         fused: bool = True,
     ) -> None:
         super().__init__(params, lr, momentum, weight_decay=weight_decay, nesterov=nesterov, fused=fused)
+        self._step_supports_amp_scaling = False  # or Lightning refuses to clip gradients in mixed precision
 
 
 class KerasRMSprop(Optimizer):

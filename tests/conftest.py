@@ -1,0 +1,67 @@
+"""Small pieces of the real MNIST, and the command run as a user runs it."""
+
+import os
+import struct
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from mnist_lightning.data import MNISTDataModule
+
+Run = Callable[..., subprocess.CompletedProcess[str]]
+
+
+def write_idx(path: Path, array: np.ndarray) -> None:
+    """Write an array as an IDX file."""
+    header = struct.pack(f">{1 + array.ndim}I", 0x800 + array.ndim, *array.shape)
+    path.write_bytes(header + array.astype(np.uint8).tobytes())
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _cache(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Keep the tests out of the user's cache."""
+    os.environ["XDG_CACHE_HOME"] = str(tmp_path_factory.mktemp("cache"))
+
+
+@pytest.fixture(scope="session")
+def mnist() -> MNISTDataModule:
+    """All of MNIST."""
+    datamodule = MNISTDataModule()
+    datamodule.setup("fit")
+    datamodule.setup("test")
+    return datamodule
+
+
+@pytest.fixture(scope="session")
+def data_dir(mnist: MNISTDataModule, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy of the data set with the first 1,250 training images (1,000 + 250) and 300 test images."""
+    folder = tmp_path_factory.mktemp("mnist")
+    for prefix, split, count in (("train", mnist.train, 1250), ("t10k", mnist.test, 300)):
+        write_idx(folder / f"{prefix}-images-idx3-ubyte", split.images[:count, 0].numpy())
+        write_idx(folder / f"{prefix}-labels-idx1-ubyte", split.labels[:count].numpy())
+    return folder
+
+
+@pytest.fixture(scope="session")
+def command(data_dir: Path) -> Run:
+    """Runs ``python -m mnist_lightning`` on the small data set in a folder."""
+
+    def run(cwd: Path, name: str, *options: str, check: bool = True) -> subprocess.CompletedProcess[str]:
+        arguments = [sys.executable, "-m", "mnist_lightning", name, f"--data.data_dir={data_dir}", *options]
+        result = subprocess.run(arguments, cwd=cwd, capture_output=True, text=True, timeout=120)
+        assert not check or result.returncode == 0, result.stderr
+        return result
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def fitted(command: Run, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """The folder of a finished run of four epochs, and what it printed."""
+    cwd = tmp_path_factory.mktemp("fitted")
+    result = command(cwd, "fit", "--trainer.max_epochs=4")
+    return cwd / "lightning_logs/baseline/version_0", result.stdout + result.stderr

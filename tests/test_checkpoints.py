@@ -1,0 +1,139 @@
+"""A run that is interrupted and continued ends exactly as one that never was."""
+
+import pickle
+import random
+import shutil
+import warnings
+
+import numpy as np
+import pytest
+import torch
+from lightning.pytorch import Trainer, seed_everything
+from lightning.pytorch.cli import ReduceLROnPlateau
+from lightning.pytorch.loggers import CSVLogger
+
+from mnist_lightning.checkpoints import CheckpointIO, RunCheckpoint
+from mnist_lightning.classifier import Classifier
+from mnist_lightning.data import MNISTDataModule
+from mnist_lightning.networks import MLP
+from mnist_lightning.optimizers import KerasAdam
+
+
+def fit(folder, data_dir, epochs, ckpt_path=None, seed=1):
+    """Train in ``folder``; a plateau scheduler and noise from three generators make it hard to continue."""
+    warnings.filterwarnings("ignore", ".*(many workers|logging interval|GPU available)")
+    seed_everything(seed, verbose=False)
+
+    class Noisy(Classifier):
+        def training_step(self, batch):
+            noise = random.random() + np.random.random() + torch.rand(()).item()
+            return super().training_step((batch[0] + 0.1 * noise, batch[1]))
+
+    classifier = Noisy(
+        MLP(units=[32], dropout=0.3, l2=0.01),
+        lambda params: KerasAdam(params, lr=0.02),
+        lambda optimizer: ReduceLROnPlateau(optimizer, monitor="val/loss", patience=0, factor=0.7),
+    )
+    checkpoint = RunCheckpoint()
+    trainer = Trainer(
+        max_epochs=epochs, accelerator="cpu", logger=CSVLogger(folder, ""), callbacks=[checkpoint],
+        plugins=[CheckpointIO()], enable_progress_bar=False, enable_model_summary=False, num_sanity_val_steps=0,
+    )  # fmt: skip
+    trainer.fit(classifier, MNISTDataModule(str(data_dir)), ckpt_path=ckpt_path)
+    return classifier, trainer, checkpoint
+
+
+@pytest.fixture(scope="module")
+def whole(data_dir, tmp_path_factory):
+    return fit(tmp_path_factory.mktemp("whole"), data_dir, 7)
+
+
+@pytest.mark.parametrize("epochs", [1, 4, 6])
+def test_a_resumed_run_equals_one_never_interrupted(whole, data_dir, tmp_path, epochs):
+    _, _, interrupted = fit(tmp_path / "first", data_dir, epochs)
+    shutil.move(tmp_path / "first", tmp_path / "moved")  # a run folder may move
+    last = next((tmp_path / "moved").rglob("last.ckpt"))
+    # another seed: all random state must come from the checkpoint
+    resumed = fit(tmp_path / "second", data_dir, 7, str(last), seed=2)
+
+    for expected, weights in zip(whole[0].parameters(), resumed[0].parameters(), strict=True):
+        assert torch.equal(expected, weights)
+    assert len(interrupted.history) == epochs
+    assert resumed[2].history == whole[2].history
+    assert (resumed[2].run_dir / "metrics.csv").read_text() == (whole[2].run_dir / "metrics.csv").read_text()
+    learning_rates = [run[1].optimizers[0].param_groups[0]["lr"] for run in (whole, resumed)]
+    assert learning_rates[0] == learning_rates[1] < 0.02
+
+
+def test_the_best_checkpoint_survives_resuming(whole, data_dir, tmp_path):
+    scores = [row["val/accuracy"] for row in whole[2].history]
+    best = scores.index(max(scores))
+    for epochs in (best + 1, 6):
+        fit(tmp_path / f"first{epochs}", data_dir, epochs)
+        last = next((tmp_path / f"first{epochs}").rglob("last.ckpt"))
+        _, _, checkpoint = fit(tmp_path / f"second{epochs}", data_dir, 7, str(last))
+        expected, found = (torch.load(c.best_model_path, weights_only=True) for c in (whole[2], checkpoint))
+        assert checkpoint.best_model_path.startswith(str(tmp_path / f"second{epochs}"))
+        assert found["epoch"] == expected["epoch"] == best
+        for name, weights in expected["state_dict"].items():
+            assert torch.equal(weights, found["state_dict"][name])
+
+
+def test_a_lost_best_checkpoint_is_said(data_dir, tmp_path):
+    fit(tmp_path / "first", data_dir, 2)
+    last = next((tmp_path / "first").rglob("last.ckpt"))
+    last.with_name("best.ckpt").unlink()
+    with pytest.warns(UserWarning, match="is gone"):
+        _, _, checkpoint = fit(tmp_path / "second", data_dir, 3, str(last))
+    assert torch.load(checkpoint.best_model_path, weights_only=True)["epoch"] == 2
+
+
+def test_history_has_a_row_for_each_epoch(whole):
+    history = whole[2].history
+    assert [row["epoch"] for row in history] == list(range(7))
+    assert [row["step"] for row in history] == [16 * epoch + 15 for epoch in range(7)]
+    assert {f"{s}/{m}" for s in ("train", "val") for m in ("loss", "penalized_loss", "accuracy")} < set(history[0])
+
+
+def test_epochs_without_validation_have_no_validation_metrics(data_dir, tmp_path):
+    checkpoint = RunCheckpoint()
+    trainer = Trainer(
+        max_epochs=3, accelerator="cpu", logger=CSVLogger(tmp_path, ""), callbacks=[checkpoint],
+        enable_progress_bar=False, enable_model_summary=False, check_val_every_n_epoch=2, num_sanity_val_steps=0,
+    )  # fmt: skip
+    trainer.fit(Classifier(MLP()), MNISTDataModule(str(data_dir)))
+    assert ["val/loss" in row for row in checkpoint.history] == [False, True, False]
+    assert ["train/loss" in row for row in checkpoint.history] == [True] * 3
+
+
+def test_the_best_is_the_earliest_of_the_highest(whole):
+    checkpoint = whole[2]
+    scores = [row["val/accuracy"] for row in checkpoint.history]
+    assert torch.load(checkpoint.best_model_path, weights_only=True)["epoch"] == scores.index(max(scores))
+
+
+def test_a_write_that_fails_leaves_the_old_file(tmp_path, monkeypatch):
+    path = tmp_path / "last.ckpt"
+    CheckpointIO().save_checkpoint({"epoch": 1}, path)
+
+    def dying(checkpoint, partial):
+        with open(partial, "wb") as file:
+            file.write(b"half")
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr("lightning.fabric.plugins.io.torch_io._atomic_save", dying)
+    with pytest.raises(OSError, match="no space"):
+        CheckpointIO().save_checkpoint({"epoch": 2}, path)
+    assert CheckpointIO().load_checkpoint(path) == {"epoch": 1}
+
+
+def test_a_malicious_checkpoint_runs_nothing(tmp_path):
+    class Evil:
+        def __reduce__(self):
+            return (open, (str(tmp_path / "pwned"), "w"))
+
+    torch.save({"state_dict": Evil()}, tmp_path / "evil.ckpt")
+    for weights_only in (None, False, True):
+        with pytest.raises(pickle.UnpicklingError):
+            CheckpointIO().load_checkpoint(tmp_path / "evil.ckpt", weights_only=weights_only)
+    assert not (tmp_path / "pwned").exists()

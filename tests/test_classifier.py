@@ -1,0 +1,162 @@
+"""The LightningModule: the penalty is Keras's, and the metrics are what they say."""
+
+import copy
+import warnings
+
+import pytest
+import torch
+from lightning.pytorch import Trainer
+from lightning.pytorch.cli import ReduceLROnPlateau
+from torch import nn
+from torch.nn import functional as F
+
+from mnist_lightning.classifier import Classifier
+from mnist_lightning.data import MNISTDataModule
+from mnist_lightning.networks import MLP
+from mnist_lightning.optimizers import KerasAdam, KerasRMSprop, KerasSGD
+
+
+@pytest.fixture
+def trainer():
+    warnings.filterwarnings("ignore", ".*(many workers|logging interval|GPU available)")
+    return Trainer(
+        max_epochs=1, accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False,
+        enable_model_summary=False, num_sanity_val_steps=0,
+    )  # fmt: skip
+
+
+@pytest.fixture
+def datamodule(data_dir):
+    datamodule = MNISTDataModule(str(data_dir), batch_size=96)
+    datamodule.setup("fit")
+    datamodule.setup("test")
+    return datamodule
+
+
+def batch(mnist, count=64):
+    images, labels = mnist.train.__getitems__(range(count))
+    return images.double(), labels
+
+
+@pytest.mark.parametrize("optimizer", [KerasAdam, KerasSGD, KerasRMSprop, torch.optim.Adagrad, torch.optim.AdamW])
+def test_a_step_equals_one_on_cross_entropy_plus_the_penalty(mnist, optimizer):
+    factors = [0.01, 0.3]
+    classifier = Classifier(MLP(dropout=0, l2=factors).double(), optimizer)
+    explicit = copy.deepcopy(classifier.network)
+    images, labels = batch(mnist)
+
+    stepper = classifier.configure_optimizers()
+    classifier.training_step((images, labels)).backward()
+    stepper.step()
+
+    kernels = [explicit.dense_1.weight, explicit.dense_2.weight]
+    penalty = sum(factor * kernel.square().sum() for factor, kernel in zip(factors, kernels, strict=True))
+    loss = F.cross_entropy(explicit(images), labels) + penalty
+    loss.backward()
+    optimizer(explicit.parameters()).step()
+
+    for ours, expected in zip(classifier.network.parameters(), explicit.parameters(), strict=True):
+        torch.testing.assert_close(ours, expected, rtol=0, atol=1e-6)
+        torch.testing.assert_close(ours, expected, rtol=1e-9, atol=1e-12)
+
+
+def test_the_penalty_is_on_the_hidden_kernels_alone(mnist):
+    network = MLP(units=[20, 10, 5], dropout=0, l2=[0.1, 0.1, 0.4])
+    (optimizer,) = [Classifier(network).configure_optimizers()]
+    decay = {id(p): group["weight_decay"] for group in optimizer.param_groups for p in group["params"]}
+    for name, parameter in network.named_parameters():
+        expected = {"dense_1.weight": 0.2, "dense_2.weight": 0.2, "dense_3.weight": 0.8}.get(name, 0)
+        assert decay[id(parameter)] == expected, name
+    assert len(optimizer.param_groups) == 3
+
+
+def test_the_user_s_own_weight_decay_stays_where_there_is_no_l2():
+    classifier = Classifier(MLP(), lambda params: torch.optim.Adam(params, weight_decay=0.5))
+    decays = sorted(group["weight_decay"] for group in classifier.configure_optimizers().param_groups)
+    assert decays == [0.02, 0.5]
+
+
+def test_penalty_at_the_start_is_keras_s():
+    penalties = [Classifier(MLP()).penalty().item() for _ in range(5)]
+    assert sum(penalties) / 5 == pytest.approx(3.057, abs=0.03)  # keras: 3.0566 ± 0.018 over five seeds
+
+
+def test_metrics_are_means_over_all_images(trainer, datamodule):
+    network = MLP(units=[16], dropout=0, l2=0.05)
+    classifier = Classifier(network, lambda params: KerasSGD(params, lr=0.0))
+    trainer.fit(classifier, datamodule)
+    expected = {}
+    for stage in ("train", "val"):
+        split = getattr(datamodule, stage)
+        logits, labels = network(split.images / 255), split.labels
+        loss = F.cross_entropy(logits, labels).item()
+        expected[f"{stage}/loss"] = loss
+        expected[f"{stage}/penalized_loss"] = loss + 0.05 * network.dense_1.weight.square().sum().item()
+        expected[f"{stage}/accuracy"] = (logits.argmax(1) == labels).float().mean().item()
+    assert {name: value.item() for name, value in trainer.callback_metrics.items()} == pytest.approx(expected, rel=1e-5)
+
+
+def test_the_training_penalty_is_a_mean_over_the_epoch(trainer, datamodule):
+    torch.manual_seed(0)
+    classifier = Classifier(MLP(l2=0.5))
+    seen = []
+    original = classifier.training_step
+
+    def spy(batch):
+        seen.append((classifier.penalty().item(), len(batch[1])))
+        return original(batch)
+
+    classifier.training_step = spy
+    trainer.fit(classifier, datamodule)
+    mean = sum(penalty * count for penalty, count in seen) / sum(count for _, count in seen)
+    metrics = trainer.callback_metrics
+    assert (metrics["train/penalized_loss"] - metrics["train/loss"]).item() == pytest.approx(mean, rel=1e-5)
+    assert seen[0][0] > 1.05 * mean > 1.05 * seen[-1][0]
+
+
+def test_it_learns(trainer, datamodule):
+    torch.manual_seed(0)
+    classifier = Classifier(MLP(l2=0.0001), lambda params: KerasAdam(params, lr=0.01))
+    trainer.fit_loop.max_epochs = 5
+    trainer.fit(classifier, datamodule)
+    (metrics,) = trainer.test(classifier, datamodule, verbose=False)
+    assert metrics["test/accuracy"] > 0.8
+
+
+def test_any_module_optimizer_and_scheduler_will_do(trainer, datamodule):
+    network = nn.Sequential(nn.Conv2d(1, 4, 3, stride=2), nn.ReLU(), nn.Flatten(), nn.Linear(4 * 13 * 13, 10))
+    classifier = Classifier(
+        network, torch.optim.NAdam, lambda optimizer: torch.optim.lr_scheduler.StepLR(optimizer, 1, 0.5)
+    )
+    trainer.fit(classifier, datamodule)
+    assert classifier.penalty() == 0
+    assert trainer.optimizers[0].param_groups[0]["lr"] == pytest.approx(0.5 * 2e-3)
+
+
+def test_plateau_scheduler_follows_its_metric(trainer, datamodule):
+    trainer.fit_loop.max_epochs = 3
+    classifier = Classifier(
+        MLP(),
+        lambda params: KerasSGD(params, lr=1e-12),  # never better than after the first epoch
+        lambda optimizer: ReduceLROnPlateau(optimizer, monitor="val/loss", patience=0, factor=0.5),
+    )
+    trainer.fit(classifier, datamodule)
+    assert trainer.optimizers[0].param_groups[0]["lr"] == pytest.approx(1e-12 / 4)
+
+
+def test_predictions_are_probabilities(trainer, datamodule):
+    classifier = Classifier(MLP())
+    probabilities = torch.cat(trainer.predict(classifier, datamodule))
+    assert probabilities.shape == (300, 10)
+    torch.testing.assert_close(probabilities.sum(dim=1), torch.ones(300))
+    classifier.eval()
+    expected = classifier(datamodule.test.images / 255).softmax(1)
+    torch.testing.assert_close(probabilities, expected)
+
+
+def test_subnormals_are_flushed(trainer, datamodule):
+    torch.set_flush_denormal(False)
+    tiny = torch.tensor([1e-40])
+    assert (tiny * 0.5).item() > 0
+    trainer.fit(Classifier(MLP()), datamodule)
+    assert (tiny * 0.5).item() == 0

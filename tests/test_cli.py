@@ -1,0 +1,425 @@
+"""The commands, run as a user runs them."""
+
+import csv
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import torch
+import yaml
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from mnist_lightning import cli
+from mnist_lightning.__main__ import COMMANDS
+from mnist_lightning.classifier import Classifier
+
+ROOT = Path(__file__).parents[1]
+METRICS = [f"{stage}/{name}" for stage in ("train", "val") for name in ("loss", "penalized_loss", "accuracy")]
+
+
+def rows(run: Path) -> list[dict[str, str]]:
+    with (run / "metrics.csv").open() as file:
+        return list(csv.DictReader(file))
+
+
+def weights(run: Path, name: str = "last") -> dict[str, torch.Tensor]:
+    return torch.load(run / f"checkpoints/{name}.ckpt", weights_only=True)["state_dict"]
+
+
+def in_process(monkeypatch, capfd, *arguments: str) -> tuple[int, str, str]:
+    """Run a command without the seconds that a new process takes; gives exit code, standard output and error."""
+    monkeypatch.setattr(sys, "argv", ["mnist_lightning", *arguments])
+    code: int | str | None = 0
+    try:
+        cli.main(arguments[0], COMMANDS[arguments[0]])
+    except SystemExit as exit:
+        code = exit.code
+    captured = capfd.readouterr()
+    if isinstance(code, str):  # what Python does with sys.exit("message")
+        return 1, captured.out, captured.err + code + "\n"
+    return code or 0, captured.out, captured.err
+
+
+# --- help ---------------------------------------------------------------------------------------------------
+
+
+def test_help_has_a_line_for_each_command_and_loads_no_torch():
+    code = "import sys, runpy, atexit\natexit.register(lambda: print('torch' in sys.modules))\n"
+    code += "sys.argv = ['m', '--help']\nrunpy.run_module('mnist_lightning', run_name='__main__')"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    for name, description in COMMANDS.items():
+        assert re.search(rf"^ +{name} +{re.escape(description)}$", result.stdout, re.MULTILINE)
+    assert result.stdout.endswith("False\n")
+
+
+def test_an_unknown_command_is_named():
+    result = subprocess.run(
+        [sys.executable, "-m", "mnist_lightning", "fti"], capture_output=True, text=True, check=False
+    )
+    assert result.returncode == 2
+    assert "invalid choice: 'fti'" in result.stderr
+
+
+def test_help_of_a_command_explains_its_options(monkeypatch, capfd):
+    code, out, _ = in_process(monkeypatch, capfd, "fit", "--help")
+    assert code == 0
+    assert out.startswith("usage: python -m mnist_lightning")
+    for option in (
+        "--name",
+        "--num_threads",
+        "--data.data_dir",
+        "--data.batch_size",
+        "--trainer.max_epochs",
+        "--ckpt_path",
+    ):
+        assert option in out
+    assert "Images in a training batch" in out
+
+
+# --- configuration ------------------------------------------------------------------------------------------
+
+
+def test_baseline_yaml_spells_out_the_defaults(monkeypatch, capfd):
+    config = ROOT / "configs/baseline.yaml"
+    _, defaults, _ = in_process(monkeypatch, capfd, "fit", "--print_config")
+    _, with_file, _ = in_process(monkeypatch, capfd, "fit", f"--config={config}", "--print_config")
+    assert yaml.safe_load(with_file) == yaml.safe_load(defaults)
+    spelled, default = yaml.safe_load(config.read_text()), yaml.safe_load(defaults)
+    assert spelled["model"] == default["model"]
+    assert spelled["data"] == default["data"]
+    assert spelled["trainer"]["max_epochs"] == 20
+    assert spelled["seed_everything"] == 42
+
+
+def test_short_names_choose_classes(monkeypatch, capfd):
+    code, out, err = in_process(
+        monkeypatch, capfd, "fit", "--model.network.units=[50]", "--model.network.dropout=0.5", "--model.network.l2=0",
+        "--model.optimizer=KerasSGD", "--model.optimizer.lr=0.1", "--model.lr_scheduler=CosineAnnealingLR",
+        "--model.lr_scheduler.T_max=20", "--print_config",
+    )  # fmt: skip
+    assert code == 0, err
+    model = yaml.safe_load(out)["model"]
+    assert model["network"]["init_args"]["units"] == [50]
+    assert model["optimizer"]["class_path"] == "mnist_lightning.optimizers.KerasSGD"
+    assert model["optimizer"]["init_args"]["lr"] == 0.1
+    assert model["lr_scheduler"]["class_path"] == "torch.optim.lr_scheduler.CosineAnnealingLR"
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        (["--model.optimizer=KerasSGD"], {"lr": 0.01}),
+        (["--model.optimizer=KerasRMSprop"], {"lr": 0.001, "eps": 1e-7}),
+        (["--model.optimizer=torch.optim.AdamW"], {"eps": 1e-8, "weight_decay": 0.01, "fused": None}),
+        (["--config={config}", "--model.optimizer=KerasSGD"], {"lr": 0.01}),
+        (["--model.optimizer.lr=0.5", "--model.optimizer=KerasSGD"], {"lr": 0.5}),
+        (["--model.optimizer.lr=0.5"], {"lr": 0.5, "eps": 1e-7}),
+    ],
+    ids=str,
+)
+def test_another_class_comes_with_its_own_defaults(monkeypatch, capfd, options, expected):
+    options = [option.format(config=ROOT / "configs/baseline.yaml") for option in options]
+    _, out, _ = in_process(monkeypatch, capfd, "fit", *options, "--print_config")
+    arguments = yaml.safe_load(out)["model"]["optimizer"]["init_args"]
+    assert {name: arguments[name] for name in expected} == expected
+
+
+# --- fit ----------------------------------------------------------------------------------------------------
+
+
+def test_fit_shows_data_layers_progress_and_a_table(fitted):
+    _, output = fitted
+    assert "train  images (1000, 1, 28, 28) torch.float32, labels (1000,) torch.int64" in output
+    assert "val    images (250, 1, 28, 28)" in output
+    assert "test   images (300, 1, 28, 28)" in output
+    assert re.search(r"network\.dense_1 +\| Dense +\| 100 K", output)
+    assert (
+        len(re.findall(r"^Epoch \d/4 +[\d.]+ s  train: accuracy 0\.\d{4} .*val: accuracy", output, re.MULTILINE)) == 4
+    )
+    assert re.search(r"^last epoch \(4\) +\d\.\d{4} +\d\.\d{4} +0\.\d{4}$", output, re.MULTILINE)
+    assert re.search(r"^best val/accuracy \(epoch \d\) +\d\.\d{4} +\d\.\d{4} +0\.\d{4}$", output, re.MULTILINE)
+    assert "Traceback" not in output
+    assert "Warning" not in output
+
+
+def test_a_run_folder_is_complete(fitted):
+    run, _ = fitted
+    for name in ("config.yaml", "hparams.yaml", "metrics.csv", "checkpoints/best.ckpt", "checkpoints/last.ckpt"):
+        assert (run / name).stat().st_size > 0
+    for name in ("samples", "accuracy", "loss", "predictions"):
+        assert (run / f"figures/{name}.png").read_bytes().startswith(b"\x89PNG")
+    assert not list(run.rglob("*partial*"))
+    table = rows(run)
+    assert list(table[0]) == ["epoch", "step", *METRICS]
+    assert [row["epoch"] for row in table] == ["0", "1", "2", "3"]
+    accuracies = [float(row["val/accuracy"]) for row in table]
+    best = torch.load(run / "checkpoints/best.ckpt", weights_only=True)
+    assert best["epoch"] == accuracies.index(max(accuracies))
+
+
+def test_tensorboard_shows_everything(fitted):
+    run, _ = fitted
+    events = EventAccumulator(str(run))
+    events.Reload()
+    tags = events.Tags()
+    assert {*METRICS, "test/loss", "test/penalized_loss", "test/accuracy"} <= set(tags["scalars"])
+    assert {"samples", "predictions", "accuracy", "loss", "confusion_matrix/val"} <= set(tags["images"])
+    assert tags["graph"]
+    assert len(events.Images("confusion_matrix/val")) == 4
+    logged = {(point.step, round(point.value, 6)) for point in events.Scalars("val/accuracy")}
+    assert logged == {(int(row["step"]), round(float(row["val/accuracy"]), 6)) for row in rows(run)}
+    plugins = {plugin: list(events.PluginTagToContent(plugin)) for plugin in ("hparams", "custom_scalars")}
+    assert "_hparams_/session_start_info" in plugins["hparams"]
+    session = events.PluginTagToContent("hparams")["_hparams_/session_start_info"]
+    assert b"optimizer/class_path" in session
+    assert b"val/accuracy" in events.PluginTagToContent("hparams")["_hparams_/experiment"]
+    layout = events.Tensors("custom_scalars__config__")[0].tensor_proto.string_val[0]
+    assert b"train/accuracy$" in layout
+    assert b"val/accuracy$" in layout
+
+
+def test_the_saved_config_repeats_the_run(fitted, command, tmp_path):
+    run, _ = fitted
+    command(tmp_path, "fit", f"--config={run / 'config.yaml'}")
+    again = tmp_path / "lightning_logs/baseline/version_0"
+    assert (again / "metrics.csv").read_text() == (run / "metrics.csv").read_text()
+    for name, tensor in weights(run).items():
+        assert torch.equal(tensor, weights(again)[name])
+
+
+def test_another_seed_gives_another_run_beside_the_first(command, tmp_path):
+    for seed in (1, 2):
+        command(tmp_path, "fit", "--name=seeds", "--trainer.max_epochs=1", f"--seed_everything={seed}")
+    first, second = (tmp_path / "lightning_logs/seeds" / f"version_{n}" for n in (0, 1))
+    assert rows(first) != rows(second)
+
+
+def test_two_runs_at_once_get_two_folders(command, tmp_path):
+    with ThreadPoolExecutor() as pool:
+        list(pool.map(lambda _: command(tmp_path, "fit", "--trainer.max_epochs=1"), range(2)))
+    assert sorted(path.name for path in (tmp_path / "lightning_logs/baseline").iterdir()) == ["version_0", "version_1"]
+
+
+def test_a_version_is_claimed_by_one(tmp_path):
+    with ThreadPoolExecutor(8) as pool:
+        versions = list(pool.map(lambda _: cli.new_version(tmp_path / "logs"), range(40)))
+    assert sorted(versions) == list(range(40))
+
+
+def test_killed_and_resumed_ends_as_if_never_killed(fitted, command, data_dir, tmp_path):
+    """SIGKILL lands wherever it lands: in a batch, a figure, a checkpoint."""
+    process = subprocess.Popen(
+        [sys.executable, "-m", "mnist_lightning", "fit", f"--data.data_dir={data_dir}", "--trainer.max_epochs=4"],
+        cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+    )  # fmt: skip
+    killed = tmp_path / "lightning_logs/baseline/version_0"
+    while not (killed / "checkpoints/last.ckpt").exists():
+        assert process.poll() is None
+        time.sleep(0.002)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+
+    result = command(tmp_path, "fit", "--trainer.max_epochs=4", "--ckpt_path=last")
+    run, _ = fitted
+    resumed = tmp_path / "lightning_logs/baseline/version_1"
+    assert (resumed / "metrics.csv").read_text() == (run / "metrics.csv").read_text()
+    for name in ("last", "best"):
+        for key, tensor in weights(run, name).items():
+            assert torch.equal(tensor, weights(resumed, name)[key])
+    table = fitted[1][fitted[1].index("weights after") : fitted[1].index("\nRun:")]
+    assert table in result.stdout
+    events = EventAccumulator(str(resumed))
+    events.Reload()
+    assert [point.step for point in events.Scalars("train/loss")] == [int(row["step"]) for row in rows(run)]
+
+
+def test_fit_without_a_logger_leaves_nothing(command, tmp_path):
+    for option in ("--trainer.logger=false", "--trainer.fast_dev_run=true"):
+        result = command(tmp_path, "fit", "--trainer.max_epochs=1", option)
+        assert "last epoch (1)" in result.stdout
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_lightning_s_flags_work(command, tmp_path):
+    command(
+        tmp_path, "fit", "--trainer.max_epochs=3", "--trainer.gradient_clip_val=0.5",
+        "--trainer.accumulate_grad_batches=2", "--trainer.precision=bf16-mixed",
+        "--trainer.callbacks+=EarlyStopping", "--trainer.callbacks.monitor=val/loss",
+        "--model.optimizer=torch.optim.AdamW", "--model.lr_scheduler=CosineAnnealingLR",
+        "--model.lr_scheduler.T_max=3", "--model.network.activation=GELU",
+    )  # fmt: skip
+    table = rows(tmp_path / "lightning_logs/baseline/version_0")
+    assert [row["step"] for row in table] == ["7", "15", "23"]  # 16 batches, two to a step
+    assert float(table[-1]["train/loss"]) < float(table[0]["train/loss"])
+
+
+def test_two_processes_train_one_model(command, tmp_path):
+    command(tmp_path, "fit", "--trainer.max_epochs=1", "--trainer.accelerator=cpu", "--trainer.devices=2")
+    (run,) = (tmp_path / "lightning_logs/baseline").iterdir()
+    (row,) = rows(run)
+    assert row["step"] == "7"  # 1,000 images in batches of 2 x 64
+    assert float(row["train/loss"]) > 0
+
+
+# --- the other commands -------------------------------------------------------------------------------------
+
+
+def test_checkpoints_are_evaluated_and_predicted(fitted, monkeypatch, capfd, data_dir, tmp_path):
+    run, output = fitted
+    monkeypatch.chdir(run.parents[2])  # where the newest run is this one
+    data = f"--data.data_dir={data_dir}"
+    last = [f"{float(number):.4f}" for number in re.search(r"last epoch \(4\) +(.*)", output)[1].split()]
+
+    code, out, err = in_process(monkeypatch, capfd, "test", data)
+    assert code == 0, err
+    found = {name: f"{float(value):.4f}" for name, value in re.findall(r"(test/\w+) +([\d.]+)", out)}
+    assert [found[f"test/{name}"] for name in ("loss", "penalized_loss", "accuracy")] == last
+
+    code, out, err = in_process(monkeypatch, capfd, "validate", data, "--ckpt_path=best")
+    assert code == 0, err
+    best = max(float(row["val/accuracy"]) for row in rows(run))
+    assert float(re.search(r"val/accuracy +([\d.]+)", out)[1]) == pytest.approx(best, abs=1e-6)
+
+    csv_file = tmp_path / "predictions.csv"
+    arguments = ("predict", data, f"--ckpt_path={run / 'checkpoints/last.ckpt'}", f"--output={csv_file}")
+    code, _, err = in_process(monkeypatch, capfd, *arguments)
+    assert code == 0, err
+    table = pd.read_csv(csv_file, index_col="index")
+    probabilities = table.filter(like="probability_")
+    assert table.shape == (300, 12)
+    assert probabilities.sum(axis=1).to_numpy() == pytest.approx(1, abs=1e-5)
+    assert (probabilities.to_numpy().argmax(axis=1) == table["predicted"]).all()
+    assert f"{(table['label'] == table['predicted']).mean():.4f}" == last[2]
+
+    before = csv_file.read_bytes()
+    code, _, err = in_process(monkeypatch, capfd, *arguments)
+    assert code == 1
+    assert "exists and is not overwritten" in err
+    assert csv_file.read_bytes() == before
+    assert sorted(path.name for path in run.parents[2].iterdir()) == ["lightning_logs"]
+
+
+def test_a_checkpoint_brings_its_network(command, monkeypatch, capfd, data_dir, tmp_path):
+    command(tmp_path, "fit", "--trainer.max_epochs=1", "--model.network.units=[7]", "--model.network.dropout=0",
+            "--model.network.l2=0.1", "--data.batch_size=50")  # fmt: skip
+    last = tmp_path / "lightning_logs/baseline/version_0/checkpoints/last.ckpt"
+    code, _, err = in_process(monkeypatch, capfd, "test", f"--data.data_dir={data_dir}", f"--ckpt_path={last}")
+    assert code == 0, err
+    assert "is used, not the one given" not in err
+    network = Classifier.load_from_checkpoint(last, weights_only=True).network
+    assert network.dense_1.weight.shape == (7, 784)
+
+    # what is given beside it and differs is said
+    monkeypatch.chdir(tmp_path)
+    with pytest.warns(UserWarning) as warned:  # noqa: PT030
+        code, _, err = in_process(
+            monkeypatch, capfd, "fit", f"--data.data_dir={data_dir}", "--ckpt_path=last", "--trainer.max_epochs=2",
+            "--trainer.logger=false", "--model.network.units=[9,9]", "--data.batch_size=60",
+        )  # fmt: skip
+    assert code == 0, err
+    messages = [str(warning.message) for warning in warned]
+    assert any("The checkpoint's model.network is used" in message for message in messages)
+    assert any("Continuing with data.batch_size 60" in message and "50" in message for message in messages)
+
+
+# --- mistakes -----------------------------------------------------------------------------------------------
+
+
+def damaged(path: Path, content: bytes) -> str:
+    path.write_bytes(content)
+    return str(path)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--nope=3"], "unrecognized arguments: --nope=3"),
+        (["--trainer.max_epochs=many"], 'Parser key "trainer.max_epochs"'),
+        (["--data.batch_size=0"], 'Parser key "data.batch_size": Not of type PositiveInt: 0'),
+        (["--data.batch_size=x"], 'Parser key "data.batch_size"'),
+        (["--data.val_split=1"], 'Parser key "data.val_split"'),
+        (["--num_threads=0"], 'Parser key "num_threads"'),
+        (["--config=nope.yaml"], "nope.yaml"),
+        (["--model.network=Nope"], "Nope"),
+        (["--model.network.units=[5]"], "dropout has 2 values for 1 hidden layers"),
+        (["--model.network.activation=relu"], "activation 'relu' is no activation of torch.nn; try ReLU"),
+        (["--model.optimizer=KerasSGD", "--model.optimizer.lr=-1"], "Invalid learning rate: -1"),
+        (["--model.lr_scheduler=OneCycleLR", "--model.lr_scheduler.max_lr=1"], "total_steps"),
+        (["--data.data_dir=/nowhere"], "/nowhere has no file train-images-idx3-ubyte"),
+        (["--ckpt_path=none.ckpt"], "No checkpoint at none.ckpt"),
+        (["--ckpt_path=last"], "has a last.ckpt. Train one with"),
+        (["--ckpt_path={truncated}"], "truncated.ckpt is damaged or no checkpoint"),
+        (["--ckpt_path={text}"], "text.ckpt is damaged or no checkpoint"),
+        (["--ckpt_path={other}"], "other.ckpt is damaged or no checkpoint"),
+        (["--trainer.default_root_dir={text}"], "text.ckpt"),
+        (["--name={text}/x"], "text.ckpt"),
+        (["--trainer.accelerator=tpu"], "torch_xla"),
+        (["--trainer.devices=0"], "devices"),
+    ],
+    ids=lambda value: value[0].split("/")[0] if isinstance(value, list) else "",
+)
+def test_a_mistake_ends_in_one_or_two_lines(fitted, monkeypatch, capfd, tmp_path, data_dir, arguments, message):
+    monkeypatch.chdir(tmp_path)
+    torch.save([1, 2], tmp_path / "other.ckpt")
+    files = {
+        "truncated": damaged(tmp_path / "truncated.ckpt", (fitted[0] / "checkpoints/last.ckpt").read_bytes()[:5000]),
+        "text": damaged(tmp_path / "text.ckpt", b"root:x:0:0:root:/root:/bin/bash\n"),
+        "other": str(tmp_path / "other.ckpt"),
+    }
+    before = sorted(tmp_path.iterdir())
+    data = f"--data.data_dir={data_dir}"
+    code, out, err = in_process(monkeypatch, capfd, "fit", data, *[text.format(**files) for text in arguments])
+    noise = re.compile(r"Seed set|GPU available|TPU available|^$")
+    lines = [line for line in err.splitlines() if not noise.search(line)]
+    assert code in (1, 2)
+    assert lines[0].startswith("error: ")
+    assert message in lines[0]
+    assert len(lines) <= 2
+    assert "Traceback" not in err + out
+    assert sorted(tmp_path.iterdir()) == before
+
+
+def test_a_missing_run_says_which_command_makes_one(monkeypatch, capfd, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    code, _, err = in_process(monkeypatch, capfd, "test", "--name=mine")
+    assert code == 1
+    assert "No run in lightning_logs/mine has a last.ckpt. Train one with `python -m mnist_lightning fit`" in err
+
+
+def test_a_checkpoint_of_another_network_is_said(fitted, monkeypatch, capfd, data_dir, tmp_path):
+    checkpoint = torch.load(fitted[0] / "checkpoints/last.ckpt", weights_only=True)
+    checkpoint["state_dict"] = {f"{name}_": tensor for name, tensor in checkpoint["state_dict"].items()}
+    torch.save(checkpoint, tmp_path / "other.ckpt")
+    code, _, err = in_process(
+        monkeypatch, capfd, "test", f"--data.data_dir={data_dir}", f"--ckpt_path={tmp_path / 'other.ckpt'}"
+    )
+    assert code == 1
+    assert "the checkpoint is of another network" in err
+
+
+def test_the_process_itself_ends_without_a_traceback(command, tmp_path):
+    result = command(tmp_path, "fit", "--data.val_split=2", check=False)
+    assert result.returncode == 2
+    assert "Traceback" not in result.stderr
+    assert len(result.stderr.splitlines()) == 2
+
+
+def test_a_folder_that_cannot_be_written_is_named(command, tmp_path):
+    if os.geteuid() == 0:
+        (tmp_path / "lightning_logs").write_text("a file where the folder should be")
+    else:
+        tmp_path.chmod(0o500)
+    result = command(tmp_path, "fit", "--trainer.max_epochs=1", check=False)
+    tmp_path.chmod(0o700)
+    assert result.returncode == 1
+    assert "error: lightning_logs/baseline/version_0: " in result.stderr
+    assert "Traceback" not in result.stderr
+    shutil.rmtree(tmp_path)

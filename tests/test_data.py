@@ -1,0 +1,147 @@
+"""The data: right bytes, right split, right batches, and errors that help."""
+
+import gzip
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import write_idx
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from torchvision.datasets.mnist import read_image_file, read_label_file
+
+from mnist_lightning import data
+from mnist_lightning.data import MD5, MNISTDataModule, parse_idx
+
+
+def cache() -> Path:
+    import os
+
+    return Path(os.environ["XDG_CACHE_HOME"], "mnist_lightning")
+
+
+def test_the_split_is_keras_s_and_equals_what_torchvision_reads(mnist):
+    images = read_image_file(str(cache() / "train-images-idx3-ubyte"))
+    labels = read_label_file(str(cache() / "train-labels-idx1-ubyte"))
+    assert (len(mnist.train), len(mnist.val), len(mnist.test)) == (48_000, 12_000, 10_000)
+    assert torch.equal(torch.cat([mnist.train.images, mnist.val.images]).squeeze(1), images)
+    assert torch.equal(torch.cat([mnist.train.labels, mnist.val.labels]), labels)
+    assert torch.equal(mnist.test.images.squeeze(1), read_image_file(str(cache() / "t10k-images-idx3-ubyte")))
+    assert torch.equal(mnist.test.labels, read_label_file(str(cache() / "t10k-labels-idx1-ubyte")))
+
+
+def test_batches_are_float_images_from_0_to_1(mnist):
+    images, labels = next(iter(mnist.val_dataloader()))
+    assert images.shape == (250, 1, 28, 28)
+    assert images.dtype == torch.float32
+    assert (images.min(), images.max()) == (0, 1)
+    assert torch.equal(images, mnist.val.images[:250].float() / 255)
+    assert torch.equal(labels, mnist.val.labels[:250])
+
+
+def test_an_epoch_has_every_image_once_in_another_order(data_dir):
+    datamodule = MNISTDataModule(str(data_dir), batch_size=64)
+    datamodule.setup("fit")
+    torch.manual_seed(0)
+    first, second = (list(datamodule.train_dataloader()) for _ in range(2))
+    assert [len(labels) for _, labels in first] == [64] * 15 + [40]
+    whole = [torch.cat([images for images, _ in epoch]).flatten(1) for epoch in (first, second)]
+    expected = (datamodule.train.images / 255).flatten(1)
+    for epoch in whole:
+        assert not torch.equal(epoch, expected)
+        assert torch.equal(torch.unique(epoch, dim=0), torch.unique(expected, dim=0))
+    assert not torch.equal(*whole)
+
+
+def test_val_split_counts_from_the_end(data_dir):
+    datamodule = MNISTDataModule(str(data_dir), val_split=0.1)
+    datamodule.setup("fit")
+    assert (len(datamodule.train), len(datamodule.val)) == (1125, 125)
+
+
+def test_gzipped_and_raw_files_are_read_alike(data_dir, tmp_path):
+    for name in MD5:
+        (tmp_path / f"{name}.gz").write_bytes(gzip.compress((data_dir / name).read_bytes()))
+    raw, zipped = (MNISTDataModule(str(folder)) for folder in (data_dir, tmp_path))
+    for datamodule in (raw, zipped):
+        datamodule.setup("test")
+    assert torch.equal(raw.test.images, zipped.test.images)
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(f"{name}.gz" for name in MD5)
+
+
+def test_training_does_not_touch_the_test_files(data_dir, tmp_path):
+    shutil.copytree(data_dir, tmp_path, dirs_exist_ok=True)
+    for path in tmp_path.glob("t10k*"):
+        path.unlink()
+    datamodule = MNISTDataModule(str(tmp_path))
+    datamodule.setup("fit")
+    datamodule.setup("validate")
+    with pytest.raises(MisconfigurationException, match="has no file t10k-images-idx3-ubyte"):
+        datamodule.setup("test")
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda path: path.unlink(), "has no file train-images-idx3-ubyte or"),
+        (lambda path: path.write_bytes(path.read_bytes()[:-1]), "its header promises 1250 images"),
+        (lambda path: path.write_bytes(b"\0\0"), "too few for an IDX header"),
+        (lambda path: path.write_bytes(b"no images at all, just text"), "magic number"),
+        (
+            lambda path: path.write_bytes(path.with_name("train-labels-idx1-ubyte").read_bytes()),
+            "magic number 0x00000801",
+        ),
+        (lambda path: write_idx(path, np.zeros((1250, 32, 32))), "32x32, not 28x28"),
+        (lambda path: write_idx(path, np.zeros((3, 28, 28))), "3 images but 1250 labels"),
+        (lambda path: path.rename(f"{path}.gz"), "damaged or no MNIST file: Not a gzipped file"),
+        (
+            lambda path: write_idx(path.with_name("train-labels-idx1-ubyte"), np.full(1250, 10)),
+            "label 10 is not a digit",
+        ),
+    ],
+)
+def test_a_bad_copy_is_named(data_dir, tmp_path, damage, message):
+    shutil.copytree(data_dir, tmp_path, dirs_exist_ok=True)
+    damage(tmp_path / "train-images-idx3-ubyte")
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    with pytest.raises(MisconfigurationException, match=message) as error:
+        MNISTDataModule(str(tmp_path)).setup("fit")
+    assert str(tmp_path) in str(error.value)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+def test_a_truncated_gzip_file_is_named(data_dir, tmp_path):
+    for name in MD5:
+        (tmp_path / f"{name}.gz").write_bytes(gzip.compress((data_dir / name).read_bytes())[:-20])
+    with pytest.raises(MisconfigurationException, match=r"train-images-idx3-ubyte\.gz is damaged"):
+        MNISTDataModule(str(tmp_path)).setup("fit")
+
+
+@pytest.mark.parametrize("damage", [b"", b"garbage", None])
+def test_a_damaged_cache_is_repaired(mnist, damage):
+    path = cache() / "t10k-labels-idx1-ubyte"
+    whole = path.read_bytes()
+    path.unlink() if damage is None else path.write_bytes(damage)
+    datamodule = MNISTDataModule()
+    datamodule.setup("test")
+    assert torch.equal(datamodule.test.labels, mnist.test.labels)
+    assert path.read_bytes() == whole
+    assert len(list(cache().iterdir())) == 4
+
+
+def test_a_cache_that_cannot_be_written_is_done_without(mnist, tmp_path, monkeypatch):
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    datamodule = MNISTDataModule()
+    datamodule.setup("test")
+    assert torch.equal(datamodule.test.labels, mnist.test.labels)
+
+
+def test_the_cache_is_unpacked_once(mnist, monkeypatch):
+    monkeypatch.setattr(data.gzip, "decompress", None)
+    MNISTDataModule().setup("fit")
+
+
+def test_parse_idx_gives_labels():
+    assert parse_idx(b"\0\0\x08\x01\0\0\0\x03\x07\x00\x09", "labels").tolist() == [7, 0, 9]

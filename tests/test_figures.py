@@ -1,0 +1,53 @@
+"""The pictures show the numbers they are given."""
+
+import numpy as np
+import pytest
+from matplotlib.colors import to_rgb
+
+from mnist_lightning import figures
+
+
+def test_sample_grid_shows_the_first_25_digits_under_their_labels(mnist):
+    images, labels = mnist.train.images[:30, 0].numpy() / 255, mnist.train.labels[:30].numpy()
+    (axes,) = figures.sample_grid(images, labels).axes
+    assert [int(text.get_text()) for text in axes.texts] == labels[:25].tolist()
+    mosaic = axes.images[0].get_array()
+    assert mosaic.sum() == pytest.approx(images[:25].sum())
+    for index, text in ((0, axes.texts[0]), (7, axes.texts[7]), (24, axes.texts[24])):
+        x, y = (int(value) for value in text.get_position())  # a digit is centred right below its title
+        assert np.array_equal(mosaic[y + 2 : y + 30, x - 14 : x + 14], images[index])
+
+
+def test_predictions_are_green_where_right_and_red_where_wrong(mnist):
+    labels = mnist.test.labels[:12].numpy()
+    predicted = labels.copy()
+    predicted[[2, 5]] = (labels[[2, 5]] + 1) % 10
+    (axes,) = figures.predictions(mnist.test.images[:12, 0].numpy() / 255, labels, predicted).axes
+    titles = [text.get_text() for text in axes.texts]
+    assert titles == [f"predicted {p}\ntrue {t}" for p, t in zip(predicted[:10], labels[:10], strict=True)]
+    colors = [to_rgb(text.get_color()) for text in axes.texts]
+    assert [color[0] > color[1] for color in colors] == [index in (2, 5) for index in range(10)]  # red over green
+
+
+def test_confusion_matrix_writes_every_count():
+    counts = np.array([[5, 0, 1], [2, 7, 0], [0, 0, 0]])
+    (axes,) = figures.confusion_matrix(counts, "title").axes
+    shown = {text.get_position(): int(text.get_text()) for text in axes.texts}
+    assert shown == {(0, 0): 5, (2, 0): 1, (0, 1): 2, (1, 1): 7}  # (column, row)
+    assert (axes.get_xlabel(), axes.get_ylabel(), axes.get_title()) == ("predicted", "true", "title")
+
+
+def test_curves_draw_training_and_validation_over_the_epochs():
+    history = [
+        {"epoch": 0, "train/loss": 2.0, "train/accuracy": 0.5},
+        {"epoch": 1, "train/loss": 1.0, "train/accuracy": 0.7, "val/loss": 0.5},
+    ]
+    (axes,) = figures.curves(history, ["loss"]).axes
+    lines = {line.get_label(): line.get_xydata().tolist() for line in axes.lines}
+    assert lines == {"train/loss": [[1, 2.0], [2, 1.0]], "val/loss": [[2, 0.5]]}
+
+
+def test_render_gives_pixels():
+    pixels = figures.render(figures.curves([{"epoch": 0, "train/loss": 1.0}], ["loss"]))
+    assert pixels.shape == (450, 700, 3)
+    assert pixels.min() < 50 < 250 < pixels.max()
