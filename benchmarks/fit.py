@@ -12,6 +12,7 @@ start of one epoch to the start of the next, without the first; `whole` is the w
 """
 
 import argparse
+import itertools
 import json
 import os
 import statistics
@@ -26,7 +27,7 @@ from typing import Any
 NAMES = {"a": "bare PyTorch loop", "b": "fit", "c": "usual Lightning port", "d": "Keras notebook"}
 
 
-def timed(epochs: int) -> tuple[list[float], Callable[..., None]]:
+def timed() -> tuple[list[float], Callable[..., None]]:
     """A list that gets the CPU time at each call of the function beside it."""
     marks: list[float] = []
     return marks, lambda *_: marks.append(time.process_time())
@@ -47,18 +48,18 @@ def bare(epochs: int) -> list[float]:
     data.setup("fit")
     assert data.train is not None
     assert data.val is not None
-    train_images, train_labels = data.train.images / 255, data.train.labels
-    val_images, val_labels = data.val.images / 255, data.val.labels
+    train_images, train_labels = data.train.images, data.train.labels
+    val_images, val_labels = data.val.images, data.val.labels
     classifier = Classifier(MLP())
     network, kernels = classifier.network, classifier.kernels
     optimizer: torch.optim.Optimizer = classifier.configure_optimizers()
-    marks, mark = timed(epochs)
+    marks, mark = timed()
     for _ in range(epochs):
         mark()
         network.train()
         totals = torch.zeros(3)
         for index in torch.randperm(len(train_labels)).split(64):
-            images, labels = train_images.index_select(0, index), train_labels.index_select(0, index)
+            images, labels = train_images.index_select(0, index) / 255, train_labels.index_select(0, index)
             logits = network(images)
             loss = F.cross_entropy(logits, labels)
             optimizer.zero_grad()
@@ -71,7 +72,7 @@ def bare(epochs: int) -> list[float]:
         network.eval()
         with torch.no_grad():
             for batch in range(0, len(val_labels), 250):
-                logits, labels = network(val_images[batch : batch + 250]), val_labels[batch : batch + 250]
+                logits, labels = network(val_images[batch : batch + 250] / 255), val_labels[batch : batch + 250]
                 totals[0] += F.cross_entropy(logits, labels)
                 totals[2] += (logits.argmax(1) == labels).sum()
     mark()
@@ -79,24 +80,17 @@ def bare(epochs: int) -> list[float]:
 
 
 def fit(epochs: int) -> list[float]:
-    """Run the command, with a callback that takes the time."""
-    from lightning.pytorch import Callback
+    """Run the command, with the time taken where its progress bar turns to the next epoch."""
+    from mnist_lightning import callbacks, cli
 
-    from mnist_lightning import cli
+    marks, mark = timed()
+    original = callbacks.EpochProgressBar._print_line
 
-    marks, mark = timed(epochs)
+    def print_line(*arguments: Any) -> None:
+        original(*arguments)
+        mark()
 
-    class Marks(Callback):
-        on_train_epoch_start = on_train_end = mark
-
-    original = cli.RunCLI.instantiate_trainer
-
-    def instantiate_trainer(self: Any, **kwargs: Any) -> Any:
-        trainer = original(self, **kwargs)
-        trainer.callbacks.append(Marks())
-        return trainer
-
-    cli.RunCLI.instantiate_trainer = instantiate_trainer  # type: ignore[method-assign]
+    callbacks.EpochProgressBar._print_line = print_line  # type: ignore[method-assign]
     sys.argv = ["mnist_lightning", "fit", f"--trainer.max_epochs={epochs}"]
     cli.main("fit", "")
     return marks
@@ -147,16 +141,14 @@ def usual(epochs: int) -> list[float]:
     for name in MD5:
         (raw / name).write_bytes(embedded(name))
     dataset = MNIST(str(raw.parents[1]), train=True, transform=ToTensor())
-    loaders = [
-        DataLoader(Subset(dataset, range(48_000)), batch_size=64, shuffle=True),
-        DataLoader(Subset(dataset, range(48_000, 60_000)), batch_size=64),
-    ]
-    marks, mark = timed(epochs)
+    train: Any = DataLoader(Subset(dataset, range(48_000)), batch_size=64, shuffle=True)
+    val: Any = DataLoader(Subset(dataset, range(48_000, 60_000)), batch_size=64)
+    marks, mark = timed()
 
     class Marks(Callback):
         on_train_epoch_start = on_train_end = mark
 
-    Trainer(max_epochs=epochs, accelerator="cpu", callbacks=[Marks()]).fit(Usual(), *loaders)
+    Trainer(max_epochs=epochs, accelerator="cpu", callbacks=[Marks()]).fit(Usual(), train, val)
     return marks
 
 
@@ -186,7 +178,7 @@ def keras(epochs: int) -> list[float]:
         ]
     model = k.Sequential([*layers, k.layers.Dense(10, activation="softmax")])
     model.compile("adam", "sparse_categorical_crossentropy", metrics=["accuracy"])
-    marks, mark = timed(epochs)
+    marks, mark = timed()
     callback = k.callbacks.LambdaCallback(on_epoch_begin=mark, on_train_end=mark)
     model.fit(images, labels, epochs=epochs, batch_size=64, validation_split=0.2, callbacks=[callback])
     model.evaluate(test_images, test_labels)
@@ -212,7 +204,7 @@ def measure(letter: str, epochs: int, python: str) -> tuple[list[float], float, 
         _, _, usage = os.wait4(process.pid, 0)
         wall = time.perf_counter() - start
     marks = json.loads(last)
-    return [end - begin for begin, end in zip(marks[1:-1], marks[2:], strict=True)], wall, usage.ru_maxrss / 1024
+    return [end - begin for begin, end in itertools.pairwise(marks[1:])], wall, usage.ru_maxrss / 1024
 
 
 def main() -> None:

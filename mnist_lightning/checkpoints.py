@@ -63,6 +63,12 @@ class RunCheckpoint(ModelCheckpoint):
         self._resumed_from: Path | None = None
 
     @property
+    def state_key(self) -> str:
+        """Name of this callback's state in a checkpoint."""
+        # Lightning asks for it several times a step, and its own takes long to make
+        return "RunCheckpoint"
+
+    @property
     def run_dir(self) -> Path:
         """Folder of the run."""
         # trainer.log_dir waits until all processes ask for it

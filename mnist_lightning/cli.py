@@ -7,6 +7,7 @@ import logging
 import sys
 import warnings
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -14,10 +15,11 @@ import torch
 from jsonargparse import Namespace, _typehints
 from jsonargparse.typing import PositiveInt
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.callbacks import ModelSummary
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.profilers import PassThroughProfiler
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities.model_summary import summarize
 from lightning.pytorch.utilities.rank_zero import rank_zero_only, rank_zero_warn
 
 from mnist_lightning.callbacks import EpochProgressBar, Figures
@@ -59,6 +61,16 @@ def _discard_defaults(original: Callable[..., None]) -> Callable[..., None]:
 
 
 _typehints.discard_init_args_on_class_path_change = _discard_defaults(_typehints.discard_init_args_on_class_path_change)
+
+
+class NoProfiler(PassThroughProfiler):
+    """Lightning enters its profiler some 50 times a step, where it makes a context each time; this one has one."""
+
+    context = nullcontext()
+
+    def profile(self, action_name: str) -> Any:
+        """Do nothing."""
+        return self.context
 
 
 class RunCLI(LightningCLI):
@@ -178,9 +190,10 @@ class RunCLI(LightningCLI):
         callbacks: list[Any] = []
         if options.enable_progress_bar is not False:
             callbacks.append(EpochProgressBar())
-        if options.enable_model_summary is not False:
-            callbacks.append(ModelSummary(max_depth=2))
-            kwargs["enable_model_summary"] = False  # Lightning's own shows no layers
+        self.summarizes = options.enable_model_summary is not False
+        kwargs["enable_model_summary"] = False  # Lightning's own shows no layers
+        if options.profiler is None:
+            kwargs["profiler"] = NoProfiler()
         self.checkpoint: RunCheckpoint | None = None
         self.keeps_run = self.command == "fit" and options.logger is not False and not options.fast_dev_run
         if not self.keeps_run:
@@ -205,6 +218,8 @@ class RunCLI(LightningCLI):
                 shapes = [tuple(tensor.shape) for tensor in (split.images, split.labels)]
                 dtypes = [tensor.dtype for tensor in split.__getitems__([0])]
                 print(f"  {name:5}  images {shapes[0]} {dtypes[0]}, labels {shapes[1]} {dtypes[1]}")
+            if self.summarizes:
+                print(summarize(model, max_depth=2))
         if self.keeps_run and self.config[self.command].trainer.logger is None:
             name = self.config[self.command].name
             self.trainer.loggers = [
