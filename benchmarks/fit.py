@@ -90,7 +90,7 @@ def fit(epochs: int) -> list[float]:
         original(*arguments)
         mark()
 
-    callbacks.EpochProgressBar._print_line = print_line  # type: ignore[method-assign]
+    callbacks.EpochProgressBar._print_line = print_line  # type: ignore[assignment]
     sys.argv = ["mnist_lightning", "fit", f"--trainer.max_epochs={epochs}"]
     cli.main("fit", "")
     return marks
@@ -115,16 +115,17 @@ def usual(epochs: int) -> list[float]:
         def __init__(self) -> None:
             super().__init__()
             self.network = MLP()
-            self.accuracy = torch.nn.ModuleDict({stage: MulticlassAccuracy(10) for stage in ("fit", "val")})
+            self.accuracy: Any = torch.nn.ModuleDict({stage: MulticlassAccuracy(10) for stage in ("fit", "val")})
 
         def step(self, batch: Any, stage: str) -> Any:
             images, labels = batch
             logits = self.network(images)
             loss = F.cross_entropy(logits, labels)
-            penalty = sum(0.01 * layer.weight.square().sum() for layer in (self.network.dense_1, self.network.dense_2))
+            layers: list[Any] = [self.network.dense_1, self.network.dense_2]
+            penalty = sum(0.01 * layer.weight.square().sum() for layer in layers)
             self.accuracy[stage](logits, labels)
             metrics = {f"{stage}/loss": loss + penalty, f"{stage}/accuracy": self.accuracy[stage]}
-            self.log_dict(metrics, on_step=stage == "fit", on_epoch=True, prog_bar=True)  # type: ignore[arg-type]
+            self.log_dict(metrics, on_step=stage == "fit", on_epoch=True, prog_bar=True)
             return loss + penalty
 
         def training_step(self, batch: Any) -> Any:
