@@ -94,6 +94,9 @@ class RunCheckpoint(ModelCheckpoint):
             if isinstance(config.scheduler, ReduceLROnPlateau):
                 config.scheduler.step(self.history[-1][str(config.monitor)])
 
+    def on_train_batch_end(self, *_: Any) -> None:
+        """Save nothing: epochs are saved."""
+
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Keep the metrics of ``val`` for the epoch's row."""
         super().on_validation_end(trainer, pl_module)

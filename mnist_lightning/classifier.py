@@ -138,7 +138,7 @@ class Classifier(LightningModule):
 
     def _step(self, batch: Batch, stage: str) -> tuple[Tensor, Tensor]:
         images, labels = batch
-        logits = self(images)
+        logits = self.network(images)
         loss = F.cross_entropy(logits, labels)
         predicted = logits.argmax(dim=1)
         if stage not in self.totals:
