@@ -2,7 +2,7 @@
 
 Run by hand, with nothing else running: python benchmarks/fit.py
 
-(a) bare    a PyTorch loop that does the same work: batches, loss, penalty, accuracy, Adam, validation
+(a) bare    a PyTorch loop that does the same work: batches, loss, penalty, accuracy, torch's fused Adam, validation
 (b) fit     python -m mnist_lightning fit, as it is, with logs, figures and checkpoints
 (c) usual   the usual Lightning port: torchvision item by item, torchmetrics, log_dict at every step
 (d) keras   the notebook's model and training, where Keras and TensorFlow are installed (--keras names their Python)
@@ -52,7 +52,10 @@ def bare(epochs: int) -> list[float]:
     val_images, val_labels = data.val.images, data.val.labels
     classifier = Classifier(MLP())
     network, kernels = classifier.network, classifier.kernels
-    optimizer: torch.optim.Optimizer = classifier.configure_optimizers()
+    decayed = [kernel for kernel, _ in kernels]
+    others = [parameter for parameter in network.parameters() if all(parameter is not kernel for kernel in decayed)]
+    groups: list[dict[str, Any]] = [{"params": decayed, "weight_decay": 0.02}, {"params": others}]
+    optimizer = torch.optim.Adam(groups, lr=1e-3, eps=1e-7, fused=True)
     marks, mark = timed()
     for _ in range(epochs):
         mark()

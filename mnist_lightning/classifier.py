@@ -13,6 +13,7 @@ from mnist_lightning.data import Batch
 from mnist_lightning.optimizers import KerasAdam, KerasRMSprop
 
 COUPLED = (
+    KerasAdam,
     KerasRMSprop,
     torch.optim.Adam,
     torch.optim.SGD,

