@@ -1,5 +1,6 @@
 """What a person sees of a run: progress in the terminal, pictures in TensorBoard and in the run's folder."""
 
+import copy
 import time
 from typing import Any
 
@@ -7,7 +8,7 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.loggers import TensorBoardLogger
-from lightning.pytorch.utilities.rank_zero import rank_zero_only
+from lightning.pytorch.utilities.rank_zero import rank_zero_only, rank_zero_warn
 from matplotlib.figure import Figure
 from PIL import Image
 from torch import Tensor
@@ -36,6 +37,10 @@ class EpochProgressBar(ProgressBar):
     def disable(self) -> None:
         """Show nothing, as on all processes but the first."""
         self._enabled = False
+
+    def enable(self) -> None:
+        """Show progress again."""
+        self._enabled = True
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Print the line of the epoch before and start a bar."""
@@ -103,9 +108,12 @@ class Figures(Callback):
         for logger in _tensorboards(trainer):
             charts = {name: ["Multiline", [f"train/{name}$", f"val/{name}$"]] for name in METRICS}
             logger.experiment.add_custom_scalars({"train against validation": charts})
-            pl_module.eval()  # tracing must not draw from the random state
-            logger.experiment.add_graph(pl_module, images[:1].to(pl_module.device))
-            pl_module.train()
+            # in evaluation mode, where nothing is drawn from the random state
+            network: Any = copy.deepcopy(pl_module.network)
+            try:
+                logger.experiment.add_graph(network.eval(), images[:1].to(pl_module.device))
+            except Exception as error:  # whatever a network does that cannot be traced
+                rank_zero_warn(f"TensorBoard gets no graph, since the network cannot be traced: {error}")
 
     def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Start to count."""

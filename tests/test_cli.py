@@ -261,6 +261,25 @@ def test_lightning_s_flags_work(command, tmp_path):
     assert float(table[-1]["train/loss"]) < float(table[0]["train/loss"])
 
 
+def test_a_network_that_cannot_be_traced_still_trains(command, monkeypatch, tmp_path):
+    (tmp_path / "mine.py").write_text(
+        "import torch\n"
+        "class Net(torch.nn.Linear):\n"
+        "    def __init__(self, l2: float = 0.5):\n"
+        "        super().__init__(784, 10)\n"
+        "        self.l2 = l2\n"
+        "    def forward(self, images):\n"
+        "        if torch.jit.is_tracing():\n"
+        "            raise RuntimeError('not to be traced')\n"
+        "        return super().forward(images.flatten(1))\n"
+    )
+    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}{os.pathsep}{os.environ.get('PYTHONPATH', '')}")
+    result = command(tmp_path, "fit", "--trainer.max_epochs=1", "--model.network=mine.Net")
+    assert "TensorBoard gets no graph" in result.stderr
+    (row,) = rows(tmp_path / "lightning_logs/baseline/version_0")
+    assert float(row["val/penalized_loss"]) > float(row["val/loss"])
+
+
 def test_two_processes_train_one_model(command, tmp_path):
     command(tmp_path, "fit", "--trainer.max_epochs=1", "--trainer.accelerator=cpu", "--trainer.devices=2")
     (run,) = (tmp_path / "lightning_logs/baseline").iterdir()
