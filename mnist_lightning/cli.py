@@ -190,7 +190,6 @@ class RunCLI(LightningCLI):
         callbacks: list[Any] = []
         if options.enable_progress_bar is not False:
             callbacks.append(EpochProgressBar())
-        self.summarizes = options.enable_model_summary is not False
         kwargs["enable_model_summary"] = False  # Lightning's own shows no layers
         if options.profiler is None:
             kwargs["profiler"] = NoProfiler()
@@ -218,7 +217,7 @@ class RunCLI(LightningCLI):
                 shapes = [tuple(tensor.shape) for tensor in (split.images, split.labels)]
                 dtypes = [tensor.dtype for tensor in split.__getitems__([0])]
                 print(f"  {name:5}  images {shapes[0]} {dtypes[0]}, labels {shapes[1]} {dtypes[1]}")
-            if self.summarizes:
+            if self.config[self.command].trainer.enable_model_summary is not False:
                 print(summarize(model, max_depth=2))
         if self.keeps_run and self.config[self.command].trainer.logger is None:
             name = self.config[self.command].name

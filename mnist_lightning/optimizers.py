@@ -6,12 +6,38 @@ as a penalty λ‖W‖² in the loss.
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch.optim.optimizer import Optimizer, ParamsT
 
 
-class KerasAdam(Optimizer):
+class _KerasOptimizer(Optimizer):
+    """What the optimizers with an update rule of their own share: each gives ``_update`` for a parameter group."""
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
+        """Do one optimization step.
+
+        Args:
+            closure: Computes the loss and its gradients anew.
+
+        Returns:
+            What the closure returned.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            self._update(group)
+        return loss
+
+    def _update(self, group: dict[str, Any]) -> None:
+        raise NotImplementedError
+
+
+class KerasAdam(_KerasOptimizer):
     """Adam as ``keras.optimizers.Adam`` computes it, in one fused kernel.
 
     The update is ``m = β₁ m + (1 - β₁) g; v = β₂ v + (1 - β₂) g²; p -= lr √(1 - β₂ᵗ) / (1 - β₁ᵗ) · m / (√v + eps)``:
@@ -42,48 +68,33 @@ class KerasAdam(Optimizer):
         _check_not_negative(lr=lr, eps=eps, weight_decay=weight_decay)
         super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "step": 0})
 
-    @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
-        """Do one optimization step.
-
-        Args:
-            closure: Computes the loss and its gradients anew.
-
-        Returns:
-            What the closure returned.
-        """
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
-        for group in self.param_groups:
-            params = [param for param in group["params"] if param.grad is not None]
-            if not params:
-                continue
-            for param in params:
-                if not self.state[param]:
-                    self.state[param] = {name: torch.zeros_like(param) for name in ("exp_avg", "exp_avg_sq")}
-            states = [self.state[param] for param in params]
-            group["step"] += 1
-            beta1, beta2 = group["betas"]
-            # the kernel's own bias corrections are 1 far from the start
-            far = torch.full((), 1e9, device=params[0].device)
-            torch._fused_adam_(
-                params,
-                [param.grad for param in params],
-                [state["exp_avg"] for state in states],
-                [state["exp_avg_sq"] for state in states],
-                [],
-                [far] * len(params),
-                lr=group["lr"] * math.sqrt(1 - beta2 ** group["step"]) / (1 - beta1 ** group["step"]),
-                beta1=beta1,
-                beta2=beta2,
-                weight_decay=group["weight_decay"],
-                eps=group["eps"],
-                amsgrad=False,
-                maximize=False,
-            )
-        return loss
+    def _update(self, group: dict[str, Any]) -> None:
+        params = [param for param in group["params"] if param.grad is not None]
+        if not params:
+            return
+        for param in params:
+            if not self.state[param]:
+                self.state[param] = {name: torch.zeros_like(param) for name in ("exp_avg", "exp_avg_sq")}
+        states = [self.state[param] for param in params]
+        group["step"] += 1
+        beta1, beta2 = group["betas"]
+        # the kernel's own bias corrections are 1 far from the start
+        far = torch.full((), 1e9, device=params[0].device)
+        torch._fused_adam_(
+            params,
+            [param.grad for param in params],
+            [state["exp_avg"] for state in states],
+            [state["exp_avg_sq"] for state in states],
+            [],
+            [far] * len(params),
+            lr=group["lr"] * math.sqrt(1 - beta2 ** group["step"]) / (1 - beta1 ** group["step"]),
+            beta1=beta1,
+            beta2=beta2,
+            weight_decay=group["weight_decay"],
+            eps=group["eps"],
+            amsgrad=False,
+            maximize=False,
+        )
 
 
 class KerasSGD(torch.optim.SGD):
@@ -111,7 +122,7 @@ class KerasSGD(torch.optim.SGD):
         self._step_supports_amp_scaling = False  # or Lightning refuses to clip gradients in mixed precision
 
 
-class KerasRMSprop(Optimizer):
+class KerasRMSprop(_KerasOptimizer):
     """RMSprop with epsilon inside the root, as in ``keras.optimizers.RMSprop``.
 
     The update is ``v = alpha v + (1 - alpha) g²; p -= lr g / sqrt(v + eps)``. ``torch.optim.RMSprop`` divides by
@@ -139,32 +150,17 @@ class KerasRMSprop(Optimizer):
         _check_not_negative(lr=lr, alpha=alpha, eps=eps, weight_decay=weight_decay)
         super().__init__(params, {"lr": lr, "alpha": alpha, "eps": eps, "weight_decay": weight_decay})
 
-    @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
-        """Do one optimization step.
-
-        Args:
-            closure: Computes the loss and its gradients anew.
-
-        Returns:
-            What the closure returned.
-        """
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
-        for group in self.param_groups:
-            lr, alpha, eps, weight_decay = (group[key] for key in ("lr", "alpha", "eps", "weight_decay"))
-            for param in group["params"]:
-                if param.grad is None:
-                    continue
-                grad = param.grad.add(param, alpha=weight_decay) if weight_decay else param.grad
-                state = self.state[param]
-                if not state:
-                    state["square_avg"] = torch.zeros_like(param)
-                square_avg = state["square_avg"].mul_(alpha).addcmul_(grad, grad, value=1 - alpha)
-                param.addcdiv_(grad, (square_avg + eps).sqrt_(), value=-lr)
-        return loss
+    def _update(self, group: dict[str, Any]) -> None:
+        lr, alpha, eps, weight_decay = (group[key] for key in ("lr", "alpha", "eps", "weight_decay"))
+        for param in group["params"]:
+            if param.grad is None:
+                continue
+            grad = param.grad.add(param, alpha=weight_decay) if weight_decay else param.grad
+            state = self.state[param]
+            if not state:
+                state["square_avg"] = torch.zeros_like(param)
+            square_avg = state["square_avg"].mul_(alpha).addcmul_(grad, grad, value=1 - alpha)
+            param.addcdiv_(grad, (square_avg + eps).sqrt_(), value=-lr)
 
 
 def _check_not_negative(**values: float) -> None:
