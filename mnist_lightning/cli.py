@@ -7,7 +7,6 @@ import logging
 import sys
 import warnings
 from collections.abc import Callable
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -17,7 +16,6 @@ from jsonargparse.typing import PositiveInt
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import TensorBoardLogger
-from lightning.pytorch.profilers import PassThroughProfiler
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.model_summary import summarize
 from lightning.pytorch.utilities.rank_zero import rank_zero_only, rank_zero_warn
@@ -26,6 +24,7 @@ from mnist_lightning.callbacks import EpochProgressBar, Figures
 from mnist_lightning.checkpoints import CheckpointIO, RunCheckpoint
 from mnist_lightning.classifier import Classifier
 from mnist_lightning.data import MNISTDataModule
+from mnist_lightning.loops import EpochLoop, NoProfiler
 
 LOGS = "lightning_logs"
 PROG = "python -m mnist_lightning"
@@ -61,16 +60,6 @@ def _discard_defaults(original: Callable[..., None]) -> Callable[..., None]:
 
 
 _typehints.discard_init_args_on_class_path_change = _discard_defaults(_typehints.discard_init_args_on_class_path_change)
-
-
-class NoProfiler(PassThroughProfiler):
-    """Lightning enters its profiler some 50 times a step, where it makes a context each time; this one has one."""
-
-    context = nullcontext()
-
-    def profile(self, action_name: str) -> Any:
-        """Do nothing."""
-        return self.context
 
 
 class RunCLI(LightningCLI):
@@ -203,7 +192,9 @@ class RunCLI(LightningCLI):
             callbacks += [self.checkpoint, Figures(self.checkpoint)]
         kwargs["plugins"] = [*(options.plugins or []), CheckpointIO()]
         self.trainer_defaults["callbacks"] = callbacks
-        return super().instantiate_trainer(**kwargs)
+        trainer = super().instantiate_trainer(**kwargs)
+        trainer.fit_loop.epoch_loop = EpochLoop(trainer, trainer.min_steps, trainer.max_steps)
+        return trainer
 
     def fit(self, model: LightningModule, datamodule: MNISTDataModule, ckpt_path: str | None) -> None:
         """Train, then evaluate on the test images: the weights of the last epoch and those of the best."""

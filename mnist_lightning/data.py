@@ -5,7 +5,7 @@ import hashlib
 import os
 import tempfile
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from lightning.pytorch import LightningDataModule
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import BatchSampler, DataLoader, Dataset, RandomSampler, SequentialSampler
 
 MD5 = {
     "train-images-idx3-ubyte": "6bbc9ace898e44ae57da46a324031adb",
@@ -49,8 +49,17 @@ class Split(Dataset[Batch]):
 
     def __getitems__(self, indices: Sequence[int]) -> Batch:
         """Batch of the images and labels at ``indices``; the DataLoader calls it once a batch."""
-        index = torch.tensor(indices)  # index_select takes half the time of indexing with a list or a tensor
+        index = torch.as_tensor(indices)  # index_select takes half the time of indexing with a list or a tensor
         return self.images.index_select(0, index) / 255, self.labels.index_select(0, index)
+
+
+class TensorBatchSampler(BatchSampler):
+    """A ``BatchSampler`` that gives the indices of a batch as a tensor: one slice instead of 64 numbers in turn."""
+
+    def __iter__(self) -> Iterator[Any]:
+        """Index tensors of shape (batch,), in the order of the sampler."""
+        batches = torch.tensor(list(self.sampler)).split(self.batch_size)
+        return iter(batches[:-1] if self.drop_last and len(batches[-1]) < self.batch_size else batches)
 
 
 class MNISTDataModule(LightningDataModule):
@@ -119,7 +128,8 @@ class MNISTDataModule(LightningDataModule):
 
     def _dataloader(self, split: Split | None, batch_size: int, shuffle: bool = False) -> DataLoader[Batch]:
         assert split is not None, "call setup() first"
-        return DataLoader(split, batch_size=batch_size, shuffle=shuffle, collate_fn=_as_is)
+        sampler = (RandomSampler if shuffle else SequentialSampler)(split)
+        return DataLoader(split, batch_sampler=TensorBatchSampler(sampler, batch_size, False), collate_fn=_as_is)
 
     def _load(self, prefix: str) -> Batch:
         images, labels = (self._read(f"{prefix}-{kind}") for kind in ("images-idx3-ubyte", "labels-idx1-ubyte"))

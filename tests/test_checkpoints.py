@@ -15,6 +15,7 @@ from lightning.pytorch.loggers import CSVLogger
 from mnist_lightning.checkpoints import CheckpointIO, RunCheckpoint
 from mnist_lightning.classifier import Classifier
 from mnist_lightning.data import MNISTDataModule
+from mnist_lightning.loops import EpochLoop
 from mnist_lightning.networks import MLP
 from mnist_lightning.optimizers import KerasAdam
 
@@ -32,13 +33,14 @@ def fit(folder, data_dir, epochs, ckpt_path=None, seed=1):
     classifier = Noisy(
         MLP(units=[32], dropout=0.3, l2=0.01),
         lambda params: KerasAdam(params, lr=0.02),
-        lambda optimizer: ReduceLROnPlateau(optimizer, monitor="val/loss", patience=0, factor=0.7),
+        lambda optimizer: ReduceLROnPlateau(optimizer, monitor="val/loss", patience=0, factor=0.7, threshold=0.2),
     )
     checkpoint = RunCheckpoint()
     trainer = Trainer(
         max_epochs=epochs, accelerator="cpu", logger=CSVLogger(folder, ""), callbacks=[checkpoint],
         plugins=[CheckpointIO()], enable_progress_bar=False, enable_model_summary=False, num_sanity_val_steps=0,
     )  # fmt: skip
+    trainer.fit_loop.epoch_loop = EpochLoop(trainer)
     trainer.fit(classifier, MNISTDataModule(str(data_dir)), ckpt_path=ckpt_path)
     return classifier, trainer, checkpoint
 

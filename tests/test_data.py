@@ -9,10 +9,11 @@ import pytest
 import torch
 from conftest import write_idx
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from torch.utils.data import BatchSampler, RandomSampler
 from torchvision.datasets.mnist import read_image_file, read_label_file
 
 from mnist_lightning import data
-from mnist_lightning.data import MD5, MNISTDataModule, parse_idx
+from mnist_lightning.data import MD5, MNISTDataModule, TensorBatchSampler, parse_idx
 
 
 def cache() -> Path:
@@ -52,6 +53,15 @@ def test_an_epoch_has_every_image_once_in_another_order(data_dir):
         assert not torch.equal(epoch, expected)
         assert torch.equal(torch.unique(epoch, dim=0), torch.unique(expected, dim=0))
     assert not torch.equal(*whole)
+
+
+@pytest.mark.parametrize("drop_last", [False, True])
+def test_index_tensors_are_the_batches_of_torch_s_sampler(drop_last):
+    def batches(sampler):
+        order = RandomSampler(range(100), generator=torch.Generator().manual_seed(3))
+        return [list(map(int, batch)) for batch in sampler(order, 32, drop_last)]
+
+    assert batches(TensorBatchSampler) == batches(BatchSampler)
 
 
 def test_val_split_counts_from_the_end(data_dir):

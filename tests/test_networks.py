@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from mnist_lightning.networks import MLP, Dense
+from mnist_lightning.networks import MLP, Dense, Dropout
 
 
 def test_the_default_is_the_notebook_s_network():
@@ -59,3 +59,17 @@ def test_no_hidden_layer_is_a_linear_classifier():
 def test_what_has_no_sense_is_refused(arguments, message):
     with pytest.raises(ValueError, match=message):
         MLP(**arguments)
+
+
+@pytest.mark.parametrize("rate", [0.0, 0.2, 0.5, 1.0])
+def test_dropout_zeroes_its_share_and_scales_the_rest(rate):
+    torch.manual_seed(0)
+    dropout, inputs = Dropout(rate), torch.full((1000, 100), 3.0, requires_grad=True)
+    outputs = dropout(inputs)
+    kept = outputs != 0
+    assert kept.float().mean().item() == pytest.approx(1 - rate, abs=0.005)  # three standard deviations
+    assert torch.allclose(outputs[kept], torch.tensor(3 / (1 - rate) if rate < 1 else 0.0))
+    outputs.sum().backward()
+    assert torch.equal(inputs.grad * 3, outputs)
+    assert not torch.equal(dropout(inputs), outputs) or rate in (0, 1)
+    assert dropout.eval()(inputs) is inputs
