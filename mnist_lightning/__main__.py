@@ -11,6 +11,7 @@ COMMANDS = {
     "fit": "Train the network on MNIST and evaluate it on the test set.",
     "validate": "Evaluate a checkpoint on the validation images.",
     "test": "Evaluate a checkpoint on the test images.",
+    "tune": "Search hyper-parameters with an Optuna study and refit the best.",
     "predict": "Write label and probabilities of every test image to a CSV file.",
 }
 
@@ -28,6 +29,10 @@ def main() -> None:
         commands.add_parser(name, help=text, add_help=False)
     command = parser.parse_args(sys.argv[1:2] or ["--help"]).command
 
+    if command == "tune" and not {"-h", "--help"} & set(sys.argv):
+        from mnist_lightning import workers
+
+        workers.start_server()  # imports, in a process beside this one, what the workers need
     from mnist_lightning import cli  # takes seconds: torch and Lightning
 
     cli.main(command, COMMANDS[command])

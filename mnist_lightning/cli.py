@@ -1,12 +1,13 @@
 """The commands and their options: a LightningCLI whose defaults are the notebook's."""
 
+import csv
 import importlib
 import inspect
 import json
 import logging
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -71,13 +72,18 @@ class RunCLI(LightningCLI):
         args: Command-line arguments including the command, by default those of the process.
     """
 
+    run_trainer: type[Trainer] = Trainer
+    run_epochs = 20
+    run_name = "baseline"
+
     def __init__(self, command: str, description: str, args: ArgsType = None) -> None:
         self.command = command
         super().__init__(
             Classifier,
             MNISTDataModule,
+            trainer_class=self.run_trainer,
             # the notebook's network is too small to share: one device, unless asked for more
-            trainer_defaults={"max_epochs": 20, "devices": 1, "num_sanity_val_steps": 0},
+            trainer_defaults={"max_epochs": self.run_epochs, "devices": 1, "num_sanity_val_steps": 0},
             seed_everything_default=42,
             parser_class=Parser,
             parser_kwargs={"prog": PROG, command: {"description": description}},
@@ -87,11 +93,12 @@ class RunCLI(LightningCLI):
 
     def subcommands(self) -> dict[str, set[str]]:  # type: ignore[override]
         """The chosen command, with the arguments of its Trainer method that are no options."""
-        return {self.command: {*super().subcommands()[self.command], "weights_only", "return_predictions"}}
+        skip = super().subcommands().get(self.command, {"model", "datamodule"})
+        return {self.command: {*skip, "weights_only", "return_predictions"}}
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Add the options that are neither the trainer's nor the model's nor the data's."""
-        parser.add_argument("--name", default="baseline", help=f"Folder of the run, in {LOGS}.")
+        parser.add_argument("--name", default=self.run_name, help=f"Folder of the run, in {LOGS}.")
         parser.add_argument(
             "--num_threads",
             type=PositiveInt,
@@ -107,16 +114,17 @@ class RunCLI(LightningCLI):
         super().parse_arguments(parser, args)
         options = self.config[self.command]
         self.logs = Path(options.trainer.default_root_dir or ".", LOGS)
+        if "ckpt_path" not in options:
+            return
         if options.ckpt_path is None and self.command != "fit":
             options.ckpt_path = "last"
         if options.ckpt_path in ("last", "best"):
-            options.ckpt_path = self._newest(options.name, options.ckpt_path)
+            options.ckpt_path = self._newest_checkpoint(options.name, options.ckpt_path)
         if options.ckpt_path is not None:
             self._check_checkpoint(options.ckpt_path)
 
-    def _newest(self, name: str, kind: str) -> str:
-        paths = (self.logs / name).glob(f"version_*/checkpoints/{kind}.ckpt")
-        newest = max(paths, key=lambda path: path.stat().st_mtime, default=None)
+    def _newest_checkpoint(self, name: str, kind: str) -> str:
+        newest = newest_file((self.logs / name).glob(f"version_*/checkpoints/{kind}.ckpt"))
         if newest is None:
             raise MisconfigurationException(
                 f"No run in {self.logs / name} has a {kind}.ckpt. Train one with `{PROG} fit`, "
@@ -229,14 +237,19 @@ class RunCLI(LightningCLI):
         (results,) = self.trainer.test(model, datamodule=datamodule, verbose=False)
         for logger in loggers:
             logger.log_metrics(dict(results), step=self.trainer.global_step)
-        rows = {f"last epoch ({self.trainer.current_epoch})": results}
+        rows: dict[str, dict[str, float]] = {f"last epoch ({self.trainer.current_epoch})": dict(results)}
         if self.checkpoint is not None and self.checkpoint.best_model_path:
             best = max(self.checkpoint.history, key=lambda row: row.get("val/accuracy", 0.0))
             model.load_state_dict(torch.load(self.checkpoint.best_model_path, weights_only=True)["state_dict"])
             (results,) = self.trainer.test(model, datamodule=datamodule, verbose=False)
-            rows[f"best val/accuracy (epoch {best['epoch'] + 1})"] = results
+            rows[f"best val/accuracy (epoch {best['epoch'] + 1})"] = dict(results)
         if not self.trainer.is_global_zero:
             return
+        if self.checkpoint is not None:
+            with (self.checkpoint.run_dir / "test.csv").open("w", newline="") as file:
+                writer = csv.DictWriter(file, fieldnames=["weights", *results])
+                writer.writeheader()
+                writer.writerows({"weights": weights, **metrics} for weights, metrics in rows.items())
         columns = {"test loss": "loss", "penalized loss": "penalized_loss", "accuracy": "accuracy"}
         print(f"\n{'weights after the':28}" + "".join(f"{title:>16}" for title in columns))
         for weights, metrics in rows.items():
@@ -259,6 +272,11 @@ class RunCLI(LightningCLI):
         table.insert(1, "predicted", probabilities.argmax(axis=1))
         table.to_csv(output, index_label="index")
         print(f"{len(table)} predictions of {ckpt_path} in {output}")
+
+
+def newest_file(paths: Iterable[Path]) -> Path | None:
+    """The one that was written last, or None."""
+    return max(paths, key=lambda path: path.stat().st_mtime, default=None)
 
 
 def new_version(folder: Path) -> int:
@@ -294,7 +312,12 @@ def main(command: str, description: str) -> None:
     ):
         warnings.filterwarnings("ignore", message)
     try:
-        RunCLI(command, description)
+        if command == "tune":
+            from mnist_lightning.tuning import TuneCLI  # takes a while, and only this command needs it
+
+            TuneCLI(command, description)
+        else:
+            RunCLI(command, description)
     except MisconfigurationException as error:
         sys.exit(f"error: {error}")
     except ModuleNotFoundError as error:  # what an option of Lightning's needs

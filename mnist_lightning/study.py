@@ -1,0 +1,266 @@
+"""The Optuna study behind ``tune``: who draws a trial, who owns it, and what becomes of it when its owner dies."""
+
+import os
+import socket
+import time
+from collections.abc import Callable, Sequence
+from datetime import datetime
+from pathlib import Path
+from typing import Any, Literal
+
+import optuna
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from optuna.distributions import (
+    BaseDistribution,
+    CategoricalDistribution,
+    FloatDistribution,
+    IntDistribution,
+    distribution_to_json,
+    json_to_distribution,
+)
+from optuna.samplers import BaseSampler
+from optuna.storages import BaseStorage, JournalStorage
+from optuna.storages.journal import JournalFileBackend
+from optuna.study import Study
+from optuna.trial import FrozenTrial, Trial, TrialState
+
+SearchSpace = dict[str, BaseDistribution]
+"""From a key of the config, with dots and the indices of lists, to the distribution of its values."""
+
+ATTEMPTS = 3
+"""How often a trial is started whose process dies."""
+
+
+class TrialSampler(BaseSampler):
+    """Draws each trial with a sampler of its own, seeded for the number of the trial.
+
+    So what a trial gets depends on the seed and its number (and, if the sampler learns, on the trials before), not on
+    how often the study was interrupted, and processes that share a study never repeat each other's draws.
+
+    Args:
+        make: Makes the sampler for a trial from its number.
+    """
+
+    def __init__(self, make: Callable[[int], BaseSampler]) -> None:
+        self._make = make
+        self._sampler = make(0)
+        self.exhausted = False
+        """Whether the sampler has nothing left to draw, as that of a grid."""
+
+    def before_trial(self, study: Study, trial: FrozenTrial) -> None:
+        """Take the sampler of this trial."""
+        self._sampler = self._make(trial.number)
+        self._sampler.before_trial(study, trial)
+
+    def infer_relative_search_space(self, study: Study, trial: FrozenTrial) -> dict[str, BaseDistribution]:
+        """What the trial's sampler draws together."""
+        return self._sampler.infer_relative_search_space(study, trial)
+
+    def sample_relative(self, study: Study, trial: FrozenTrial, search_space: SearchSpace) -> dict[str, Any]:
+        """Draw parameters together."""
+        return self._sampler.sample_relative(study, trial, search_space)
+
+    def sample_independent(self, study: Study, trial: FrozenTrial, name: str, distribution: BaseDistribution) -> Any:
+        """Draw one parameter."""
+        return self._sampler.sample_independent(study, trial, name, distribution)
+
+    def after_trial(self, study: Study, trial: FrozenTrial, state: TrialState, values: Sequence[float] | None) -> None:
+        """Let the sampler know, and learn whether it is done."""
+        try:
+            self._sampler.after_trial(study, trial, state, values)
+        except RuntimeError as error:  # samplers of finite spaces stop Study.optimize, which is not used here
+            if "Study.stop" not in str(error):
+                raise
+            self.exhausted = True
+
+
+def open_storage(storage: str) -> BaseStorage:
+    """Open a storage by its URL or, for a journal file, by its path.
+
+    Raises:
+        MisconfigurationException: It cannot be opened.
+    """
+    try:
+        if "://" in storage:
+            return optuna.storages.get_storage(storage)
+        Path(storage).parent.mkdir(parents=True, exist_ok=True)
+        return JournalStorage(JournalFileBackend(storage))
+    except OSError:
+        raise
+    except Exception as error:  # each database driver raises its own
+        reason = str(getattr(error, "orig", None) or error).strip().splitlines()[0]
+        raise MisconfigurationException(
+            f"The storage {storage} cannot be opened: {reason}. It must be the path of a journal file or a URL that "
+            "Optuna knows, such as postgresql://user@host/database."
+        ) from error
+
+
+def open_study(
+    storage: BaseStorage,
+    name: str,
+    direction: Literal["maximize", "minimize"],
+    settings: dict[str, Any],
+    space: SearchSpace,
+) -> tuple[Study, bool]:
+    """Load a study that has these settings and this space, or make it.
+
+    Args:
+        storage: Where it is.
+        name: Its name.
+        direction: ``maximize`` or ``minimize``.
+        settings: What else a value of the study depends on, in plain types.
+        space: Its search space.
+
+    Returns:
+        The study, and whether it is new.
+
+    Raises:
+        MisconfigurationException: There is one by this name, but with other settings or another space.
+    """
+    own = {**settings, "direction": direction, "search_space": {key: distribution_to_json(space[key]) for key in space}}
+    try:
+        study = optuna.create_study(storage=storage, study_name=name, direction=direction)
+        study.set_user_attr("settings", own)
+        return study, True
+    except optuna.exceptions.DuplicatedStudyError:
+        study = optuna.load_study(storage=storage, study_name=name)
+    for _ in range(50):  # whoever makes it at this moment still has to write them
+        if "settings" in study.user_attrs:
+            break
+        time.sleep(0.1)
+    found = study.user_attrs.get("settings")
+    if found is None and not study.get_trials(deepcopy=False):
+        study.set_user_attr("settings", own)
+    elif found is None:
+        raise MisconfigurationException(f"The study {name} was not made by tune. Take another --study_name.")
+    elif differences := _differences(found, own):
+        raise MisconfigurationException(
+            f"The study {name} has other settings: {'; '.join(differences)}. "
+            "Give those to continue it, or take another --study_name."
+        )
+    return study, False
+
+
+def _differences(found: dict[str, Any], own: dict[str, Any], prefix: str = "") -> list[str]:
+    differences = []
+    for key in [*found, *(key for key in own if key not in found)]:
+        there, here = (settings.get(key) for settings in (found, own))
+        if isinstance(there, dict) and isinstance(here, dict):
+            differences += _differences(there, here, "" if key == "search_space" else f"{prefix}{key}.")
+        elif there != here:
+            there, here = (_describe(value, key in settings) for value, settings in ((there, found), (here, own)))
+            differences.append(f"{prefix}{key} is {there} in the study, {here} in the command")
+    return differences
+
+
+def _describe(value: Any, is_there: bool) -> str:
+    if not is_there:
+        return "not searched"
+    return describe(json_to_distribution(value)) if str(value).startswith('{"name"') else str(value)
+
+
+def bounds(distribution: BaseDistribution) -> list[Any]:
+    """The lowest and the highest value of a distribution, or all of its choices."""
+    if isinstance(distribution, CategoricalDistribution):
+        return list(distribution.choices)
+    assert isinstance(distribution, FloatDistribution | IntDistribution)
+    return [distribution.low, distribution.high]
+
+
+def describe(distribution: BaseDistribution) -> str:
+    """A distribution in words."""
+    if isinstance(distribution, CategoricalDistribution):
+        return "one of " + ", ".join(short_value(choice) for choice in distribution.choices)
+    assert isinstance(distribution, FloatDistribution | IntDistribution)
+    step = "" if distribution.step is None or distribution.log else f", step {distribution.step:g}"
+    return f"{distribution.low:g} to {distribution.high:g}{step}{', logarithmic' if distribution.log else ''}"
+
+
+def short_key(key: str) -> str:
+    """A config key without what only the config's nesting needs: ``units.0``, ``optimizer``."""
+    parts = [part for part in key.split(".") if part not in ("init_args", "class_path")]
+    return ".".join(parts[2:] if parts[:2] == ["model", "network"] and len(parts) > 2 else parts[1:] or parts)
+
+
+def short_value(value: Any) -> str:
+    """A value of a parameter: numbers in few digits, class paths by their last name."""
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    return value.rpartition(".")[2] if isinstance(value, str) else str(value)
+
+
+def process_name() -> str:
+    """Host, number and start time of this process: it is never given to another."""
+    return f"{socket.gethostname()}:{os.getpid()}:{_start_time(os.getpid())}"
+
+
+def _start_time(pid: int) -> str | None:
+    """When a process started, in ticks; empty where the system does not say, None if there is no such process."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
+    except OSError:
+        try:
+            os.kill(pid, 0)
+        except ProcessLookupError:
+            return None
+        except OSError:
+            pass
+        return ""
+
+
+def _is_alive(owner: str) -> bool:
+    host, pid, start = owner.rsplit(":", 2)
+    return host != socket.gethostname() or _start_time(int(pid)) == start
+
+
+def counts(trial: FrozenTrial) -> bool:
+    """Whether a trial is one of ``n_trials``: all are but those whose work was given to another trial."""
+    return trial.state != TrialState.FAIL or "error" in trial.user_attrs
+
+
+def ask(study: Study, space: SearchSpace, n_trials: int) -> Trial | None:
+    """Take a trial: one that waits, or a new one if the study has less than ``n_trials``."""
+    trials = study.get_trials(deepcopy=False)
+    if sum(map(counts, trials)) >= n_trials and not any(trial.state == TrialState.WAITING for trial in trials):
+        return None
+    trial = study.ask(space)
+    trial.set_user_attr("owner", process_name())
+    # two processes may take the last place at once: the trials with the lowest numbers have it
+    before = sum(counts(other) for other in study.get_trials(deepcopy=False) if other.number < trial.number)
+    if before >= n_trials:
+        study.tell(trial, state=TrialState.FAIL)
+        return None
+    return trial
+
+
+def put_back(study: Study, trial: FrozenTrial, space: SearchSpace, *, blame: bool) -> None:
+    """Give up a running trial: it is enqueued anew, with its parameters and the executions that it has finished.
+
+    Args:
+        study: The study.
+        trial: The trial.
+        space: The study's search space.
+        blame: Whether this counts as one of the trial's attempts.
+    """
+    try:
+        study.tell(trial.number, state=TrialState.FAIL)
+    except (ValueError, optuna.exceptions.UpdateFinishedTrialError):
+        return  # another process was faster
+    if trial.params.keys() != space.keys():
+        return  # its owner died while it was drawn: a new one will be
+    kept = {key: value for key, value in trial.user_attrs.items() if key != "owner"}
+    attempts = kept.get("attempts", 0) + blame
+    study.enqueue_trial(trial.params, user_attrs={**kept, "attempts": attempts, "continues": trial.number})
+
+
+def sweep(study: Study, space: SearchSpace) -> None:
+    """Put back the running trials of processes of this machine that are dead."""
+    for trial in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
+        owner = trial.user_attrs.get("owner")
+        if owner is None:
+            # its owner is about to write its name, or died before
+            is_alive = (datetime.now() - (trial.datetime_start or datetime.now())).total_seconds() < 60
+        else:
+            is_alive = _is_alive(owner)
+        if not is_alive:
+            put_back(study, trial, space, blame=True)
