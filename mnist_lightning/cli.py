@@ -36,6 +36,8 @@ class Parser(LightningArgumentParser):
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Print the message and end with exit code 2."""
+        if not self.exit_on_error:
+            super().error(message, ex)
         print(f"error: {' '.join(message.split())}\nAll options: add --help", file=sys.stderr)
         self.exit(2)
 

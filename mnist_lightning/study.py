@@ -32,13 +32,13 @@ ATTEMPTS = 3
 
 
 class TrialSampler(BaseSampler):
-    """Draws each trial with a sampler of its own, seeded for the number of the trial.
+    """Draws each trial with a sampler of its own, seeded for the trial's place in the study.
 
-    So what a trial gets depends on the seed and its number (and, if the sampler learns, on the trials before), not on
+    So what a trial gets depends on the seed and its place (and, if the sampler learns, on the trials before), not on
     how often the study was interrupted, and processes that share a study never repeat each other's draws.
 
     Args:
-        make: Makes the sampler for a trial from its number.
+        make: Makes the sampler for a trial from its place: the number of trials drawn before it.
     """
 
     def __init__(self, make: Callable[[int], BaseSampler]) -> None:
@@ -49,7 +49,9 @@ class TrialSampler(BaseSampler):
 
     def before_trial(self, study: Study, trial: FrozenTrial) -> None:
         """Take the sampler of this trial."""
-        self._sampler = self._make(trial.number)
+        others = study.get_trials(deepcopy=False)
+        place = sum("continues" not in other.user_attrs for other in others if other.number < trial.number)
+        self._sampler = self._make(place)
         self._sampler.before_trial(study, trial)
 
     def infer_relative_search_space(self, study: Study, trial: FrozenTrial) -> dict[str, BaseDistribution]:

@@ -22,7 +22,7 @@ import numpy as np
 import optuna
 import torch
 import yaml
-from jsonargparse import ArgumentParser, Namespace, lazy_instance
+from jsonargparse import ArgumentError, ArgumentParser, Namespace, lazy_instance
 from jsonargparse.typing import PositiveInt
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.cli import LightningArgumentParser
@@ -30,12 +30,12 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from optuna.distributions import BaseDistribution
 from optuna.pruners import BasePruner, NopPruner, WilcoxonPruner
-from optuna.samplers import BaseSampler, QMCSampler, RandomSampler
+from optuna.samplers import BaseSampler, GridSampler, QMCSampler, RandomSampler
 from optuna.study import Study
 from optuna.trial import FrozenTrial, Trial, TrialState
 from tqdm import tqdm
 
-from mnist_lightning.cli import PROG, RunCLI, newest_file
+from mnist_lightning.cli import PROG, Parser, RunCLI, newest_file
 from mnist_lightning.data import MNISTDataModule
 from mnist_lightning.study import (
     ATTEMPTS,
@@ -55,7 +55,7 @@ from mnist_lightning.study import (
 from mnist_lightning.workers import Worker
 
 
-def _distribution(name: str, **arguments: Any) -> Any:
+def _distribution(name: str, **arguments: Any) -> dict[str, Any]:
     return {"class_path": f"optuna.distributions.{name}", "init_args": arguments}
 
 
@@ -67,7 +67,7 @@ _OPTIMIZER = _distribution(
     choices=[f"mnist_lightning.optimizers.Keras{name}" for name in ("Adam", "SGD", "RMSprop")],
 )
 
-NOTEBOOK_SPACE: Any = {
+NOTEBOOK_SPACE: dict[str, dict[str, Any]] = {
     "model.network.init_args.units.0": _UNITS,
     "model.network.init_args.l2.0": _L2,
     "model.network.init_args.dropout.0": _DROPOUT,
@@ -84,7 +84,7 @@ class TuneTrainer(Trainer):
 
     def tune(
         self,
-        search_space: dict[str, BaseDistribution] = NOTEBOOK_SPACE,
+        search_space: dict[str, dict[str, Any]] = NOTEBOOK_SPACE,
         metric: Literal["val/accuracy", "val/loss", "val/penalized_loss"] = "val/accuracy",
         direction: Literal["maximize", "minimize"] = "maximize",
         sampler: BaseSampler = lazy_instance(RandomSampler),  # noqa: B008
@@ -101,7 +101,8 @@ class TuneTrainer(Trainer):
         """Search hyper-parameters with an Optuna study and refit the best.
 
         Args:
-            search_space: From a key of this config (an item of a list by its index) to the distribution of its values.
+            search_space: From a key of this config (an item of a list by its index) to class path and arguments of the
+                Optuna distribution of its values.
             metric: A trial's value is this metric at its best epoch, averaged over the trial's executions.
             direction: Whether a good value is high or low.
             sampler: Draws the trials. Its seed is seed_everything, unless given.
@@ -196,13 +197,23 @@ class TuneCLI(RunCLI):
         super().add_arguments_to_parser(parser)
         parser.set_defaults({"data.batch_size": 32})
 
+    def before_instantiate_classes(self) -> None:
+        """Set up this process."""
+        super().before_instantiate_classes()
+        for key in ("sampler", "pruner"):
+            arguments = self.config["tune"][key].get("init_args", {})
+            for name, value in arguments.items():  # a number is taken for text where both may stand: max_resource
+                arguments[name] = int(value) if isinstance(value, str) and value.isdecimal() else value
+
     def tune(self, model: LightningModule, datamodule: MNISTDataModule, **options: Any) -> None:
         """Search, print the results, refit the best."""
         datamodule.setup("fit")  # all data is checked before anything is trained
         self.options = self.config["tune"]
         self.seed = self.options.seed_everything
-        self.space: SearchSpace = options["search_space"]
-        parser = self._parser("tune")
+        self.space: SearchSpace = {
+            key: _make_distribution(key, config) for key, config in options["search_space"].items()
+        }
+        parser: Any = self._parser("tune")
         self.base: dict[str, Any] = json.loads(parser.dump(self.options, skip_none=False, format="json"))
         self._check_space(parser)
         print("Search space:")
@@ -251,7 +262,7 @@ class TuneCLI(RunCLI):
             node[int(last) if isinstance(node, list) else last] = params[key]
         return config
 
-    def _check_space(self, parser: LightningArgumentParser) -> None:
+    def _check_space(self, parser: Parser) -> None:
         if not self.space:
             raise MisconfigurationException("search_space is empty: give at least one key and its distribution.")
         for key in self.space:
@@ -270,21 +281,21 @@ class TuneCLI(RunCLI):
             for value in bounds(distribution):
                 try:
                     parser.parse_object(self.config_of({**first, key: value}))
-                except Exception as error:  # jsonargparse has many
-                    reason = " ".join(str(error).split())
+                except ArgumentError as error:
+                    reason = " ".join(str(error.message).split())
                     raise MisconfigurationException(f"search_space: {key} cannot be {value!r}. {reason}") from error
         parser.exit_on_error = True
 
-    def _make_sampler(self, number: int) -> BaseSampler:
+    def _make_sampler(self, place: int) -> BaseSampler:
         config = copy.deepcopy(self.options.sampler)
         sampler_class = type(self.config_init["tune"].sampler)
         if "seed" in inspect.signature(sampler_class).parameters:
             seed = config.init_args.get("seed")
             seed = self.seed if seed is None else seed
-            if sampler_class is QMCSampler:  # the points of its sequence belong together
+            if sampler_class in (GridSampler, QMCSampler):  # the points of a grid or sequence belong together
                 config.init_args["seed"] = int(seed)
             elif seed is not False:
-                config.init_args["seed"] = int(np.random.SeedSequence([seed, number]).generate_state(1)[0])
+                config.init_args["seed"] = int(np.random.SeedSequence([seed, place]).generate_state(1)[0])
         parser = ArgumentParser()
         parser.add_argument("--sampler", type=BaseSampler)
         sampler: BaseSampler = parser.instantiate(Namespace(sampler=config)).sampler
@@ -597,6 +608,18 @@ class Search:
         of_trial = self.options.executions_per_trial * self.epochs
         self.bar.n = finished * of_trial + sum(len(curve) for t in self.trials for curve in t.curves.values())
         self.bar.refresh()
+
+
+def _make_distribution(key: str, config: dict[str, Any]) -> BaseDistribution:
+    # not by the command's parser: it would give a key's new distribution arguments of the default one
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_argument("--distribution", type=BaseDistribution)
+    try:
+        distribution: BaseDistribution = parser.instantiate(parser.parse_object({"distribution": config})).distribution
+    except Exception as error:  # jsonargparse and Optuna have many
+        reason = " ".join(str(error).split())
+        raise MisconfigurationException(f"search_space: {key} has no valid distribution. {reason}") from error
+    return distribution
 
 
 def _get(config: Any, key: str) -> Any:

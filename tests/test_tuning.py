@@ -1,0 +1,447 @@
+"""The search with real workers on small data: results, faults, pruning, and what a person sees."""
+
+import csv
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import optuna
+import pytest
+import yaml
+from optuna.trial import TrialState
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from test_cli import in_process
+
+from mnist_lightning import tuning, workers
+from mnist_lightning.study import counts, open_storage
+from mnist_lightning.tuning import Search
+
+ROOT = Path(__file__).parents[1]
+SMALL = {
+    "model.network.init_args.units.0": {"class_path": "IntDistribution", "init_args": {"low": 8, "high": 32}},
+    "model.network.init_args.l2.1": {"class_path": "CategoricalDistribution", "init_args": {"choices": [0.01, 0.1]}},
+    "model.optimizer.class_path": {
+        "class_path": "CategoricalDistribution",
+        "init_args": {"choices": ["KerasAdam", "KerasSGD", "mnist_lightning.optimizers.KerasRMSprop"]},
+    },
+}
+
+
+def choices(**values):
+    """A search space of choices."""
+    space = {key: {"class_path": "CategoricalDistribution", "init_args": {"choices": v}} for key, v in values.items()}
+    return f"--search_space={json.dumps(space)}"
+
+
+def options(data_dir, *more, epochs=2):
+    space = (
+        [] if any(option.startswith("--search_space") for option in more) else [f"--search_space={json.dumps(SMALL)}"]
+    )
+    return [
+        "tune", f"--data.data_dir={data_dir}", f"--trainer.max_epochs={epochs}", "--refit=false", *space, *more,
+    ]  # fmt: skip
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _server():
+    workers.start_server()
+
+
+@pytest.fixture
+def tune(data_dir, tmp_path, monkeypatch, capfd):
+    """Runs ``tune`` in this process in a folder of its own, with real workers."""
+
+    def run(*more, folder="here", **keywords):
+        (tmp_path / folder).mkdir(exist_ok=True)
+        monkeypatch.chdir(tmp_path / folder)
+        return in_process(monkeypatch, capfd, *options(data_dir, *more, **keywords))
+
+    return run
+
+
+def load(folder, name="tune"):
+    storage = open_storage(str(Path(folder) / f"lightning_logs/{name}/journal.log"))
+    return optuna.load_study(storage=storage, study_name=name)
+
+
+def outcome(study):
+    """What must not depend on workers, interruptions and processes: parameters and value of each trial that counts."""
+    trials = [trial for trial in study.trials if counts(trial)]
+    return sorted((tuple(trial.params.values()), trial.value) for trial in trials)
+
+
+@pytest.fixture(scope="module")
+def whole(data_dir, tmp_path_factory):
+    """An uninterrupted study of five trials, by one worker."""
+    cwd = tmp_path_factory.mktemp("whole")
+    command = [sys.executable, "-m", "mnist_lightning", *options(data_dir, "--n_trials=5", "--workers=1")]
+    result = subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=120)
+    assert result.returncode == 0, result.stderr
+    return cwd, result.stdout
+
+
+def test_a_study_is_shown_and_kept(whole):
+    cwd, output = whole
+    study = load(cwd)
+    assert "  model.network.init_args.units.0  8 to 32, step 1\n" in output
+    assert "5 completed, 0 pruned, 0 failed" in output
+    assert f"Best: trial {study.best_trial.number}, val/accuracy {study.best_value:.4f}" in output
+    assert "Importance" in output
+    for trial in study.trials:
+        executions = trial.user_attrs["executions"]
+        assert [execution["seed"] for execution in executions] == [42, 43]
+        assert executions[0]["values"] != executions[1]["values"]
+        best = [max(value for _, value in execution["values"]) for execution in executions]
+        assert [execution["score"] for execution in executions] == best
+        assert trial.value == pytest.approx(sum(best) / 2)
+        assert trial.intermediate_values[3] == pytest.approx(trial.value)
+        assert sorted(trial.intermediate_values) == [0, 1, 2, 3]
+
+
+def test_each_execution_is_a_run_in_tensorboard(whole):
+    cwd, _ = whole
+    for trial in load(cwd).trials:
+        for number, execution in enumerate(trial.user_attrs["executions"]):
+            run = cwd / f"lightning_logs/tune/trial_{trial.number:03}/execution_{number}"
+            events = EventAccumulator(str(run)).Reload()
+            logged = [(event.value) for event in events.Scalars("val/accuracy")]
+            assert logged == pytest.approx([value for _, value in execution["values"]])
+            assert events.Scalars("score")[0].value == pytest.approx(execution["score"])
+            plugin = events.summary_metadata["_hparams_/session_start_info"].plugin_data.content
+            assert b"model.network.init_args.units.0" in plugin
+            config = yaml.safe_load((run / "config.yaml").read_text())
+            assert (
+                config["model"]["network"]["init_args"]["units"][0] == trial.params["model.network.init_args.units.0"]
+            )
+            assert config["seed_everything"] == execution["seed"]
+
+
+def test_best_yaml_trains_the_best(whole, command, tmp_path):
+    cwd, _ = whole
+    study = load(cwd)
+    path = cwd / "lightning_logs/tune/best.yaml"
+    best = yaml.safe_load(path.read_text())
+    assert best["name"] == "tuned"
+    assert best["trainer"]["max_epochs"] == 20
+    assert best["model"]["network"]["init_args"]["units"] == [study.best_params["model.network.init_args.units.0"], 64]
+    name = study.best_params["model.optimizer.class_path"].rpartition(".")[2]
+    assert best["model"]["optimizer"]["class_path"] == f"mnist_lightning.optimizers.{name}"
+    # as long as a trial, with the seed of the first execution, it is that execution
+    command(tmp_path, "fit", f"--config={path}", "--trainer.max_epochs=2")
+    with (tmp_path / "lightning_logs/tuned/version_0/metrics.csv").open(newline="") as file:
+        values = [float(row["val/accuracy"]) for row in csv.DictReader(file)]
+    assert values == pytest.approx([value for _, value in study.best_trial.user_attrs["executions"][0]["values"]])
+
+
+def test_a_larger_total_continues_with_any_number_of_workers(whole, tune, tmp_path):
+    tune("--n_trials=2", "--workers=3")
+    first = load(tmp_path / "here")
+    best = first.best_trial
+    code, output, _ = tune("--n_trials=5", "--workers=2")
+    assert code == 0
+    assert "5 completed" in output
+    study = load(tmp_path / "here")
+    assert [trial.number for trial in study.trials] == list(range(5))
+    assert study.trials[best.number].value == best.value
+    assert outcome(study) == outcome(load(whole[0]))
+    _, output, _ = tune("--n_trials=5")  # nothing left to do
+    assert len(load(tmp_path / "here").trials) == 5
+    assert "5 completed" in output
+
+
+def test_the_refit_is_a_run_beside_the_baseline(tune, command, tmp_path):
+    (tmp_path / "here").mkdir()
+    command(tmp_path / "here", "fit", "--trainer.max_epochs=1")
+    arguments = ["--n_trials=1", "--refit=true", "--refit_epochs=2"]
+    _, output, errors = tune(*arguments)
+    run = tmp_path / "here/lightning_logs/tuned/version_0"
+    assert (run / "checkpoints/last.ckpt").is_file()
+    last = next(csv.DictReader((run / "test.csv").open(newline="")))
+    for name in ("baseline", "tuned"):
+        assert f"lightning_logs/{name}/version_0" in output, errors
+    assert f"{float(last['test/accuracy']):.4f}" in output.splitlines()[-1]
+    _, output, _ = tune(*arguments)
+    assert "it is there already" in output
+    assert not run.with_name("version_1").exists()
+
+
+def test_a_killed_worker_loses_only_its_execution(whole, tune, tmp_path, monkeypatch):
+    killed = []
+    original = Search._show_progress
+
+    def kill_once(self):
+        for slot in self.slots:
+            if not killed and slot.running is not None and slot.execution == 1 and slot.running.curves[1]:
+                killed.append(slot.running.trial.number)
+                os.kill(slot.worker._process.pid, signal.SIGKILL)
+        original(self)
+
+    monkeypatch.setattr(Search, "_show_progress", kill_once)
+    code, _, _ = tune("--n_trials=5", "--workers=1")
+    assert (code, len(killed)) == (0, 1)
+    study = load(tmp_path / "here")
+    assert outcome(study) == outcome(load(whole[0]))
+    assert len(study.trials) == 5
+    folder = tmp_path / f"here/lightning_logs/tune/trial_{killed[0]:03}"
+    assert sorted(path.name for path in folder.iterdir()) == ["execution_0", "execution_1", "execution_1_again_1"]
+
+
+def test_a_trial_that_kills_its_workers_fails_and_the_study_goes_on(tune, tmp_path, monkeypatch):
+    def kill(self):
+        for slot in self.slots:
+            if slot.running is not None and slot.running.trial.number == 0 and slot.worker is not None:
+                os.kill(slot.worker._process.pid, signal.SIGKILL)
+
+    monkeypatch.setattr(Search, "_show_progress", kill)
+    code, output, _ = tune("--n_trials=2", "--workers=1")
+    assert code == 0
+    assert "1 completed, 0 pruned, 1 failed" in output
+    assert load(tmp_path / "here").trials[0].user_attrs["error"].startswith("3 workers died that ran it")
+
+
+def start(data_dir, cwd, *more):
+    command = [sys.executable, "-m", "mnist_lightning", *options(data_dir, *more, epochs=2)]
+    return subprocess.Popen(
+        command, cwd=cwd, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
+    )
+
+
+def wait_for(condition, seconds=60):
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "it did not happen"
+        time.sleep(0.02)
+
+
+def reported(cwd):
+    """Whether a trial is running that has had its first epoch, after one that is complete."""
+    journal = cwd / "lightning_logs/tune/journal.log"
+    if not journal.exists():
+        return False
+    states = [trial.state for trial in load(cwd).trials if trial.intermediate_values]
+    return TrialState.COMPLETE in states and TrialState.RUNNING in states
+
+
+def session(leader):
+    """The processes of a session that are left."""
+    left = []
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            _, _, fields = stat.read_text().rpartition(")")
+        except OSError:
+            continue
+        state, _, _, number, *_ = fields.split()
+        if int(number) == leader and state != "Z":
+            left.append(stat.parent.name)
+    return left
+
+
+def test_a_killed_parent_leaves_no_process_and_no_trial_behind(whole, data_dir, tune, tmp_path):
+    cwd = tmp_path / "here"
+    cwd.mkdir()
+    parent = start(data_dir, cwd, "--n_trials=5", "--workers=2")
+    wait_for(lambda: reported(cwd))
+    parent.kill()
+    parent.wait()
+    wait_for(lambda: not session(parent.pid))
+    before = load(cwd)
+    assert any(trial.state == TrialState.RUNNING for trial in before.trials)
+    finished = {trial.number: trial.value for trial in before.trials if trial.state == TrialState.COMPLETE}
+    code, _, errors = tune("--n_trials=5")
+    assert code == 0, errors
+    study = load(cwd)
+    assert outcome(study) == outcome(load(whole[0]))
+    assert all(trial.state in (TrialState.COMPLETE, TrialState.FAIL) for trial in study.trials)
+    assert finished.items() <= {trial.number: trial.value for trial in study.trials}.items()
+
+
+def test_ctrl_c_puts_trials_back_and_says_how_to_continue(whole, data_dir, tune, tmp_path):
+    cwd = tmp_path / "here"
+    cwd.mkdir()
+    parent = start(data_dir, cwd, "--n_trials=5", "--workers=2")
+    wait_for(lambda: reported(cwd))
+    os.killpg(parent.pid, signal.SIGINT)  # a terminal sends it to all
+    output, _ = parent.communicate(timeout=30)
+    assert parent.returncode == 130
+    assert "Traceback" not in output
+    assert "Best: trial" in output
+    assert output.splitlines()[-1].startswith("Stopped. Continue: python -m mnist_lightning tune --data.data_dir=")
+    wait_for(lambda: not session(parent.pid))
+    states = [trial.state for trial in load(cwd).trials]
+    assert TrialState.RUNNING not in states
+    assert TrialState.WAITING in states
+    code, _, errors = tune("--n_trials=5")
+    assert code == 0, errors
+    assert outcome(load(cwd)) == outcome(load(whole[0]))
+
+
+def test_two_parents_share_one_journal(whole, data_dir, tmp_path):
+    parents = [start(data_dir, tmp_path, "--n_trials=5", "--workers=1") for _ in range(2)]
+    for parent in parents:
+        output, _ = parent.communicate(timeout=120)
+        assert parent.returncode == 0, output
+        assert "5 completed" in output
+    study = load(tmp_path)
+    counted = [trial for trial in study.trials if counts(trial)]
+    assert [trial.state for trial in counted] == [TrialState.COMPLETE] * 5
+    assert len({trial.user_attrs["owner"] for trial in counted}) == 2
+    if len(study.trials) == 5:  # nobody asked for a place that was gone
+        assert outcome(study) == outcome(load(whole[0]))
+
+
+def test_a_trial_that_diverges_or_raises_is_recorded_with_its_reason(tune, tmp_path):
+    space = choices(**{
+        "model.optimizer.init_args.lr": [1e-3, 1e30],
+        "model.network.init_args.activation": ["ReLU", "Bogus"],
+    })  # fmt: skip
+    code, output, _ = tune(space, "--n_trials=9", "--executions_per_trial=1", "--sampler=BruteForceSampler")
+    assert code == 0
+    trials = {tuple(trial.params.values()): trial for trial in load(tmp_path / "here").trials}
+    assert len(trials) == 4  # and then the sampler has nothing left
+    assert trials[1e-3, "ReLU"].state == TrialState.COMPLETE
+    diverged = trials[1e30, "ReLU"].user_attrs["error"]
+    assert diverged.startswith("ArithmeticError: ")
+    assert "after epoch 1" in diverged
+    assert "Bogus" in trials[1e-3, "Bogus"].user_attrs["error"]
+    assert "1 completed, 0 pruned, 3 failed" in output
+
+
+def test_a_study_without_any_success_ends_with_the_reason(tune):
+    code, _, errors = tune(choices(**{"model.network.init_args.activation": ["Bogus"]}), "--n_trials=1")
+    assert code == 1
+    assert "No trial was completed" in errors
+    assert "Bogus" in errors
+
+
+@pytest.mark.parametrize(
+    ("pruner", "pruned_at"),
+    [
+        (["MedianPruner", "--pruner.n_startup_trials=1"], 0),
+        (["PercentilePruner", "--pruner.percentile=30", "--pruner.n_startup_trials=1"], 0),
+        (["SuccessiveHalvingPruner", "--pruner.min_resource=1", "--pruner.reduction_factor=2"], 1),
+        (["HyperbandPruner", "--pruner.max_resource=6", "--pruner.reduction_factor=2"], 1),
+        (["WilcoxonPruner", "--pruner.p_threshold=0.4", "--pruner.n_startup_steps=1"], None),
+    ],
+)
+def test_pruners_end_bad_trials(tune, tmp_path, pruner, pruned_at):
+    """The first learning rate is good, most others are not."""
+    space = choices(**{"model.optimizer.init_args.lr": [3e-3, 1e-7, 2e-7, 3e-7]})
+    code, output, errors = tune(
+        space, f"--pruner={pruner[0]}", *pruner[1:], "--model.optimizer.init_args.lr=3e-3", "--enqueue_baseline=true",
+        "--n_trials=8", "--executions_per_trial=3", "--workers=1",
+    )  # fmt: skip
+    assert code == 0, errors
+    study = load(tmp_path / "here")
+    assert study.best_params == {"model.optimizer.init_args.lr": 3e-3}
+    pruned = [trial for trial in study.trials if trial.state == TrialState.PRUNED]
+    for trial in pruned:
+        assert trial.params["model.optimizer.init_args.lr"] < 1e-3
+        run = tmp_path / f"here/lightning_logs/tune/trial_{trial.number:03}"
+        epochs = [len(EventAccumulator(str(e)).Reload().Scalars("train/loss")) for e in sorted(run.iterdir())]
+        last = max(trial.intermediate_values)
+        expected = (last + 1) * 2 if pruner[0] == "WilcoxonPruner" else last + 1
+        assert sum(epochs) == expected  # the logs are complete
+        assert pruned_at is None or last >= pruned_at
+    assert pruned, output
+
+
+def test_the_baseline_can_be_the_first_trial(tune, tmp_path):
+    space = choices(**{"model.network.init_args.dropout.0": [0.1, 0.2]})
+    tune(space, "--enqueue_baseline=true", "--n_trials=1", "--executions_per_trial=1")
+    tune(space, "--enqueue_baseline=true", "--n_trials=2", "--executions_per_trial=1")
+    trials = load(tmp_path / "here").trials
+    assert len(trials) == 2
+    assert trials[0].params == {"model.network.init_args.dropout.0": 0.2}
+
+
+def test_any_key_of_trainer_model_and_data_can_be_searched(tune, tmp_path):
+    space = choices(**{
+        "data.batch_size": [50],
+        "trainer.gradient_clip_val": [0.5],
+        "trainer.max_epochs": [1],
+        "model.optimizer.class_path": ["torch.optim.AdamW"],
+        "model.optimizer.init_args.lr": [0.002],
+        "model.network.class_path": ["mnist_lightning.networks.MLP"],
+    })  # fmt: skip
+    code, _, errors = tune(space, "--n_trials=1", "--executions_per_trial=1")
+    assert code == 0, errors
+    run = tmp_path / "here/lightning_logs/tune/trial_000/execution_0"
+    config = yaml.safe_load((run / "config.yaml").read_text())
+    assert config["data"]["batch_size"] == 50
+    assert config["trainer"]["gradient_clip_val"] == 0.5
+    optimizer = config["model"]["optimizer"]
+    assert optimizer["class_path"] == "torch.optim.AdamW"
+    assert optimizer["init_args"]["lr"] == 0.002
+    assert optimizer["init_args"]["weight_decay"] == 0.01  # AdamW's own default
+    assert EventAccumulator(str(run)).Reload().Scalars("val/accuracy")[-1].step == 1000 / 50 - 1
+
+
+def test_no_trial_touches_the_test_images(data_dir, tune, tmp_path):
+    folder = tmp_path / "no_test"
+    folder.mkdir()
+    for name in ("train-images-idx3-ubyte", "train-labels-idx1-ubyte"):
+        (folder / name).symlink_to(data_dir / name)
+    code, _, errors = tune("--n_trials=1", f"--data.data_dir={folder}")
+    assert code == 0, errors
+    code, _, errors = tune("--n_trials=1", f"--data.data_dir={folder}", "--refit=true", "--refit_epochs=1")
+    assert code == 1
+    assert "t10k" in errors
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--search_space={}"], "search_space is empty"),
+        ([choices(**{"model.network.init_args.unitz.0": [1]})], "no key model.network.init_args.unitz.0"),
+        ([choices(**{"model.network.init_args.units.2": [1]})], "no key model.network.init_args.units.2"),
+        ([choices(**{"n_trials": [1]})], "no key n_trials"),
+        ([choices(**{"data.batch_size": [32, "many"]})], "data.batch_size cannot be 'many'"),
+        ([choices(**{"data.batch_size": [32, 0]})], "data.batch_size cannot be 0"),
+        ([choices(**{"model.optimizer.class_path": ["Adamm"]})], "model.optimizer.class_path cannot be 'Adamm'"),
+        (
+            ['--search_space={"data.batch_size": {"class_path": "Uniform"}}'],
+            "data.batch_size has no valid distribution",
+        ),
+        (
+            ['--search_space={"data.batch_size": {"class_path": "IntDistribution", "init_args": {"low": 2}}}'],
+            "data.batch_size has no valid distribution",
+        ),
+        (["--sampler=NoSampler"], "NoSampler"),
+        (["--metric=test/accuracy"], "val/accuracy"),
+        (["--n_trials=0"], "n_trials"),
+        (["--storage=postgresql://nobody@127.0.0.1:1/x"], "The storage postgresql://nobody@127.0.0.1:1/x cannot be"),
+    ],
+)
+def test_a_mistake_is_said_before_anything_trains(tune, tmp_path, arguments, message):
+    code, _, errors = tune(*arguments)
+    assert code in (1, 2)
+    assert message in errors
+    assert "Traceback" not in errors
+    assert len(errors.splitlines()) <= 6
+    assert not (tmp_path / "here/lightning_logs/tune/trial_000").exists()
+
+
+def test_another_space_is_refused(tune):
+    tune("--n_trials=1", "--executions_per_trial=1")
+    code, _, errors = tune("--n_trials=1", "--executions_per_trial=1", choices(**{"data.batch_size": [32]}))
+    assert code == 1
+    assert "data.batch_size is not searched in the study, one of 32 in the command" in errors
+
+
+def test_tune_yaml_spells_out_the_defaults(monkeypatch, capfd):
+    config = ROOT / "configs/tune.yaml"
+    _, defaults, _ = in_process(monkeypatch, capfd, "tune", "--print_config")
+    _, with_file, _ = in_process(monkeypatch, capfd, "tune", f"--config={config}", "--print_config")
+    assert yaml.safe_load(with_file) == yaml.safe_load(defaults)
+    spelled, default = yaml.safe_load(config.read_text()), yaml.safe_load(defaults)
+    for key in set(default) - {"trainer", "search_space", "sampler", "pruner", "storage", "workers"}:
+        if key == "model":
+            default["model"].pop("lr_scheduler")
+        if key == "data":
+            default["data"].pop("data_dir")
+        assert spelled[key] == default[key]
+    assert spelled["search_space"].keys() == default["search_space"].keys() == tuning.NOTEBOOK_SPACE.keys()
