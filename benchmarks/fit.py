@@ -156,23 +156,27 @@ def usual(epochs: int) -> list[float]:
     return marks
 
 
-def keras(epochs: int) -> list[float]:
-    """Do what the notebook does for its baseline. Needs nothing of this package, which its Python may not have."""
+def mnist(prefix: str) -> tuple[Any, Any]:
+    """Images and labels as the notebook has them, without torch."""
     import gzip
 
-    os.environ["KERAS_BACKEND"] = "tensorflow"
-    import keras as k
     import numpy as np
 
     def read(name: str, offset: int) -> Any:
-        content = (Path(__file__).parents[1] / "mnist_lightning" / "mnist" / f"{name}.gz").read_bytes()
+        content = (Path(__file__).parents[1] / "mnist_lightning" / "mnist" / f"{prefix}-{name}.gz").read_bytes()
         return np.frombuffer(gzip.decompress(content), np.uint8, offset=offset)
 
-    images, test_images = (
-        read(f"{prefix}-images-idx3-ubyte", 16).reshape(-1, 28, 28).astype("float32") / 255
-        for prefix in ("train", "t10k")
-    )
-    labels, test_labels = (read(f"{prefix}-labels-idx1-ubyte", 8) for prefix in ("train", "t10k"))
+    images = read("images-idx3-ubyte", 16).reshape(-1, 28, 28).astype("float32") / 255
+    return images, read("labels-idx1-ubyte", 8)
+
+
+def keras(epochs: int) -> list[float]:
+    """Do what the notebook does for its baseline. Needs nothing of this package, which its Python may not have."""
+    os.environ["KERAS_BACKEND"] = "tensorflow"
+    import keras as k
+
+    images, labels = mnist("train")
+    test_images, test_labels = mnist("t10k")
     k.utils.set_random_seed(42)
     layers: list[Any] = [k.Input((28, 28)), k.layers.Flatten()]
     for units in (128, 64):

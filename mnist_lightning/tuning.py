@@ -86,7 +86,7 @@ class TuneTrainer(Trainer):
         self,
         search_space: dict[str, dict[str, Any]] = NOTEBOOK_SPACE,
         metric: Literal["val/accuracy", "val/loss", "val/penalized_loss"] = "val/accuracy",
-        direction: Literal["maximize", "minimize"] = "maximize",
+        direction: Literal["maximize", "minimize"] | None = None,
         sampler: BaseSampler = lazy_instance(RandomSampler),  # noqa: B008
         pruner: BasePruner = lazy_instance(NopPruner),  # noqa: B008
         n_trials: PositiveInt = 10,
@@ -104,7 +104,7 @@ class TuneTrainer(Trainer):
             search_space: From a key of this config (an item of a list by its index) to class path and arguments of the
                 Optuna distribution of its values.
             metric: A trial's value is this metric at its best epoch, averaged over the trial's executions.
-            direction: Whether a good value is high or low.
+            direction: Whether a good value is high or low; by default high for an accuracy and low for a loss.
             sampler: Draws the trials. Its seed is seed_everything, unless given.
             pruner: Ends bad trials early, after an epoch or an execution.
             n_trials: Trials of the study in all, those of earlier commands and of other processes included.
@@ -200,8 +200,10 @@ class TuneCLI(RunCLI):
     def before_instantiate_classes(self) -> None:
         """Set up this process."""
         super().before_instantiate_classes()
+        options = self.config["tune"]
+        options.direction = options.direction or ("maximize" if "accuracy" in options.metric else "minimize")
         for key in ("sampler", "pruner"):
-            arguments = self.config["tune"][key].get("init_args", {})
+            arguments = options[key].get("init_args", {})
             for name, value in arguments.items():  # a number is taken for text where both may stand: max_resource
                 arguments[name] = int(value) if isinstance(value, str) and value.isdecimal() else value
 
@@ -329,8 +331,9 @@ class TuneCLI(RunCLI):
         print(f"\nBest: trial {study.best_trial.number}, {self.options.metric} {study.best_value:.4f}")
         for key, value in study.best_params.items():
             print(f"  {key}: {value}")
-        if len(complete) > 1:
-            importances = optuna.importance.get_param_importances(study)
+        if len({trial.value for trial in complete}) > 1:
+            evaluator = optuna.importance.FanovaImportanceEvaluator(seed=0)
+            importances = optuna.importance.get_param_importances(study, evaluator=evaluator)
             shown = ", ".join(f"{short_key(key)} {importance:.2f}" for key, importance in importances.items())
             print(f"Importance (fANOVA): {shown}")
 

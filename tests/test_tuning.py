@@ -445,3 +445,14 @@ def test_tune_yaml_spells_out_the_defaults(monkeypatch, capfd):
             default["data"].pop("data_dir")
         assert spelled[key] == default[key]
     assert spelled["search_space"].keys() == default["search_space"].keys() == tuning.NOTEBOOK_SPACE.keys()
+
+
+@pytest.mark.parametrize(("options", "best"), [([], min), (["--direction=maximize"], max)])
+def test_a_loss_is_minimized_unless_said_otherwise(tune, tmp_path, options, best):
+    space = choices(**{"model.optimizer.init_args.lr": [1e-3, 1e-5]})
+    tune(space, "--sampler=BruteForceSampler", "--executions_per_trial=1", "--metric=val/loss", *options)
+    study = load(tmp_path / "here")
+    assert len({trial.value for trial in study.trials}) == 2
+    assert study.best_value == best(trial.value for trial in study.trials)
+    for trial in study.trials:
+        assert trial.value == best(value for _, value in trial.user_attrs["executions"][0]["values"])
