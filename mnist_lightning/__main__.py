@@ -13,6 +13,7 @@ COMMANDS = {
     "test": "Evaluate a checkpoint on the test images.",
     "tune": "Search hyper-parameters with an Optuna study and refit the best.",
     "predict": "Write label and probabilities of every test image to a CSV file.",
+    "report": "Compare two models, by default the newest baseline and tuned run, on one page.",
 }
 
 
@@ -29,13 +30,18 @@ def main() -> None:
         commands.add_parser(name, help=text, add_help=False)
     command = parser.parse_args(sys.argv[1:2] or ["--help"]).command
 
-    if command == "tune" and not {"-h", "--help"} & set(sys.argv):
-        from mnist_lightning import workers
+    if command == "report":
+        from mnist_lightning import report
 
-        workers.start_server()  # imports, in a process beside this one, what the workers need
-    from mnist_lightning import cli  # takes seconds: torch and Lightning
+        report.main(parser.prog, COMMANDS[command], sys.argv[2:])
+    else:
+        if command == "tune" and not {"-h", "--help"} & set(sys.argv):
+            from mnist_lightning import workers
 
-    cli.main(command, COMMANDS[command])
+            workers.start_server()  # imports, in a process beside this one, what the workers need
+        from mnist_lightning import cli  # takes seconds: torch and Lightning
+
+        cli.main(command, COMMANDS[command])
     # Tearing down an interpreter that holds torch and Lightning takes two seconds and 120 MB. Run what is registered
     # for the exit, then leave.
     atexit._run_exitfuncs()

@@ -4,6 +4,7 @@ import csv
 import os
 import random
 import shutil
+import time
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +48,7 @@ class RunCheckpoint(ModelCheckpoint):
 
     Attributes:
         history: One row an epoch: ``epoch``, ``step`` and the logged metrics.
+        seconds: Training time up to the last checkpoint, validation and logs included.
     """
 
     def __init__(self) -> None:
@@ -59,6 +61,8 @@ class RunCheckpoint(ModelCheckpoint):
             enable_version_counter=False,
         )
         self.history: list[dict[str, float]] = []
+        self.seconds = 0.0
+        self._since = time.perf_counter()
         self._val_metrics: dict[str, float] = {}
         self._resumed_from: Path | None = None
 
@@ -82,6 +86,7 @@ class RunCheckpoint(ModelCheckpoint):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Bring the logs and the learning rate of a resumed run to where its checkpoint was taken."""
         super().on_train_start(trainer, pl_module)
+        self._since = time.perf_counter()
         if self._resumed_from is None:
             return
         for row in self.history:
@@ -109,6 +114,9 @@ class RunCheckpoint(ModelCheckpoint):
         row = {"epoch": trainer.current_epoch, "step": trainer.global_step - 1, **metrics, **self._val_metrics}
         self._val_metrics = {}  # an epoch without validation has none
         self.history.append(row)
+        now = time.perf_counter()
+        self.seconds += now - self._since
+        self._since = now
         self._write_metrics()
         super().on_train_epoch_end(trainer, pl_module)
 
@@ -121,13 +129,15 @@ class RunCheckpoint(ModelCheckpoint):
             "torch": torch.get_rng_state(),
             "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else [],
         }
-        return {**super().state_dict(), "history": self.history, "random_state": random_state}
+        state = {"history": self.history, "seconds": self.seconds, "random_state": random_state}
+        return {**super().state_dict(), **state}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take up the history, the random state and the best checkpoint of the run that is resumed."""
         if self._resumed_from is None or self.dirpath is None:  # to evaluate, weights are enough
             return
         self.history = list(state_dict["history"])
+        self.seconds = state_dict["seconds"]
         random_state = state_dict["random_state"]
         random.setstate(random_state["python"])
         name, keys, *rest = random_state["numpy"]

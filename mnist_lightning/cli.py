@@ -7,7 +7,8 @@ import json
 import logging
 import sys
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -302,8 +303,25 @@ def new_version(folder: Path) -> int:
     return version
 
 
+@contextmanager
+def plain_errors() -> Iterator[None]:
+    """End with a message instead of a traceback where the user can do something about it."""
+    try:
+        yield
+    except MisconfigurationException as error:
+        sys.exit(f"error: {error}")
+    except ModuleNotFoundError as error:  # what an option of Lightning's or Optuna's needs
+        sys.exit(f"error: {error}")
+    except OSError as error:
+        sys.exit(f"error: {error.filename}: {error.strerror}" if error.filename else f"error: {error}")
+    except RuntimeError as error:
+        if "loading state_dict" in str(error):
+            sys.exit("error: the checkpoint is of another network: give its --model.network, or its --config")
+        raise
+
+
 def main(command: str, description: str) -> None:
-    """Run a command; a mistake of the user's ends with a message instead of a traceback."""
+    """Run a command that has a trainer."""
     logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(lambda record: "Tip:" not in record.msg)
     for message in (
         ".*does not have many workers",  # the data is in memory
@@ -313,20 +331,10 @@ def main(command: str, description: str) -> None:
         ".*LeafSpec",  # Lightning's own
     ):
         warnings.filterwarnings("ignore", message)
-    try:
+    with plain_errors():
         if command == "tune":
             from mnist_lightning.tuning import TuneCLI  # takes a while, and only this command needs it
 
             TuneCLI(command, description)
         else:
             RunCLI(command, description)
-    except MisconfigurationException as error:
-        sys.exit(f"error: {error}")
-    except ModuleNotFoundError as error:  # what an option of Lightning's needs
-        sys.exit(f"error: {error}")
-    except OSError as error:
-        sys.exit(f"error: {error.filename}: {error.strerror}" if error.filename else f"error: {error}")
-    except RuntimeError as error:
-        if "loading state_dict" in str(error):
-            sys.exit("error: the checkpoint is of another network: give its --model.network, or its --config")
-        raise

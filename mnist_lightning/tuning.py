@@ -355,6 +355,7 @@ class TuneCLI(RunCLI):
                     last = next(csv.DictReader(file))
                 loss, penalized, accuracy = (float(last[f"test/{n}"]) for n in ("loss", "penalized_loss", "accuracy"))
                 print(f"{path.parent!s:32}{loss:10.4f}{penalized:16.4f}{accuracy:10.4f}")
+        print(f"\nCompare them: {PROG} report")
 
 
 @dataclass

@@ -50,8 +50,11 @@ def data_dir(mnist: MNISTDataModule, tmp_path_factory: pytest.TempPathFactory) -
 def command(data_dir: Path) -> Run:
     """Runs ``python -m mnist_lightning`` on the small data set in a folder."""
 
-    def run(cwd: Path, name: str, *options: str, check: bool = True) -> subprocess.CompletedProcess[str]:
-        arguments = [sys.executable, "-m", "mnist_lightning", name, f"--data.data_dir={data_dir}", *options]
+    def run(
+        cwd: Path, name: str, *options: str, check: bool = True, data: bool = True
+    ) -> subprocess.CompletedProcess[str]:
+        small = [f"--data.data_dir={data_dir}"] if data else []
+        arguments = [sys.executable, "-m", "mnist_lightning", name, *small, *options]
         result = subprocess.run(arguments, cwd=cwd, capture_output=True, text=True, timeout=120)
         assert not check or result.returncode == 0, result.stderr
         return result

@@ -1,0 +1,36 @@
+"""``report``: two models, by default the newest baseline and the newest tuned run, compared on one page."""
+
+import argparse
+from pathlib import Path
+
+
+def main(prog: str, description: str, arguments: list[str]) -> None:
+    """Run the command; what takes long to import waits until the arguments are right."""
+    parser = argparse.ArgumentParser(prog=f"{prog} report", description=description)
+    parser.add_argument(
+        "models",
+        nargs="*",
+        default=["baseline", "tuned"],
+        metavar="MODEL",
+        help="two models: a name, whose newest complete run is taken from the logs, or NAME=PATH, a run's folder or "
+        "checkpoint; several seeds of one model are NAME=PATH,PATH,... (default: baseline tuned)",
+    )
+    parser.add_argument(
+        "--weights",
+        choices=("last", "best"),
+        default="last",
+        help="those of the last epoch, as the notebook, or of the best validation epoch (default: last)",
+    )
+    parser.add_argument("--study", default="tune", help="name of the study to show, if there is one (default: tune)")
+    parser.add_argument("--storage", help="its journal file or URL (default: journal.log in its folder)")
+    parser.add_argument("--logs", type=Path, default=Path("lightning_logs"), help="(default: lightning_logs)")
+    parser.add_argument("--output", type=Path, help="folder of the report, written anew (default: LOGS/report)")
+    options = parser.parse_args(arguments)
+    if len(options.models) != 2:
+        parser.error(f"two models are compared, not {len(options.models)}: {' '.join(options.models)}")
+
+    from mnist_lightning.cli import plain_errors
+    from mnist_lightning.report.page import write
+
+    with plain_errors():
+        write(**vars(options))

@@ -1,0 +1,366 @@
+"""The report: its numbers against scikit-learn, SciPy and what the commands printed; its page; what it refuses."""
+
+import csv
+import json
+import re
+import shutil
+from html.parser import HTMLParser
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+from PIL import Image
+from scipy import stats
+from sklearn.metrics import accuracy_score, confusion_matrix, log_loss, precision_recall_fscore_support
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from test_tuning import options
+
+from mnist_lightning import report
+from mnist_lightning.report import page
+from mnist_lightning.report.statistics import calibration_error, compare, reliability, seeds_p_value, verdict
+
+
+@pytest.fixture(scope="module")
+def made(command, data_dir, tmp_path_factory):
+    """A folder in which ``fit`` (two seeds), ``tune`` and ``report`` were run, and what ``report`` printed."""
+    cwd = tmp_path_factory.mktemp("made")
+    command(cwd, "fit", "--trainer.max_epochs=3", "--seed_everything=7")
+    command(cwd, "fit", "--trainer.max_epochs=3")
+    tune = options(data_dir, "--n_trials=3", "--executions_per_trial=1", "--refit_epochs=2")
+    command(cwd, "tune", *[option for option in tune[1:] if option != "--refit=false"])
+    shutil.copytree(cwd / "lightning_logs", cwd / "before")
+    result = command(cwd, "report", data=False)
+    return cwd, result.stdout
+
+
+@pytest.fixture
+def reported(made):
+    return json.loads((made[0] / "lightning_logs/report/report.json").read_text())
+
+
+@pytest.fixture
+def run(made, tmp_path, monkeypatch, capfd):
+    """Runs ``report`` in this process on a copy of the runs; gives exit code or message, output and folder."""
+    shutil.copytree(made[0] / "before", tmp_path / "lightning_logs")
+    monkeypatch.chdir(tmp_path)
+
+    def command(*arguments):
+        code = 0
+        try:
+            report.main("python -m mnist_lightning", "Compare.", list(arguments))
+        except SystemExit as exit:
+            code = exit.code
+        captured = capfd.readouterr()
+        return code, captured.out + captured.err
+
+    return command
+
+
+def test_the_newest_complete_runs_are_compared(made, reported):
+    paths = [model["runs"] for model in reported["models"].values()]
+    assert paths == [["lightning_logs/baseline/version_1"], ["lightning_logs/tuned/version_0"]]
+    assert list(reported["models"]) == ["baseline", "tuned"]
+    assert reported["images"] == 300
+
+
+@pytest.mark.parametrize("name", ["baseline", "tuned"])
+def test_numbers_are_those_that_the_commands_gave(made, reported, command, data_dir, tmp_path, name):
+    cwd, _ = made
+    run = Path(reported["models"][name]["runs"][0])
+    metrics = reported["models"][name]["metrics"]
+    with (cwd / run / "test.csv").open(newline="") as file:
+        for row, weights in zip(csv.DictReader(file), ("last", "best"), strict=True):
+            for metric in ("accuracy", "loss", "penalized_loss"):
+                (value,) = metrics[f"test/{metric} ({weights} epoch)"]
+                assert value == pytest.approx(float(row[f"test/{metric}"]), abs=2e-6)
+    with (cwd / run / "metrics.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    for metric in ("accuracy", "loss", "penalized_loss"):
+        (value,) = metrics[f"val/{metric} (last epoch)"]
+        assert value == pytest.approx(float(rows[-1][f"val/{metric}"]), abs=2e-6)
+    assert reported["models"][name]["epochs"] == [len(rows)]
+    assert 0 < reported["models"][name]["training_seconds"][0] < 60
+
+    output = tmp_path / "predictions.csv"
+    command(cwd, "predict", f"--name={name}", f"--output={output}")
+    table = pd.read_csv(output)
+    probabilities = table.filter(like="probability_").to_numpy()
+    assert metrics["test/accuracy (last epoch)"][0] == pytest.approx(accuracy_score(table.label, table.predicted))
+    assert metrics["test/loss (last epoch)"][0] == pytest.approx(log_loss(table.label, probabilities), abs=1e-5)
+    model = reported["models"][name]
+    assert model["confusion_matrix"] == confusion_matrix(table.label, table.predicted).tolist()
+    expected = precision_recall_fscore_support(table.label, table.predicted, zero_division=0)
+    for key, values in zip(("precision", "recall", "f1"), expected, strict=False):
+        assert model["per_class"][key] == pytest.approx(values.tolist())
+    table.to_csv(tmp_path.parent / f"{name}.csv")
+
+
+def test_the_difference_is_that_of_the_saved_predictions(made, reported, command, tmp_path):
+    right = []
+    for name in ("baseline", "tuned"):
+        command(made[0], "predict", f"--name={name}", f"--output={tmp_path / name}.csv")
+        table = pd.read_csv(f"{tmp_path / name}.csv")
+        right.append(table.label == table.predicted)
+    corrected, broken = int((right[1] & ~right[0]).sum()), int((right[0] & ~right[1]).sum())
+    found = reported["difference"]
+    assert (found["corrected"], found["broken"]) == (corrected, broken)
+    assert found["p_value"] == pytest.approx(stats.binomtest(corrected, corrected + broken).pvalue)
+    difference = right[1].mean() - right[0].mean()
+    assert found["difference"] == pytest.approx(difference)
+    draws = np.random.default_rng(1).integers(300, size=(4000, 300))
+    both = right[1].to_numpy().astype(float) - right[0].to_numpy()
+    expected = np.quantile(both[draws].mean(axis=1), [0.025, 0.975])
+    assert found["interval"] == pytest.approx(expected.tolist(), abs=0.01)
+    assert f"corrects {corrected} that baseline gets wrong and breaks {broken}" in reported["verdict"]
+
+
+def test_the_terminal_and_the_csv_show_the_comparison(made, reported):
+    cwd, output = made
+    with (cwd / "lightning_logs/report/comparison.csv").open(newline="") as file:
+        rows = {row["quantity"]: (row["baseline"], row["tuned"]) for row in csv.DictReader(file)}
+    for name, index in (("baseline", 0), ("tuned", 1)):
+        value = reported["models"][name]["metrics"]["test/accuracy (last epoch)"][0]
+        assert rows["test/accuracy (last epoch)"][index] == f"{value:.4f}"
+    assert re.search(r"test/accuracy \(last epoch\) +{} +{}\n".format(*rows["test/accuracy (last epoch)"]), output)
+    assert reported["verdict"] in output
+    assert output.splitlines()[-1] == "Report: lightning_logs/report/report.html"
+
+
+class Page(HTMLParser):
+    """Collects what the tests look at."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.images, self.references, self.open, self.problems = [], [], [], []
+        self.feed(text)
+
+    def handle_starttag(self, tag, attributes):  # noqa: D102
+        attributes = dict(attributes)
+        if tag == "img":
+            self.images.append(attributes)
+        self.references += [attributes[key] for key in ("src", "href") if key in attributes]
+        if tag not in ("img", "meta", "link", "br"):
+            self.open.append(tag)
+
+    def handle_endtag(self, tag):  # noqa: D102
+        if self.open.pop() != tag:
+            self.problems.append(tag)
+
+
+def test_the_page_is_one_file_with_everything(made, reported):
+    folder = made[0] / "lightning_logs/report"
+    text = (folder / "report.html").read_text()
+    page = Page(text)
+    assert not page.problems
+    assert not page.open
+    assert len(text) < 5_000_000
+    assert all(reference.startswith("data:") for reference in page.references)
+    assert "http" not in re.sub(r"data:[^\"]*", "", text)
+    assert all(len(image["alt"]) > 10 for image in page.images)
+    files = sorted(path.stem for path in (folder / "figures").glob("*.png"))
+    assert len(page.images) == len(files)
+    assert {
+        "val_accuracy", "val_penalized_loss", "train_accuracy", "train_penalized_loss", "second_accuracy", "samples",
+        "confusion_first", "confusion_second", "misclassified_first", "misclassified_second", "confident_first",
+        "only_first", "reliability", "costs", "study_optimization_history", "study_param_importances", "study_slice",
+        "study_parallel_coordinate", "study_executions",
+    } <= set(files)  # fmt: skip
+    for path in (folder / "figures").glob("*.png"):
+        assert Image.open(path).size[0] > 100
+    events = EventAccumulator(str(folder), size_guidance={"images": 0}).Reload()
+    assert sorted(tag.removeprefix("report/") for tag in events.Tags()["images"]) == files
+    assert '<tr class="differs"><td>trainer.max_epochs</td><td>3</td><td>2</td></tr>' in text
+    assert "<tr><td>seed_everything</td><td>42</td><td>42</td></tr>" in text
+
+
+def test_the_study_is_told(made, reported):
+    study = reported["study"]
+    assert study["trials"]["complete"] == 3
+    assert study["best_params"].keys() == {
+        "model.network.init_args.units.0", "model.network.init_args.l2.1", "model.optimizer.class_path",
+    }  # fmt: skip
+    l2 = study["best_params"]["model.network.init_args.l2.1"]
+    side = "lower" if l2 == 0.01 else "upper"
+    assert any(f"best l2.1 of study tune, {l2}, is the {side} edge" in edge for edge in study["edges"])
+
+
+def test_several_seeds_give_means_and_a_test_over_seeds(run, made):
+    base = "lightning_logs/baseline/version_"
+    code, output = run(f"one={base}0,{base}1", f"other={base}1,lightning_logs/tuned/version_0", "--study=none")
+    assert code == 0, output
+    found = json.loads(Path("lightning_logs/report/report.json").read_text())
+    values = [found["models"][name]["metrics"]["test/accuracy (last epoch)"] for name in ("one", "other")]
+    assert [len(value) for value in values] == [2, 2]
+    expected = stats.ttest_ind(*values, equal_var=False).pvalue
+    assert found["difference"]["seeds_p_value"] == pytest.approx(expected)
+    assert f"{np.mean(values[0]):.4f} ± {np.std(values[0], ddof=1):.4f}" in output
+    assert "Over 2 and 2 seeds" in output
+    assert found["study"] is None
+
+
+def test_a_checkpoint_and_the_best_weights_can_be_compared(run):
+    base = "lightning_logs/baseline/version_1/checkpoints"
+    code, output = run(f"last={base}/last.ckpt", f"best={base}/best.ckpt")
+    assert code == 0, output
+    code, output = run("--weights=best")
+    assert code == 0, output
+    assert json.loads(Path("lightning_logs/report/report.json").read_text())["weights"] == "best"
+
+
+def damage(change):
+    """Name a change to the runs."""
+    return pytest.param(change, id=change.__name__)
+
+
+def no_run():
+    shutil.rmtree("lightning_logs/baseline")
+    return [], r"No run in lightning_logs/baseline yet\. Make one: python -m mnist_lightning fit"
+
+
+def no_tuned():
+    shutil.rmtree("lightning_logs/tuned")
+    return [], r"No run in lightning_logs/tuned yet\. Make one: python -m mnist_lightning tune"
+
+
+def killed_at_once():
+    shutil.rmtree("lightning_logs/tuned/version_0/checkpoints")
+    Path("lightning_logs/tuned/version_0/test.csv").unlink()
+    return [], r"tuned/version_0 was stopped before its end\. It has no checkpoint either"
+
+
+def killed():
+    Path("lightning_logs/tuned/version_0/test.csv").unlink()
+    return [], r"stopped before its end\. Continue it: python -m mnist_lightning fit --config .*--ckpt_path"
+
+
+def no_checkpoint():
+    shutil.rmtree("lightning_logs/tuned/version_0/checkpoints")
+    return ["baseline", "x=lightning_logs/tuned/version_0"], "has no checkpoint"
+
+
+def no_path():
+    return ["baseline", "x=nowhere"], "no run or checkpoint at nowhere"
+
+
+def damaged():
+    Path("lightning_logs/tuned/version_0/checkpoints/last.ckpt").write_bytes(b"PK damaged")
+    return [], "last.ckpt cannot be used: it is damaged"
+
+
+def other_network():
+    import torch
+
+    path = Path("lightning_logs/tuned/version_0/checkpoints/last.ckpt")
+    checkpoint = torch.load(path, weights_only=True)
+    checkpoint["hyper_parameters"]["network"]["init_args"]["units"] = [5, 5]
+    torch.save(checkpoint, path)
+    return [], "its weights are not those of its network"
+
+
+def other_data():
+    import torch
+
+    path = Path("lightning_logs/tuned/version_0/checkpoints/last.ckpt")
+    checkpoint = torch.load(path, weights_only=True)
+    checkpoint["datamodule_hyper_parameters"]["val_split"] = 0.1
+    torch.save(checkpoint, path)
+    return [], "have other val images"
+
+
+def no_study():
+    return ["--storage=lightning_logs/tune/journal.log", "--study=mine"], "no study mine"
+
+
+def foreign_folder():
+    Path("mine").mkdir()
+    Path("mine/thesis.txt").write_text("all I have")
+    return ["--output=mine"], "mine holds something else than a report"
+
+
+@pytest.mark.parametrize("change", list(map(damage, (
+    no_run, no_tuned, killed_at_once, killed, no_checkpoint, no_path, damaged, other_network, other_data, no_study,
+    foreign_folder,
+))))  # fmt: skip
+def test_a_mistake_is_said_and_the_old_report_stays(run, change):
+    arguments, message = change()
+    old = Path("lightning_logs/report")
+    old.mkdir()
+    (old / "report.json").write_text("{}")
+    code, _ = run(*arguments)
+    assert re.search(message, str(code)), code
+    assert len(str(code).splitlines()) <= 2
+    assert (old / "report.json").read_text() == "{}"
+    assert sorted(path.name for path in old.iterdir()) == ["report.json"]
+
+
+def test_three_models_are_too_many(run):
+    code, output = run("a", "b", "c")
+    assert code == 2
+    assert "two models are compared, not 3" in output
+
+
+def test_a_failure_in_the_midst_leaves_the_old_report(run, monkeypatch):
+    run()
+    before = Path("lightning_logs/report/report.html").read_bytes()
+    monkeypatch.setattr(page, "_print", lambda *_: None)
+    monkeypatch.setattr(page.jinja2, "Environment", lambda **_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        run("--weights=best")
+    assert Path("lightning_logs/report/report.html").read_bytes() == before
+    assert not list(Path("lightning_logs").glob(".report-*"))
+
+
+# --- statistics ---------------------------------------------------------------------------------------------
+
+
+def test_a_clear_difference_and_none():
+    rng = np.random.default_rng(3)
+    first = rng.random(10_000) < 0.93
+    better = first | (rng.random(10_000) < 0.4)
+    found = compare(first, better)
+    assert (found.broken, found.corrected) == (0, int((better & ~first).sum()))
+    assert found.p_value < 1e-6
+    assert found.interval[0] < found.difference < found.interval[1]
+    assert found.interval[0] > 0
+    assert verdict("tuned", "baseline", found, 10_000).startswith(
+        f"tuned is better than baseline by {100 * found.difference:.2f} points"
+    )
+    back = compare(better, first)
+    text = verdict("tuned", "baseline", back, 10_000)
+    assert text.startswith(f"tuned is worse than baseline by {100 * found.difference:.2f} points")
+    assert back.interval == pytest.approx((-found.interval[1], -found.interval[0]), abs=1e-3)
+    same = compare(first, first)
+    assert (same.p_value, same.difference, same.interval) == (1.0, 0.0, (0.0, 0.0))
+    assert verdict("tuned", "baseline", same, 10_000).startswith("No difference between tuned and baseline")
+
+
+def test_the_interval_covers_the_truth_as_often_as_it_says():
+    rng = np.random.default_rng(0)
+    covered = 0
+    for _ in range(300):
+        draw = rng.random(2000)
+        first, second = draw < 0.90, (draw > 0.03) & (draw < 0.95)  # the second is better by 0.02
+        low, high = compare(first, second, samples=1000).interval
+        covered += low <= 0.02 <= high
+    assert 0.91 < covered / 300 < 0.99
+
+
+def test_calibration_error_by_hand():
+    probabilities = np.array([[0.9, 0.1], [0.9, 0.1], [0.3, 0.7], [0.45, 0.55]], dtype=np.float32)
+    labels = np.array([0, 1, 1, 0])
+    confidence, accuracy, weight = reliability(probabilities, labels, bins=10)
+    assert confidence == pytest.approx([0.55, 0.7, 0.9])
+    assert accuracy.tolist() == [0, 1, 0.5]
+    assert weight.tolist() == [0.25, 0.25, 0.5]
+    assert calibration_error(probabilities, labels, bins=10) == pytest.approx(0.55 / 4 + 0.3 / 4 + 0.4 / 2)
+    sure = np.array([[1.0, 0.0]], dtype=np.float32)
+    assert calibration_error(sure, np.array([0])) == 0
+
+
+def test_seeds_need_two_on_each_side():
+    assert seeds_p_value([0.9], [0.8, 0.9]) is None
+    assert seeds_p_value([0.90, 0.91, 0.92], [0.95, 0.96, 0.97]) == pytest.approx(
+        stats.ttest_ind([0.90, 0.91, 0.92], [0.95, 0.96, 0.97], equal_var=False).pvalue
+    )
+    assert seeds_p_value([0.9, 0.9], [0.9, 0.9]) == 1
