@@ -13,7 +13,7 @@ COMMANDS = {
     "test": "Evaluate a checkpoint on the test images.",
     "tune": "Search hyper-parameters with an Optuna study and refit the best.",
     "predict": "Write label and probabilities of every test image to a CSV file.",
-    "report": "Compare two models, by default the newest baseline and tuned run, on one page.",
+    "report": "Compare the tuned model with the baseline on one page.",
 }
 
 

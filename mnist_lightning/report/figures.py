@@ -10,10 +10,13 @@ import optuna
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
+from optuna.distributions import BaseDistribution, CategoricalDistribution
+from optuna.trial import FrozenTrial, TrialState
 
 from mnist_lightning.figures import RIGHT, WRONG, digits
 from mnist_lightning.report.runs import Run
 from mnist_lightning.report.statistics import reliability
+from mnist_lightning.study import short_value
 
 COLORS = ("tab:blue", "tab:green")
 
@@ -83,7 +86,7 @@ def costs(sides: dict[str, list[Run]], weights: str) -> Figure:
     return figure
 
 
-def executions(study: optuna.Study, trials: Sequence[optuna.trial.FrozenTrial]) -> Figure:
+def executions(trials: Sequence[FrozenTrial]) -> Figure:
     """The score of each execution of each trial, and their mean."""
     figure = Figure(figsize=(8, 4), layout="constrained")
     axes = figure.add_subplot(xlabel="trial", ylabel="score")
@@ -108,20 +111,32 @@ def of_study(study: optuna.Study, names: dict[str, str]) -> dict[str, Figure]:
     from matplotlib import pyplot
     from optuna.visualization import matplotlib as plots
 
-    # short names, or the labels leave no room for anything else
+    # a copy with short names, since long ones leave no room for anything else
     short = optuna.create_study(direction=study.direction)
-    for trial in study.get_trials(states=(optuna.trial.TrialState.COMPLETE,)):
-        for attribute in ("params", "distributions"):
-            setattr(trial, attribute, {names[key]: value for key, value in getattr(trial, attribute).items()})
-        trial.intermediate_values = {}
-        short.add_trial(trial)
-    figures = {}
-    for name in ("optimization_history", "param_importances", "slice", "parallel_coordinate"):
-        options = {"evaluator": optuna.importance.FanovaImportanceEvaluator(seed=0)} if "importances" in name else {}
-        with pyplot.style.context("default"), warnings.catch_warnings(action="ignore"):  # they are experimental
-            axes = getattr(plots, f"plot_{name}")(short, **options)
-        figure = np.ravel(axes)[0].figure
-        figure.set_size_inches(*((3 * len(names), 4) if name == "slice" else (8, 4.5)))
-        pyplot.close(figure)
-        figures[name] = figure
+    for trial in study.get_trials(states=(TrialState.COMPLETE,)):
+        distributions: dict[str, BaseDistribution] = {}
+        for key, distribution in trial.distributions.items():
+            if isinstance(distribution, CategoricalDistribution):
+                distribution = CategoricalDistribution([_shorten(choice) for choice in distribution.choices])
+            distributions[names[key]] = distribution
+        params = {names[key]: _shorten(value) for key, value in trial.params.items()}
+        short.add_trial(optuna.create_trial(value=trial.value, params=params, distributions=distributions))
+    evaluator = optuna.importance.FanovaImportanceEvaluator(seed=0)
+    # these functions are experimental, and set a style for all that comes after
+    with warnings.catch_warnings(action="ignore"), pyplot.style.context("default"):
+        axes: dict[str, Any] = {
+            "optimization_history": plots.plot_optimization_history(short),
+            "param_importances": plots.plot_param_importances(short, evaluator=evaluator),
+            "parallel_coordinate": plots.plot_parallel_coordinate(short),
+            **{f"slice_{name}": plots.plot_slice(short, params=[name]) for name in names.values()},
+        }
+        figures = {name: ax.figure for name, ax in axes.items()}
+        for name, figure in figures.items():
+            figure.set_size_inches((4.5, 3.5) if name.startswith("slice") else (8, 4.5))
+            figure.tight_layout()
+            pyplot.close(figure)
     return figures
+
+
+def _shorten(value: Any) -> Any:
+    return short_value(value) if isinstance(value, str) else value

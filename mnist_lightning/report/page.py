@@ -290,27 +290,30 @@ def _study(
         return None
     best, space = study.best_trial, study.best_trial.distributions
     names = {key: short_key(key) for key in space}
-    parts: dict[str, Any] = {"figures": [], "edges": []}
+    parts: dict[str, Any] = {"figures": [], "edges": ""}
+    on_edge: list[str] = []
     alts = {
         "optimization_history": f"values of the trials of {name}; the best is {best.value:.4f}, of trial {best.number}",
         "param_importances": "importance of each parameter",
-        "slice": "value of the trials against each parameter",
         "parallel_coordinate": "parameters of the trials as lines, coloured by value",
     }
     if len({trial.value for trial in trials}) > 1:
         for key, figure in figures.of_study(study, names).items():
-            parts["figures"].append(pictures.add(f"study_{key}", figure, alts[key]))
+            alt = alts.get(key) or f"values of the trials against {key.removeprefix('slice_')}"
+            parts["figures"].append(pictures.add(f"study_{key}", figure, alt))
     alt = f"scores of the executions of each trial of study {name}"
-    parts["figures"].append(pictures.add("study_executions", figures.executions(study, trials), alt))
+    parts["figures"].append(pictures.add("study_executions", figures.executions(trials), alt))
     for key, distribution in space.items():
         edges, value = bounds(distribution), best.params[key]
         ordered = all(isinstance(edge, int | float) and not isinstance(edge, bool) for edge in edges)
         if ordered and len(edges) > 1 and value in (min(edges), max(edges)):
-            side = "lower" if value == min(edges) else "upper"
-            parts["edges"].append(
-                f"The best {names[key]} of study {name}, {short_value(value)}, is the {side} edge of what was "
-                "searched: a better one may lie beyond."
-            )
+            on_edge.append(f"{names[key]} ({short_value(value)})")
+    if on_edge:
+        listed = ", ".join(on_edge[:-1]) + (" and " if on_edge[:-1] else "") + on_edge[-1]
+        parts["edges"] = (
+            f"In study {name}, the best {listed} lie{'s' * (len(on_edge) == 1)} at the edge of what was searched: "
+            "better values may lie beyond."
+        )
     parts["rows"] = []
     sign = -1 if study.direction.name == "MAXIMIZE" else 1
     for trial in sorted(trials, key=lambda trial: sign * (trial.value or 0.0)):
