@@ -1,7 +1,9 @@
 """The report: its numbers against scikit-learn, SciPy and what the commands printed; its page; what it refuses."""
 
+import contextlib
 import csv
 import html
+import io
 import json
 import re
 import shutil
@@ -18,22 +20,34 @@ from sklearn.metrics import accuracy_score, confusion_matrix, log_loss, precisio
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from test_tuning import options
 
-from mnist_lightning import report
+from mnist_lightning import cli, report, workers
 from mnist_lightning.report import page
 from mnist_lightning.report.statistics import calibration_error, compare, reliability, seeds_p_value, verdict
 
 
 @pytest.fixture(scope="module")
-def made(command, data_dir, tmp_path_factory):
+def made(data_dir, tmp_path_factory):
     """A folder in which ``fit`` (two seeds), ``tune`` and ``report`` were run, and what ``report`` printed."""
     cwd = tmp_path_factory.mktemp("made")
-    command(cwd, "fit", "--trainer.max_epochs=3", "--seed_everything=7")
-    command(cwd, "fit", "--trainer.max_epochs=3")
+    small, output = f"--data.data_dir={data_dir}", io.StringIO()
     tune = options(data_dir, "--n_trials=3", "--executions_per_trial=1", "--refit_epochs=2")
-    command(cwd, "tune", *[option for option in tune[1:] if option != "--refit=false"])
-    shutil.copytree(cwd / "lightning_logs", cwd / "before")
-    result = command(cwd, "report", data=False)
-    return cwd, result.stdout
+    workers.start_server()
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(output):
+        patch.chdir(cwd)
+        for arguments in (
+            ["fit", small, "--trainer.max_epochs=3", "--seed_everything=7"],
+            ["fit", small, "--trainer.max_epochs=3"],
+            [option for option in tune if option != "--refit=false"],
+            ["predict", small, "--name=baseline", "--output=baseline.csv"],
+            ["predict", small, "--name=tuned", "--output=tuned.csv"],
+        ):
+            patch.setattr("sys.argv", ["mnist_lightning", *arguments])
+            cli.main(arguments[0], "")
+        shutil.copytree(cwd / "lightning_logs", cwd / "before")
+        output.seek(0)
+        output.truncate()
+        report.main("python -m mnist_lightning", "Compare.", [])
+    return cwd, output.getvalue()
 
 
 @pytest.fixture
@@ -67,7 +81,7 @@ def test_the_newest_complete_runs_are_compared(made, reported):
 
 
 @pytest.mark.parametrize("name", ["baseline", "tuned"])
-def test_numbers_are_those_that_the_commands_gave(made, reported, command, data_dir, tmp_path, name):
+def test_numbers_are_those_that_the_commands_gave(made, reported, name):
     cwd, _ = made
     run = Path(reported["models"][name]["runs"][0])
     metrics = reported["models"][name]["metrics"]
@@ -84,9 +98,7 @@ def test_numbers_are_those_that_the_commands_gave(made, reported, command, data_
     assert reported["models"][name]["epochs"] == [len(rows)]
     assert 0 < reported["models"][name]["training_seconds"][0] < 60
 
-    output = tmp_path / "predictions.csv"
-    command(cwd, "predict", f"--name={name}", f"--output={output}")
-    table = pd.read_csv(output)
+    table = pd.read_csv(cwd / f"{name}.csv")
     probabilities = table.filter(like="probability_").to_numpy()
     assert metrics["test/accuracy (last epoch)"][0] == pytest.approx(accuracy_score(table.label, table.predicted))
     assert metrics["test/loss (last epoch)"][0] == pytest.approx(log_loss(table.label, probabilities), abs=1e-5)
@@ -95,14 +107,12 @@ def test_numbers_are_those_that_the_commands_gave(made, reported, command, data_
     expected = precision_recall_fscore_support(table.label, table.predicted, zero_division=0)
     for key, values in zip(("precision", "recall", "f1"), expected, strict=False):
         assert model["per_class"][key] == pytest.approx(values.tolist())
-    table.to_csv(tmp_path.parent / f"{name}.csv")
 
 
-def test_the_difference_is_that_of_the_saved_predictions(made, reported, command, tmp_path):
+def test_the_difference_is_that_of_the_saved_predictions(made, reported):
     right = []
     for name in ("baseline", "tuned"):
-        command(made[0], "predict", f"--name={name}", f"--output={tmp_path / name}.csv")
-        table = pd.read_csv(f"{tmp_path / name}.csv")
+        table = pd.read_csv(made[0] / f"{name}.csv")
         right.append(table.label == table.predicted)
     corrected, broken = int((right[1] & ~right[0]).sum()), int((right[0] & ~right[1]).sum())
     found = reported["difference"]
@@ -322,6 +332,13 @@ def test_a_mistake_is_said_and_the_old_report_stays(run, change):
     assert len(str(code).splitlines()) <= 2
     assert (old / "report.json").read_text() == "{}"
     assert sorted(path.name for path in old.iterdir()) == ["report.json"]
+
+
+def test_the_command_itself_says_it_too(command, tmp_path):
+    result = command(tmp_path, "report", check=False, data=False)
+    assert result.returncode == 1
+    assert result.stderr.startswith("error: No run in lightning_logs/baseline yet")
+    assert "Traceback" not in result.stderr
 
 
 def test_three_models_are_too_many(run):
