@@ -38,10 +38,12 @@ class TrialSampler(BaseSampler):
     how often the study was interrupted, and processes that share a study never repeat each other's draws.
 
     Args:
+        study: The study. (Some pruners show a sampler only a part of it.)
         make: Makes the sampler for a trial from its place: the number of trials drawn before it.
     """
 
-    def __init__(self, make: Callable[[int], BaseSampler]) -> None:
+    def __init__(self, study: Study, make: Callable[[int], BaseSampler]) -> None:
+        self._study = study
         self._make = make
         self._sampler = make(0)
         self.exhausted = False
@@ -49,7 +51,7 @@ class TrialSampler(BaseSampler):
 
     def before_trial(self, study: Study, trial: FrozenTrial) -> None:
         """Take the sampler of this trial."""
-        others = study.get_trials(deepcopy=False)
+        others = self._study.get_trials(deepcopy=False)
         place = sum("continues" not in other.user_attrs for other in others if other.number < trial.number)
         self._sampler = self._make(place)
         self._sampler.before_trial(study, trial)

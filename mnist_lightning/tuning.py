@@ -231,7 +231,7 @@ class TuneCLI(RunCLI):
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         storage = open_storage(self.options.storage or str(folder / "journal.log"))
         study, is_new = open_study(storage, self.options.study_name, self.options.direction, settings, self.space)
-        study.sampler = TrialSampler(self._make_sampler)
+        study.sampler = TrialSampler(study, self._make_sampler)
         study.pruner = options["pruner"]
         if is_new and self.options.enqueue_baseline:
             study.enqueue_trial({key: _get(self.base, key) for key in self.space})

@@ -10,6 +10,7 @@ import optuna
 import pytest
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
+from optuna.pruners import HyperbandPruner
 from optuna.samplers import GridSampler, RandomSampler, TPESampler
 from optuna.trial import TrialState
 
@@ -30,7 +31,7 @@ def seeded(number):
 
 def make(journal, space=SPACE, sampler=seeded, name="study", **settings):
     study, _ = open_study(open_storage(journal), name, "maximize", settings, space)
-    study.sampler = TrialSampler(sampler)
+    study.sampler = TrialSampler(study, sampler)
     return study
 
 
@@ -59,6 +60,14 @@ def test_draws_depend_on_the_place_of_the_trial_only(journal, tmp_path):
     for _ in range(6):  # a new process each time
         make(other).ask(SPACE)
     assert values(make(other)) == values(whole)
+
+
+def test_no_draw_is_repeated_where_a_pruner_parts_the_study(journal):
+    study = make(journal)
+    study.pruner = HyperbandPruner(min_resource=1, max_resource=9)
+    drawn = [study.ask(SPACE).params["a"] for _ in range(12)]
+    whole = make(journal, name="whole")
+    assert drawn == [whole.ask(SPACE).params["a"] for _ in range(12)]
 
 
 @pytest.mark.parametrize("sampler", [lambda number: TPESampler(n_startup_trials=2, seed=number), seeded])
