@@ -121,15 +121,19 @@ class RunCheckpoint(ModelCheckpoint):
         super().on_train_epoch_end(trainer, pl_module)
 
     def state_dict(self) -> dict[str, Any]:
-        """Lightning's state, the history and the random state, in plain types and tensors."""
+        """Lightning's state, the history and each process's random state, in plain types and tensors."""
         name, keys, *rest = np.random.get_state(legacy=True)
         random_state = {
             "python": random.getstate(),
             "numpy": (name, torch.from_numpy(np.asarray(keys, dtype=np.int64)), *rest),
             "torch": torch.get_rng_state(),
-            "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else [],
+            "cuda": torch.cuda.get_rng_state() if torch.cuda.is_initialized() else None,
         }
-        state = {"history": self.history, "seconds": self.seconds, "random_state": random_state}
+        random_states = [random_state]
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            random_states *= torch.distributed.get_world_size()
+            torch.distributed.all_gather_object(random_states, random_state)
+        state = {"history": self.history, "seconds": self.seconds, "random_states": random_states}
         return {**super().state_dict(), **state}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -138,13 +142,7 @@ class RunCheckpoint(ModelCheckpoint):
             return
         self.history = list(state_dict["history"])
         self.seconds = state_dict["seconds"]
-        random_state = state_dict["random_state"]
-        random.setstate(random_state["python"])
-        name, keys, *rest = random_state["numpy"]
-        np.random.set_state((name, keys.numpy().astype(np.uint32), *rest))
-        torch.set_rng_state(random_state["torch"])
-        if random_state["cuda"]:
-            torch.cuda.set_rng_state_all(random_state["cuda"])
+        self._set_random_state(state_dict["random_states"])
 
         old, new = self._resumed_from.with_name("best.ckpt"), Path(self.dirpath, "best.ckpt")
         if old.is_file():
@@ -154,6 +152,23 @@ class RunCheckpoint(ModelCheckpoint):
             super().load_state_dict({**state_dict, **moved, **score, "dirpath": self.dirpath})
         elif state_dict["best_model_path"]:
             rank_zero_warn(f"{old} is gone: the best epoch of this run is looked for from here on only.")
+
+    def _set_random_state(self, states: list[dict[str, Any]]) -> None:
+        is_distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
+        rank, size = (torch.distributed.get_rank(), torch.distributed.get_world_size()) if is_distributed else (0, 1)
+        if len(states) != size:
+            rank_zero_warn(
+                f"The checkpoint is of {len(states)} processes, this run has {size}: it goes on, but not exactly as "
+                "the other would have."
+            )
+            return
+        state = states[rank]
+        random.setstate(state["python"])
+        name, keys, *rest = state["numpy"]
+        np.random.set_state((name, keys.numpy().astype(np.uint32), *rest))
+        torch.set_rng_state(state["torch"])
+        if state["cuda"] is not None and torch.cuda.is_available():
+            torch.cuda.set_rng_state(state["cuda"])
 
     @rank_zero_only
     def _write_metrics(self) -> None:

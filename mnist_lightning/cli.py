@@ -204,6 +204,8 @@ class RunCLI(LightningCLI):
         kwargs["plugins"] = [*(options.plugins or []), CheckpointIO()]
         self.trainer_defaults["callbacks"] = callbacks
         trainer = super().instantiate_trainer(**kwargs)
+        if self.command == "predict" and trainer.world_size > 1:
+            raise MisconfigurationException("predict writes one file and runs on one device: --trainer.devices 1")
         trainer.fit_loop.epoch_loop = EpochLoop(trainer, trainer.min_steps, trainer.max_steps)
         return trainer
 

@@ -14,10 +14,11 @@ import numpy as np
 import torch
 from jsonargparse.typing import OpenUnitInterval, PositiveInt
 from lightning.pytorch import LightningDataModule
+from lightning.pytorch.overrides.distributed import UnrepeatedDistributedSampler
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.utils.data import BatchSampler, DataLoader, Dataset, RandomSampler, SequentialSampler
+from torch.utils.data import BatchSampler, DataLoader, Dataset, DistributedSampler, RandomSampler
 
 MD5 = {
     "train-images-idx3-ubyte": "6bbc9ace898e44ae57da46a324031adb",
@@ -56,10 +57,14 @@ class Split(Dataset[Batch]):
 class TensorBatchSampler(BatchSampler):
     """A ``BatchSampler`` that gives the indices of a batch as a tensor: one slice instead of 64 numbers in turn."""
 
-    def __iter__(self) -> Iterator[Any]:
+    def __iter__(self) -> Iterator[Tensor]:  # type: ignore[override]
         """Index tensors of shape (batch,), in the order of the sampler."""
+        # Lightning tells a distributed sampler its epoch after this, so its order must wait; others are drawn at once
+        return self._batches() if isinstance(self.sampler, DistributedSampler) else iter([*self._batches()])
+
+    def _batches(self) -> Iterator[Tensor]:
         batches = torch.tensor(list(self.sampler)).split(self.batch_size)
-        return iter(batches[:-1] if self.drop_last and len(batches[-1]) < self.batch_size else batches)
+        yield from batches[:-1] if self.drop_last and len(batches[-1]) < self.batch_size else batches
 
 
 class MNISTDataModule(LightningDataModule):
@@ -111,25 +116,29 @@ class MNISTDataModule(LightningDataModule):
             self.test = Split(*self._load("t10k"))
 
     def train_dataloader(self) -> DataLoader[Batch]:
-        """Training batches, shuffled anew in every epoch."""
-        return self._dataloader(self.train, self.batch_size, shuffle=True)
+        """Training batches, shuffled anew in every epoch; Lightning shares them out among devices."""
+        assert self.train is not None, "call setup() first"
+        sampler = TensorBatchSampler(RandomSampler(self.train), self.batch_size, drop_last=False)
+        return DataLoader(self.train, batch_sampler=sampler, collate_fn=_as_is)
 
     def val_dataloader(self) -> DataLoader[Batch]:
         """Validation batches, in order."""
-        return self._dataloader(self.val, self.eval_batch_size)
+        return self._eval_dataloader(self.val)
 
     def test_dataloader(self) -> DataLoader[Batch]:
         """Test batches, in order."""
-        return self._dataloader(self.test, self.eval_batch_size)
+        return self._eval_dataloader(self.test)
 
     def predict_dataloader(self) -> DataLoader[Batch]:
         """The test batches again: images to predict, with the labels that they should get."""
         return self.test_dataloader()
 
-    def _dataloader(self, split: Split | None, batch_size: int, shuffle: bool = False) -> DataLoader[Batch]:
+    def _eval_dataloader(self, split: Split | None) -> DataLoader[Batch]:
         assert split is not None, "call setup() first"
-        sampler = (RandomSampler if shuffle else SequentialSampler)(split)
-        return DataLoader(split, batch_sampler=TensorBatchSampler(sampler, batch_size, False), collate_fn=_as_is)
+        # Lightning's own sampler for several devices repeats images where they cannot be shared out evenly
+        shares = self.trainer.distributed_sampler_kwargs if self.trainer else None
+        sampler = UnrepeatedDistributedSampler(split, shuffle=False, **shares) if shares else None
+        return DataLoader(split, batch_size=self.eval_batch_size, sampler=sampler, collate_fn=_as_is)
 
     def _load(self, prefix: str) -> Batch:
         images, labels = (self._read(f"{prefix}-{kind}") for kind in ("images-idx3-ubyte", "labels-idx1-ubyte"))

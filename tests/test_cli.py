@@ -280,12 +280,46 @@ def test_a_network_that_cannot_be_traced_still_trains(command, monkeypatch, tmp_
     assert float(row["val/penalized_loss"]) > float(row["val/loss"])
 
 
-def test_two_processes_train_one_model(command, tmp_path):
-    command(tmp_path, "fit", "--trainer.max_epochs=1", "--trainer.accelerator=cpu", "--trainer.devices=2")
-    (run,) = (tmp_path / "lightning_logs/baseline").iterdir()
-    (row,) = rows(run)
+def run_of(tmp_path, name):
+    (run,) = (tmp_path / "lightning_logs" / name).iterdir()
+    return run
+
+
+def test_two_devices_do_what_one_does(command, tmp_path):
+    """One step on all images, half of them on each device; and 249 and 300 images to evaluate, each once."""
+    options = [
+        "--trainer.max_epochs=1", "--model.network.dropout=0", "--model.optimizer=KerasSGD", "--data.val_split=0.1992",
+        "--trainer.accelerator=cpu",
+    ]  # fmt: skip
+    command(tmp_path, "fit", "--name=one", *options, "--data.batch_size=1001")
+    command(tmp_path, "fit", "--name=two", *options, "--data.batch_size=501", "--trainer.devices=2")
+    one, two = run_of(tmp_path, "one"), run_of(tmp_path, "two")
+    expected = weights(one)
+    for key, weight in weights(two).items():
+        assert torch.allclose(weight, expected[key], atol=1e-4)  # the sampler gives one image of 1,001 twice
+    path = two / "checkpoints/last.ckpt"
+    results = command(tmp_path, "validate", f"--ckpt_path={path}", *options[3:]).stdout
+    (row,) = rows(two)
+    for name in ("loss", "penalized_loss", "accuracy"):
+        value = float(re.search(rf"val/{name}\s+(\S+)", results)[1])
+        assert value == pytest.approx(float(row[f"val/{name}"]), rel=1e-6)  # no image counts twice
+
+
+def test_two_devices_continue_exactly(command, tmp_path):
+    options = ["--trainer.accelerator=cpu", "--trainer.devices=2"]
+    command(tmp_path, "fit", "--name=whole", *options, "--trainer.max_epochs=2")
+    command(tmp_path, "fit", "--name=part", *options, "--trainer.max_epochs=1")
+    last = run_of(tmp_path, "part") / "checkpoints/last.ckpt"
+    (row,) = rows(run_of(tmp_path, "part"))
     assert row["step"] == "7"  # 1,000 images in batches of 2 x 64
-    assert float(row["train/loss"]) > 0
+    states = torch.load(last, weights_only=True)["callbacks"]["RunCheckpoint"]["random_states"]
+    assert len(states) == 2
+    assert not torch.equal(states[0]["torch"], states[1]["torch"])  # each device has dropout masks of its own
+    command(tmp_path, "fit", "--name=rest", *options, "--trainer.max_epochs=2", f"--ckpt_path={last}")
+    whole, rest = run_of(tmp_path, "whole"), run_of(tmp_path, "rest")
+    for key, weight in weights(whole).items():
+        assert torch.equal(weight, weights(rest)[key])
+    assert (whole / "metrics.csv").read_text() == (rest / "metrics.csv").read_text()
 
 
 # --- the other commands -------------------------------------------------------------------------------------
