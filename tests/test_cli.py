@@ -48,6 +48,19 @@ def in_process(monkeypatch, capfd, *arguments: str) -> tuple[int, str, str]:
     return code or 0, captured.out, captured.err
 
 
+@pytest.fixture
+def quick(monkeypatch, capfd, data_dir):
+    """Runs a command as ``command`` does, but in this process."""
+
+    def run(cwd: Path, name: str, *options: str) -> subprocess.CompletedProcess[str]:
+        monkeypatch.chdir(cwd)
+        code, output, errors = in_process(monkeypatch, capfd, name, f"--data.data_dir={data_dir}", *options)
+        assert code == 0, errors
+        return subprocess.CompletedProcess([name, *options], code, output, errors)
+
+    return run
+
+
 # --- help ---------------------------------------------------------------------------------------------------
 
 
@@ -195,9 +208,9 @@ def test_the_saved_config_repeats_the_run(fitted, command, tmp_path):
         assert torch.equal(tensor, weights(again)[name])
 
 
-def test_another_seed_gives_another_run_beside_the_first(command, tmp_path):
+def test_another_seed_gives_another_run_beside_the_first(quick, tmp_path):
     for seed in (1, 2):
-        command(tmp_path, "fit", "--name=seeds", "--trainer.max_epochs=1", f"--seed_everything={seed}")
+        quick(tmp_path, "fit", "--name=seeds", "--trainer.max_epochs=1", f"--seed_everything={seed}")
     first, second = (tmp_path / "lightning_logs/seeds" / f"version_{n}" for n in (0, 1))
     assert rows(first) != rows(second)
 
@@ -241,15 +254,15 @@ def test_killed_and_resumed_ends_as_if_never_killed(fitted, command, data_dir, t
     assert [point.step for point in events.Scalars("train/loss")] == [int(row["step"]) for row in rows(run)]
 
 
-def test_fit_without_a_logger_leaves_nothing(command, tmp_path):
+def test_fit_without_a_logger_leaves_nothing(quick, tmp_path):
     for option in ("--trainer.logger=false", "--trainer.fast_dev_run=true"):
-        result = command(tmp_path, "fit", "--trainer.max_epochs=1", option)
+        result = quick(tmp_path, "fit", "--trainer.max_epochs=1", option)
         assert "last epoch (1)" in result.stdout
     assert list(tmp_path.iterdir()) == []
 
 
-def test_lightning_s_flags_work(command, tmp_path):
-    command(
+def test_lightning_s_flags_work(quick, tmp_path):
+    quick(
         tmp_path, "fit", "--trainer.max_epochs=3", "--trainer.gradient_clip_val=0.5",
         "--trainer.accumulate_grad_batches=2", "--trainer.precision=bf16-mixed",
         "--trainer.callbacks+=EarlyStopping", "--trainer.callbacks.monitor=val/loss",
@@ -285,20 +298,20 @@ def run_of(tmp_path, name):
     return run
 
 
-def test_two_devices_do_what_one_does(command, tmp_path):
+def test_two_devices_do_what_one_does(command, quick, tmp_path):
     """One step on all images, half of them on each device; and 249 and 300 images to evaluate, each once."""
     options = [
         "--trainer.max_epochs=1", "--model.network.dropout=0", "--model.optimizer=KerasSGD", "--data.val_split=0.1992",
         "--trainer.accelerator=cpu",
     ]  # fmt: skip
-    command(tmp_path, "fit", "--name=one", *options, "--data.batch_size=1001")
+    quick(tmp_path, "fit", "--name=one", *options, "--data.batch_size=1001")
     command(tmp_path, "fit", "--name=two", *options, "--data.batch_size=501", "--trainer.devices=2")
     one, two = run_of(tmp_path, "one"), run_of(tmp_path, "two")
     expected = weights(one)
     for key, weight in weights(two).items():
         assert torch.allclose(weight, expected[key], atol=1e-4)  # the sampler gives one image of 1,001 twice
     path = two / "checkpoints/last.ckpt"
-    results = command(tmp_path, "validate", f"--ckpt_path={path}", *options[3:]).stdout
+    results = quick(tmp_path, "validate", f"--ckpt_path={path}", *options[3:]).stdout
     (row,) = rows(two)
     for name in ("loss", "penalized_loss", "accuracy"):
         value = float(re.search(rf"val/{name}\s+(\S+)", results)[1])
