@@ -118,7 +118,11 @@ class RunCheckpoint(ModelCheckpoint):
         self.seconds += now - self._since
         self._since = now
         self._write_metrics()
-        super().on_train_epoch_end(trainer, pl_module)
+        if not self._should_skip_saving_checkpoint(trainer):
+            candidates = self._monitor_candidates(trainer)
+            self._save_topk_checkpoint(trainer, candidates)
+            # Lightning's own method renews last.ckpt only together with best.ckpt
+            self._save_last_checkpoint(trainer, candidates)
 
     def state_dict(self) -> dict[str, Any]:
         """Lightning's state, the history and each process's random state, in plain types and tensors."""

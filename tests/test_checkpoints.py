@@ -20,7 +20,7 @@ from mnist_lightning.networks import MLP
 from mnist_lightning.optimizers import KerasAdam
 
 
-def fit(folder, data_dir, epochs, ckpt_path=None, seed=1):
+def fit(folder, data_dir, epochs, ckpt_path=None, seed=4):
     """Train in ``folder``; a plateau scheduler and noise from three generators make it hard to continue."""
     warnings.filterwarnings("ignore", ".*(many workers|logging interval|GPU available)")
     seed_everything(seed, verbose=False)
@@ -48,6 +48,17 @@ def fit(folder, data_dir, epochs, ckpt_path=None, seed=1):
 @pytest.fixture(scope="module")
 def whole(data_dir, tmp_path_factory):
     return fit(tmp_path_factory.mktemp("whole"), data_dir, 7)
+
+
+def test_last_is_renewed_after_an_epoch_that_is_not_the_best(whole):
+    classifier, _, checkpoint = whole
+    best, last = (
+        torch.load(path, weights_only=True) for path in (checkpoint.best_model_path, checkpoint.last_model_path)
+    )
+    assert best["epoch"] < last["epoch"] == 6
+    assert last["callbacks"]["RunCheckpoint"]["history"] == checkpoint.history
+    for name, weights in classifier.state_dict().items():
+        assert torch.equal(weights, last["state_dict"][name])
 
 
 @pytest.mark.parametrize("epochs", [1, 4, 6])
