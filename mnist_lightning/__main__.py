@@ -11,8 +11,8 @@ COMMANDS = {
     "fit": "Train the network on MNIST and evaluate it on the test set.",
     "validate": "Evaluate a checkpoint on the validation images.",
     "test": "Evaluate a checkpoint on the test images.",
-    "tune": "Search hyper-parameters with an Optuna study and refit the best.",
     "predict": "Write label and probabilities of every test image to a CSV file.",
+    "tune": "Search hyper-parameters with an Optuna study and refit the best.",
     "report": "Compare the tuned model with the baseline on one page.",
 }
 

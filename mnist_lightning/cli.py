@@ -280,7 +280,7 @@ class RunCLI(LightningCLI):
 
 
 def newest_file(paths: Iterable[Path]) -> Path | None:
-    """The one that was written last, or None."""
+    """The one that was written last, or None if there is none."""
     return max(paths, key=lambda path: path.stat().st_mtime, default=None)
 
 

@@ -21,7 +21,7 @@ from optuna.distributions import (
 from optuna.samplers import BaseSampler
 from optuna.storages import BaseStorage, JournalStorage
 from optuna.storages.journal import JournalFileBackend
-from optuna.study import Study
+from optuna.study import Study, StudyDirection
 from optuna.trial import FrozenTrial, Trial, TrialState
 
 SearchSpace = dict[str, BaseDistribution]
@@ -191,6 +191,17 @@ def short_value(value: Any) -> str:
     if isinstance(value, float):
         return f"{value:.4g}"
     return value.rpartition(".")[2] if isinstance(value, str) else str(value)
+
+
+def results(study: Study, keys: Sequence[str]) -> list[list[str]]:
+    """The completed trials, the best first, as text: number, value, scores of the executions, values of ``keys``."""
+    trials = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
+    sign = -1 if study.direction == StudyDirection.MAXIMIZE else 1
+    rows = []
+    for trial in sorted(trials, key=lambda trial: sign * (trial.value or 0.0)):
+        scores = " ".join(f"{execution['score']:.4f}" for execution in trial.user_attrs.get("executions", []))
+        rows.append([str(trial.number), f"{trial.value:.4f}", scores, *(short_value(trial.params[k]) for k in keys)])
+    return rows
 
 
 def process_name() -> str:

@@ -48,6 +48,7 @@ from mnist_lightning.study import (
     open_storage,
     open_study,
     put_back,
+    results,
     short_key,
     short_value,
     sweep,
@@ -318,13 +319,8 @@ class TuneCLI(RunCLI):
         print(f"\nTrials of study {study.study_name}: {', '.join(numbers)}")
         if not complete:
             return
-        columns = [short_key(key) for key in self.space]
-        rows = [["trial", self.options.metric, "executions", *columns]]
-        sign = -1 if self.options.direction == "maximize" else 1
-        for trial in sorted(complete, key=lambda trial: sign * (trial.value or 0.0))[:10]:
-            scores = " ".join(f"{execution['score']:.4f}" for execution in trial.user_attrs["executions"])
-            values = [short_value(trial.params[key]) for key in self.space]
-            rows.append([str(trial.number), f"{trial.value:.4f}", scores, *values])
+        columns = ["trial", self.options.metric, "executions", *map(short_key, self.space)]
+        rows = [columns, *results(study, list(self.space))[:10]]
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
         for row in rows:
             print("  ".join(f"{cell:>{width}}" for cell, width in zip(row, widths, strict=True)))

@@ -32,7 +32,7 @@ from mnist_lightning.report.statistics import (
     seeds_p_value,
     verdict,
 )
-from mnist_lightning.study import bounds, open_storage, short_key, short_value
+from mnist_lightning.study import bounds, open_storage, results, short_key, short_value
 
 METRICS = ("accuracy", "loss", "penalized_loss")
 CMAPS = ("Blues", "Greens")
@@ -314,12 +314,7 @@ def _study(
             f"In study {name}, the best {listed} lie{'s' * (len(on_edge) == 1)} at the edge of what was searched: "
             "better values may lie beyond."
         )
-    parts["rows"] = []
-    sign = -1 if study.direction.name == "MAXIMIZE" else 1
-    for trial in sorted(trials, key=lambda trial: sign * (trial.value or 0.0)):
-        scores = [execution["score"] for execution in trial.user_attrs.get("executions", [])]
-        values = [short_value(trial.params[key]) for key in space]
-        parts["rows"].append([trial.number, f"{trial.value:.4f}", " ".join(f"{s:.4f}" for s in scores), *values])
+    parts["rows"] = results(study, list(space))
     parts["columns"] = ["trial", "value", "executions", *names.values()]
     parts["name"] = name
     report["study"] = {

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from torch.nn import functional as F
 
 from mnist_lightning.classifier import Classifier
-from mnist_lightning.cli import PROG
+from mnist_lightning.cli import PROG, newest_file
 from mnist_lightning.data import MNISTDataModule, Split
 
 BATCH = 1000
@@ -78,18 +78,18 @@ def find(logs: Path, name: str) -> Path:
     Raises:
         MisconfigurationException: There is none.
     """
-    runs = sorted((logs / name).glob("version_*"), key=lambda path: path.stat().st_mtime)
-    complete = [run for run in runs if (run / "test.csv").is_file()]
-    if complete:
-        return max(complete, key=lambda run: (run / "test.csv").stat().st_mtime)
+    complete = newest_file((logs / name).glob("version_*/test.csv"))
+    if complete is not None:
+        return complete.parent
     command = {"baseline": "fit", "tuned": "tune"}.get(name, f"fit --name {name}")
-    if not runs:
+    newest = newest_file((logs / name).glob("version_*"))
+    if newest is None:
         raise MisconfigurationException(f"No run in {logs / name} yet. Make one: {PROG} {command}")
-    last = runs[-1] / "checkpoints/last.ckpt"
-    remedy = f"Continue it: {PROG} fit --config {runs[-1] / 'config.yaml'} --ckpt_path {last}"
+    last = newest / "checkpoints/last.ckpt"
+    remedy = f"Continue it: {PROG} fit --config {newest / 'config.yaml'} --ckpt_path {last}"
     if not last.is_file():
         remedy = f"It has no checkpoint either. Make a new one: {PROG} {command}"
-    raise MisconfigurationException(f"{runs[-1]} was stopped before its end. {remedy}")
+    raise MisconfigurationException(f"{newest} was stopped before its end. {remedy}")
 
 
 def load(path: Path) -> Run:
