@@ -4,7 +4,6 @@ import os
 import socket
 import time
 from collections.abc import Callable, Sequence
-from datetime import datetime
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,8 +18,7 @@ from optuna.distributions import (
     json_to_distribution,
 )
 from optuna.samplers import BaseSampler
-from optuna.storages import BaseStorage, JournalStorage
-from optuna.storages.journal import JournalFileBackend
+from optuna.storages import BaseStorage
 from optuna.study import Study, StudyDirection
 from optuna.trial import FrozenTrial, Trial, TrialState
 
@@ -78,27 +76,6 @@ class TrialSampler(BaseSampler):
             self.exhausted = True
 
 
-def open_storage(storage: str) -> BaseStorage:
-    """Open a storage by its URL or, for a journal file, by its path.
-
-    Raises:
-        MisconfigurationException: It cannot be opened.
-    """
-    try:
-        if "://" in storage:
-            return optuna.storages.get_storage(storage)
-        Path(storage).parent.mkdir(parents=True, exist_ok=True)
-        return JournalStorage(JournalFileBackend(storage))
-    except OSError:
-        raise
-    except Exception as error:  # each database driver raises its own
-        reason = str(getattr(error, "orig", None) or error).strip().splitlines()[0]
-        raise MisconfigurationException(
-            f"The storage {storage} cannot be opened: {reason}. It must be the path of a journal file or a URL that "
-            "Optuna knows, such as postgresql://user@host/database."
-        ) from error
-
-
 def open_study(
     storage: BaseStorage,
     name: str,
@@ -129,7 +106,7 @@ def open_study(
     except optuna.exceptions.DuplicatedStudyError:
         study = optuna.load_study(storage=storage, study_name=name)
     for _ in range(50):  # whoever makes it at this moment still has to write them
-        if "settings" in study.user_attrs:
+        if "settings" in study.user_attrs or study.get_trials(deepcopy=False):
             break
         time.sleep(0.1)
     found = study.user_attrs.get("settings")
@@ -205,8 +182,17 @@ def results(study: Study, keys: Sequence[str]) -> list[list[str]]:
 
 
 def process_name() -> str:
-    """Host, number and start time of this process: it is never given to another."""
-    return f"{socket.gethostname()}:{os.getpid()}:{_start_time(os.getpid())}"
+    """Machine, number and start time of this process: it is never given to another."""
+    return f"{_machine()}:{os.getpid()}:{_start_time(os.getpid())}"
+
+
+def _machine() -> str:
+    """Where the number of a process means the same: the host since its start, or a container of it."""
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text()[:8]
+        return f"{socket.gethostname()}/{boot}/{Path('/proc/self/ns/pid').stat().st_ino}"
+    except OSError:
+        return socket.gethostname()
 
 
 def _start_time(pid: int) -> str | None:
@@ -223,29 +209,41 @@ def _start_time(pid: int) -> str | None:
         return ""
 
 
-def _is_alive(owner: str) -> bool:
-    host, pid, start = owner.rsplit(":", 2)
-    return host != socket.gethostname() or _start_time(int(pid)) == start
-
-
 def counts(trial: FrozenTrial) -> bool:
     """Whether a trial is one of ``n_trials``: all are but those whose work was given to another trial."""
     return trial.state != TrialState.FAIL or "error" in trial.user_attrs
 
 
+def _lost(trials: Sequence[FrozenTrial], space: SearchSpace) -> list[FrozenTrial]:
+    """Trials that were given up but not yet enqueued anew: whoever did the one died before the other."""
+    continued = {trial.user_attrs.get("continues") for trial in trials}
+    return [
+        trial
+        for trial in trials
+        if not counts(trial)
+        and "owner" in trial.user_attrs
+        and trial.number not in continued
+        and trial.params.keys() == space.keys()
+    ]
+
+
 def ask(study: Study, space: SearchSpace, n_trials: int) -> Trial | None:
     """Take a trial: one that waits, or a new one if the study has less than ``n_trials``."""
-    trials = study.get_trials(deepcopy=False)
-    if sum(map(counts, trials)) >= n_trials and not any(trial.state == TrialState.WAITING for trial in trials):
-        return None
-    trial = study.ask(space)
-    trial.set_user_attr("owner", process_name())
-    # two processes may take the last place at once: the trials with the lowest numbers have it
-    before = sum(counts(other) for other in study.get_trials(deepcopy=False) if other.number < trial.number)
-    if before >= n_trials:
-        study.tell(trial, state=TrialState.FAIL)
-        return None
-    return trial
+    while True:
+        trials = study.get_trials(deepcopy=False)
+        is_waiting = any(trial.state == TrialState.WAITING for trial in trials)
+        if sum(map(counts, trials)) + len(_lost(trials, space)) >= n_trials and not is_waiting:
+            return None
+        trial = study.ask(space)
+        before = [other for other in study.get_trials(deepcopy=False) if other.number < trial.number]
+        # two processes may take the last place at once, or enqueue the same trial anew: the lowest number has it
+        is_surplus = sum(map(counts, before)) >= n_trials
+        continues = trial.user_attrs.get("continues")
+        is_twin = continues is not None and any(other.user_attrs.get("continues") == continues for other in before)
+        if not is_surplus and not is_twin:
+            trial.set_user_attr("owner", process_name())
+            return trial
+        study.tell(trial, state=TrialState.FAIL, skip_if_finished=True)
 
 
 def put_back(study: Study, trial: FrozenTrial, space: SearchSpace, *, blame: bool) -> None:
@@ -261,21 +259,50 @@ def put_back(study: Study, trial: FrozenTrial, space: SearchSpace, *, blame: boo
         study.tell(trial.number, state=TrialState.FAIL)
     except (ValueError, optuna.exceptions.UpdateFinishedTrialError):
         return  # another process was faster
-    if trial.params.keys() != space.keys():
-        return  # its owner died while it was drawn: a new one will be
-    kept = {key: value for key, value in trial.user_attrs.items() if key != "owner"}
-    attempts = kept.get("attempts", 0) + blame
-    study.enqueue_trial(trial.params, user_attrs={**kept, "attempts": attempts, "continues": trial.number})
+    # one whose error is known has failed; one whose owner died while it was drawn is replaced by another
+    if "error" not in trial.user_attrs and trial.params.keys() == space.keys():
+        _enqueue_again(study, trial, blame=blame)
 
 
-def sweep(study: Study, space: SearchSpace) -> None:
-    """Put back the running trials of processes of this machine that are dead."""
-    for trial in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
-        owner = trial.user_attrs.get("owner")
-        if owner is None:
-            # its owner is about to write its name, or died before
-            is_alive = (datetime.now() - (trial.datetime_start or datetime.now())).total_seconds() < 60
-        else:
-            is_alive = _is_alive(owner)
-        if not is_alive:
+def _enqueue_again(study: Study, trial: FrozenTrial, *, blame: bool) -> None:
+    attributes = {
+        "executions": trial.user_attrs.get("executions", []),
+        "attempts": trial.user_attrs.get("attempts", 0) + blame,
+        "continues": trial.number,
+    }
+    study.enqueue_trial(trial.params, user_attrs=attributes)
+
+
+SWEEPS = 6
+"""Sweeps in a grace period: a process on another machine that is silent for so many has vanished."""
+
+
+def sweep(study: Study, space: SearchSpace, heard: dict[int, tuple[float | None, int]]) -> None:
+    """Put back the running trials whose process is dead, or whose machine has vanished.
+
+    Processes of this machine can be looked at. Those of others let their trials' ``heartbeat`` change while they live;
+    that it does not is counted in sweeps, so clocks need not agree, and a storage that was away accuses nobody.
+
+    Args:
+        study: The study.
+        space: Its search space.
+        heard: What the sweeps before heard of each trial: its heartbeat, and how many have heard the same; brought up
+            to date.
+    """
+    trials = study.get_trials(deepcopy=False)
+    for trial in _lost(trials, space):
+        _enqueue_again(study, trial, blame=True)
+    for trial in trials:
+        if trial.state != TrialState.RUNNING:
+            continue
+        machine, _, process = trial.user_attrs.get("owner", "").partition(":")
+        heartbeat = trial.user_attrs.get("heartbeat")
+        before, silent = heard.get(trial.number, (heartbeat, -1))
+        heard[trial.number] = heartbeat, silent + 1 if heartbeat == before else 0
+        if machine == _machine():
+            pid, start = process.split(":")
+            is_dead = _start_time(int(pid)) not in (start, "")
+        else:  # or without an owner: it is about to write its name, or died before
+            is_dead = heard[trial.number][1] >= SWEEPS
+        if is_dead:
             put_back(study, trial, space, blame=True)

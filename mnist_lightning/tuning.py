@@ -11,7 +11,8 @@ import signal
 import sys
 import time
 from collections import deque
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
@@ -23,12 +24,13 @@ import optuna
 import torch
 import yaml
 from jsonargparse import ArgumentError, ArgumentParser, Namespace, lazy_instance
-from jsonargparse.typing import PositiveInt
+from jsonargparse.typing import PositiveFloat, PositiveInt
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.cli import LightningArgumentParser
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from optuna.distributions import BaseDistribution
+from optuna.exceptions import UpdateFinishedTrialError
 from optuna.pruners import BasePruner, NopPruner, WilcoxonPruner
 from optuna.samplers import BaseSampler, GridSampler, QMCSampler, RandomSampler
 from optuna.study import Study
@@ -37,16 +39,18 @@ from tqdm import tqdm
 
 from mnist_lightning.cli import PROG, Parser, RunCLI, newest_file
 from mnist_lightning.data import MNISTDataModule
+from mnist_lightning.storage import open_storage
 from mnist_lightning.study import (
     ATTEMPTS,
+    SWEEPS,
     SearchSpace,
     TrialSampler,
     ask,
     bounds,
     counts,
     describe,
-    open_storage,
     open_study,
+    process_name,
     put_back,
     results,
     short_key,
@@ -95,6 +99,7 @@ class TuneTrainer(Trainer):
         study_name: str = "tune",
         storage: str | None = None,
         workers: PositiveInt | None = None,
+        grace_period: PositiveFloat = 60.0,
         enqueue_baseline: bool = False,
         refit: bool = True,
         refit_epochs: PositiveInt = 20,
@@ -113,6 +118,7 @@ class TuneTrainer(Trainer):
             study_name: Name of the study, and of its folder in lightning_logs.
             storage: Path of a journal file or URL of an Optuna storage; by default journal.log in the study's folder.
             workers: Processes that train; by default one for each GPU or, without any, each CPU core.
+            grace_period: Seconds after which the trials of a machine that has vanished are run by others.
             enqueue_baseline: Whether a new study starts with the values that the config has.
             refit: Whether the best is trained anew at the end, as a run of its own.
             refit_epochs: Epochs of that.
@@ -250,7 +256,14 @@ class TuneCLI(RunCLI):
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(yaml.safe_dump(self._best_config(study, parser), sort_keys=False))
         print(f"\nBest config: {path}    Train it: {PROG} fit --config {path}")
-        if self.options.refit:
+        if not self.options.refit:
+            return
+        # several commands that share the study end together
+        finished = [t for t in study.get_trials(deepcopy=False) if t.datetime_complete is not None and counts(t)]
+        last = max(finished, key=lambda trial: (trial.datetime_complete, trial.number)).user_attrs.get("owner")
+        if search.took_part and last != process_name():
+            print(f"Refit: left to {last}, which ended the last trial. The same command, given again, does it here.")
+        else:
             self._refit(path)
 
     def config_of(self, params: dict[str, Any]) -> dict[str, Any]:
@@ -367,11 +380,12 @@ class RunningTrial:
     reported: int = -1
     pruned: bool = False
     error: str | None = None
+    taken: bool = False
 
     @property
     def stopped(self) -> bool:
         """Whether none of its executions shall go on."""
-        return self.pruned or self.error is not None
+        return self.pruned or self.error is not None or self.taken
 
 
 @dataclass
@@ -404,6 +418,8 @@ class Search:
         epochs = self.space.get("trainer.max_epochs")
         self.epochs: int = max(bounds(epochs)) if epochs else self.options.trainer.max_epochs
         self.trials: list[RunningTrial] = []
+        self.heard: dict[int, tuple[float | None, int]] = {}
+        self.took_part = False
         self.slots = [Slot(device) for device in self._devices()]
 
     def run(self) -> bool:
@@ -421,8 +437,9 @@ class Search:
             for slot in self.slots:
                 if slot.worker is not None:
                     slot.worker.end()
-            for running in self.trials:
-                put_back(self.study, self._frozen(running), self.space, blame=False)
+            with suppress(MisconfigurationException):  # the storage is away: others will notice
+                for running in self.trials:
+                    put_back(self.study, self._frozen(running), self.space, blame=False)
             self.bar.close()
             signal.signal(signal.SIGTERM, terminate)
             signal.signal(signal.SIGINT, interrupt)
@@ -444,8 +461,11 @@ class Search:
         next_sweep = 0.0
         while True:
             if time.monotonic() > next_sweep:
-                sweep(self.study, self.space)
-                next_sweep = time.monotonic() + 10
+                for running in self.trials:
+                    with self._unless_taken(running):
+                        running.trial.set_user_attr("heartbeat", time.time())
+                sweep(self.study, self.space, self.heard)
+                next_sweep = time.monotonic() + self.options.grace_period / SWEEPS
             self._show_progress()
             for slot in self.slots:
                 if slot.running is None and not self._hand_out(slot):
@@ -457,6 +477,7 @@ class Search:
             elif self._is_complete():
                 return
             else:
+                self.took_part = True
                 time.sleep(1)  # the last trials are with another process, which may die
 
     def _is_complete(self) -> bool:
@@ -497,6 +518,7 @@ class Search:
         waiting = deque(e for e in range(self.options.executions_per_trial) if e not in ended)
         running = RunningTrial(trial, waiting, ended, {e: dict(ended[e]["values"]) for e in ended})
         self.trials.append(running)
+        self.took_part = True
         if trial.user_attrs.get("attempts", 0) >= ATTEMPTS:
             running.error = f"{ATTEMPTS} processes died that ran it"
         if running.error is not None or not waiting:
@@ -517,8 +539,9 @@ class Search:
         if kind == "epoch":
             epoch, value = content
             running.curves[execution][epoch] = value
-            self._report(running)
-            running.pruned = running.pruned or running.trial.should_prune()
+            with self._unless_taken(running):
+                self._report(running)
+                running.pruned = running.pruned or running.trial.should_prune()
             with suppress(OSError):
                 worker.connection.send(not running.stopped)
             return
@@ -533,9 +556,10 @@ class Search:
                 "seconds": round(time.perf_counter() - slot.start, 2),
                 "values": list(curve.items()),
             }
-            running.trial.set_user_attr("executions", [running.ended[e] for e in sorted(running.ended)])
-            self._report(running)
-            running.pruned = running.pruned or (bool(running.waiting) and running.trial.should_prune())
+            with self._unless_taken(running):
+                running.trial.set_user_attr("executions", [running.ended[e] for e in sorted(running.ended)])
+                self._report(running)
+                running.pruned = running.pruned or (bool(running.waiting) and running.trial.should_prune())
         elif kind == "error":
             running.error = content
         else:
@@ -546,6 +570,14 @@ class Search:
                 running.error = f"{ATTEMPTS} workers died that ran it, the last with exit code {content}"
         if not running.active and (running.stopped or not running.waiting):
             self._finish(running)
+
+    @contextmanager
+    def _unless_taken(self, running: RunningTrial) -> Iterator[None]:
+        """Notice that others took this process for dead, and have its trial now."""
+        try:
+            yield
+        except UpdateFinishedTrialError:
+            running.taken = True
 
     def _report(self, running: RunningTrial) -> None:
         """Report to the study what is known, in the order of the executions.
@@ -576,18 +608,22 @@ class Search:
     def _finish(self, running: RunningTrial) -> None:
         trial = running.trial
         self.trials.remove(running)
-        if running.error is not None:
-            trial.set_user_attr("error", running.error)
-            self.study.tell(trial, state=TrialState.FAIL)
-        elif running.pruned:
-            self.study.tell(trial, state=TrialState.PRUNED)
-        else:
-            self.study.tell(trial, mean(running.ended[e]["score"] for e in sorted(running.ended)))
+        with self._unless_taken(running):
+            if running.error is not None:
+                trial.set_user_attr("error", running.error)
+                self.study.tell(trial, state=TrialState.FAIL, skip_if_finished=True)
+            elif running.pruned:
+                self.study.tell(trial, state=TrialState.PRUNED, skip_if_finished=True)
+            elif not running.taken:
+                value = mean(running.ended[e]["score"] for e in sorted(running.ended))
+                self.study.tell(trial, value, skip_if_finished=True)
         frozen = self._frozen(running)
-        value = f"{frozen.value:.4f}" if frozen.value is not None else running.error
+        result = f"{frozen.value:.4f}" if frozen.value is not None else running.error
+        if not counts(frozen):
+            result = "another process runs it anew: this one was silent for too long"
         params = ", ".join(f"{short_key(key)} {short_value(frozen.params[key])}" for key in self.space)
         with self.bar.external_write_mode():
-            print(f"Trial {trial.number:3} {frozen.state.name.lower():8} {value}  {params}", flush=True)
+            print(f"Trial {trial.number:3} {frozen.state.name.lower():8} {result}  {params}", flush=True)
 
     def _frozen(self, running: RunningTrial) -> FrozenTrial:
         return self.study.get_trials(deepcopy=False)[running.trial.number]

@@ -1,10 +1,13 @@
 """Small pieces of the real MNIST, and the command run as a user runs it."""
 
 import os
+import shutil
+import socket
 import struct
 import subprocess
 import sys
-from collections.abc import Callable
+import tempfile
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -68,3 +71,32 @@ def fitted(command: Run, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path
     cwd = tmp_path_factory.mktemp("fitted")
     result = command(cwd, "fit", "--trainer.max_epochs=4")
     return cwd / "lightning_logs/baseline/version_0", result.stdout + result.stderr
+
+
+@pytest.fixture
+def postgresql() -> Iterator[Callable[..., str]]:
+    """A PostgreSQL server of its own on the loopback address; ``postgresql(*arguments of pg_ctl)`` gives its URL."""
+    binaries = sorted(Path("/usr/lib/postgresql").glob("*/bin"))
+    pg_ctl = shutil.which("pg_ctl", path=str(binaries[-1])) if binaries else shutil.which("pg_ctl")
+    if pg_ctl is None:
+        pytest.skip("no PostgreSQL server here (Debian: apt-get install postgresql)")
+    user = "postgres" if os.geteuid() == 0 else None  # it refuses to run as root
+    folder = Path(tempfile.mkdtemp())  # where any user may look
+    if user:
+        shutil.chown(folder, user)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+
+    def control(*arguments: str) -> str:
+        command = [pg_ctl, "-D", str(folder / "data"), "-l", str(folder / "log"), "-w", *arguments]
+        subprocess.run(command, check=True, user=user, cwd=folder, stdout=subprocess.DEVNULL, timeout=60)
+        return f"postgresql://tester@127.0.0.1:{port}/postgres"
+
+    try:
+        control("initdb", "-o", "-U tester -A trust --no-sync")
+        control("start", "-o", f"-h 127.0.0.1 -p {port} -k {folder} -F")
+        yield control
+    finally:
+        control("stop", "-m", "immediate")
+        shutil.rmtree(folder)

@@ -15,7 +15,8 @@ from optuna.samplers import GridSampler, RandomSampler, TPESampler
 from optuna.trial import TrialState
 
 from mnist_lightning import study as studies
-from mnist_lightning.study import TrialSampler, ask, counts, describe, open_storage, open_study, put_back, sweep
+from mnist_lightning.storage import open_storage
+from mnist_lightning.study import SWEEPS, TrialSampler, ask, counts, describe, open_study, put_back, sweep
 
 SPACE = {"a": IntDistribution(1, 1000), "b": CategoricalDistribution(["x", "y"])}
 
@@ -128,15 +129,6 @@ def test_a_study_of_someone_else_is_left_alone(journal):
         make(journal)
 
 
-@pytest.mark.parametrize(
-    "storage", ["nonsense://x", "postgresql://nobody@127.0.0.1:1/x", "sqlite:////no/such/folder/x.db", "mysql://"]
-)
-def test_a_storage_that_cannot_be_opened_is_named(storage):
-    with pytest.raises(MisconfigurationException, match="cannot be opened") as error:
-        open_storage(storage)
-    assert storage in str(error.value)
-
-
 def test_the_total_counts_every_process(journal):
     study = make(journal)
     trials = [ask(study, SPACE, 3) for _ in range(3)]
@@ -192,28 +184,41 @@ def test_trials_of_a_dead_process_are_tried_again(journal):
 
     in_process(die).join(30)
     (dead,) = [trial for trial in study.trials if trial.number != own.number]
-    sweep(study, SPACE)
-    sweep(study, SPACE)  # the second time there is nothing to do
+    sweep(study, SPACE, {})
+    sweep(study, SPACE, {})  # the second time there is nothing to do
     assert [trial.state.name for trial in study.trials] == ["RUNNING", "FAIL", "WAITING"]
     again = ask(study, SPACE, 3)
     assert again.params == dead.params
-    assert again.user_attrs["executions"] == [{"score": 0.5}]
-    assert again.user_attrs["attempts"] == 1
-    assert again.user_attrs["continues"] == dead.number
+    assert {key: value for key, value in again.user_attrs.items() if key != "owner"} == {
+        "executions": [{"score": 0.5}], "attempts": 1, "continues": dead.number,
+    }  # fmt: skip
     assert ask(study, SPACE, 3).number == 3
-    assert ask(study, SPACE, 3) is None  # the dead one does not count
-    whole = make(journal, name="whole")
-    assert values(study)[3] == [whole.ask(SPACE).params for _ in range(3)][2]  # and shifts no draw
 
 
-def test_a_trial_whose_process_died_while_drawing_is_no_trial(journal, monkeypatch):
+def test_a_trial_whose_process_died_when_its_error_was_known_has_failed(journal):
     study = make(journal)
+    in_process(lambda: ask(make(journal), SPACE, 1).set_user_attr("error", "it diverged")).join(30)
+    sweep(study, SPACE, {})
+    assert [(trial.state.name, counts(trial)) for trial in study.trials] == [("FAIL", True)]
+
+
+def test_dead_trials_do_not_count_and_shift_no_draw(journal):
+    study = make(journal)
+    in_process(lambda: ask(make(journal), SPACE, 3)).join(30)
+    sweep(study, SPACE, {})
+    assert [ask(study, SPACE, 3).number for _ in range(3)] == [1, 2, 3]
+    assert ask(study, SPACE, 3) is None
+    whole = make(journal, name="whole")
+    assert values(study)[1:] == [whole.ask(SPACE).params for _ in range(3)]
+
+
+def test_a_trial_whose_process_died_while_drawing_is_no_trial(journal):
+    study, heard = make(journal), {}
     in_process(lambda: make(journal).ask({"a": SPACE["a"]})).join(30)
-    sweep(study, SPACE)
+    for _ in range(SWEEPS):
+        sweep(study, SPACE, heard)
     assert study.trials[0].state == TrialState.RUNNING  # it may still be at it
-    later = studies.datetime.fromtimestamp(time.time() + 100)
-    monkeypatch.setattr(studies, "datetime", type("Later", (), {"now": staticmethod(lambda: later)}))
-    sweep(study, SPACE)
+    sweep(study, SPACE, heard)
     assert [trial.state for trial in study.trials] == [TrialState.FAIL]
     assert not counts(study.trials[0])
 
@@ -228,11 +233,44 @@ def test_a_trial_is_put_back_once(journal):
     assert study.trials[1].user_attrs["attempts"] == 0
 
 
-def test_processes_of_other_machines_are_not_judged(journal, monkeypatch):
+def test_a_trial_given_up_by_a_process_that_died_at_it_is_not_lost(journal, monkeypatch):
     study = make(journal)
     ask(study, SPACE, 1)
-    monkeypatch.setattr(studies.socket, "gethostname", lambda: "elsewhere")
-    sweep(study, SPACE)
+    with monkeypatch.context() as patch:
+        patch.setattr(studies, "_enqueue_again", lambda *_, **__: None)  # dies between the two
+        put_back(study, study.trials[0], SPACE, blame=True)
+    assert ask(study, SPACE, 1) is None  # no other trial takes its place
+    stale = study.get_trials()
+    with monkeypatch.context() as patch:
+        patch.setattr(study, "get_trials", lambda **_: stale)
+        sweep(study, SPACE, {})  # two at once
+        sweep(study, SPACE, {})
+    sweep(study, SPACE, {})
+    assert [trial.state.name for trial in study.trials] == ["FAIL", "WAITING", "WAITING"]
+    again = ask(study, SPACE, 1)
+    assert (again.number, again.params) == (1, stale[0].params)
+    assert ask(study, SPACE, 1) is None
+    assert [counts(trial) for trial in study.trials] == [False, True, False]
+
+
+def test_a_machine_that_is_silent_for_the_grace_period_has_vanished(journal, monkeypatch):
+    study, other = make(journal), make(journal)
+    with monkeypatch.context() as patch:
+        patch.setattr(studies.socket, "gethostname", lambda: "elsewhere")
+        silent, alive = ask(other, SPACE, 2), ask(other, SPACE, 2)
+    heard = {}
+    for beat in range(SWEEPS + 1):
+        assert study.trials[silent.number].state == TrialState.RUNNING
+        alive.set_user_attr("heartbeat", -beat)  # whatever its clock says
+        sweep(study, SPACE, heard)
+    assert [trial.state.name for trial in study.trials] == ["FAIL", "RUNNING", "WAITING"]
+
+
+def test_a_process_elsewhere_with_the_number_of_one_here_is_another(journal, monkeypatch):
+    study = make(journal)
+    ask(study, SPACE, 1)
+    monkeypatch.setattr(studies, "_machine", lambda: "another container of this host")
+    sweep(study, SPACE, {})
     assert study.trials[0].state == TrialState.RUNNING
 
 

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import optuna
@@ -17,7 +18,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from test_cli import in_process
 
 from mnist_lightning import tuning, workers
-from mnist_lightning.study import counts, open_storage
+from mnist_lightning.storage import open_storage
+from mnist_lightning.study import counts, put_back
 from mnist_lightning.tuning import Search
 
 ROOT = Path(__file__).parents[1]
@@ -279,17 +281,63 @@ def test_ctrl_c_puts_trials_back_and_says_how_to_continue(whole, data_dir, tune,
     assert outcome(load(cwd)) == outcome(load(whole[0]))
 
 
-def test_two_parents_share_one_journal(data_dir, tmp_path):
-    parents = [start(data_dir, tmp_path, "--n_trials=14", "--workers=1", epochs=4) for _ in range(2)]
-    for parent in parents:
-        output, _ = parent.communicate(timeout=120)
+def test_machines_share_a_database_that_is_restarted_while_some_of_them_vanish(whole, data_dir, postgresql, tmp_path):
+    url = postgresql("status")
+    more = [f"--storage={url}", "--n_trials=14", "--workers=1", "--grace_period=3", "--refit=true", "--refit_epochs=1"]
+    parents = [start(data_dir, tmp_path, *more, epochs=4) for _ in range(4)]
+    owners = {}
+
+    def all_are_at_it():
+        with suppress(KeyError):
+            trials = optuna.load_study(storage=open_storage(url), study_name="tune").trials
+            running = [t for t in trials if t.state == TrialState.RUNNING and t.intermediate_values]
+            owners.update({t.user_attrs["owner"]: t.number for t in running})
+        return len(owners) == 4
+
+    wait_for(all_are_at_it)
+    for parent in parents[:2]:
+        parent.kill()
+    postgresql("restart", "-m", "immediate")
+    outputs = [parent.communicate(timeout=120)[0] for parent in parents]
+    for parent, output in zip(parents[2:], outputs[2:], strict=True):
         assert parent.returncode == 0, output
-        assert "14 completed" in output
-    study = load(tmp_path)
+        assert "14 completed, 0 pruned, 0 failed" in output
+        assert "The storage answers again." in output
+    assert sum("Refit: left to" in output for output in outputs) == 1
+    assert len([*tmp_path.glob("lightning_logs/tuned/version_*")]) == 1
+    study = optuna.load_study(storage=open_storage(url), study_name="tune")
     counted = [trial for trial in study.trials if counts(trial)]
     assert [trial.state for trial in counted] == [TrialState.COMPLETE] * 14
-    assert len({trial.user_attrs["owner"] for trial in counted}) == 2
-    assert all(len(trial.user_attrs["executions"]) == 2 for trial in counted)
+    assert all(trial.state.is_finished() for trial in study.trials)
+    assert study.best_value == max(trial.value for trial in counted)
+    drawn = [list(trial.params.values()) for trial in counted]
+    for trial in load(whole[0]).trials:  # the draws of one process, undisturbed
+        assert list(trial.params.values()) in drawn
+    given_back = [trial for trial in counted if "continues" in trial.user_attrs]
+    assert given_back
+    for trial in given_back:
+        before = study.trials[trial.user_attrs["continues"]]
+        assert before.params == trial.params
+        finished = before.user_attrs.get("executions", [])
+        assert trial.user_attrs["executions"][: len(finished)] == finished
+
+
+def test_a_trial_that_others_have_taken_is_left_to_them(whole, tune, tmp_path, monkeypatch):
+    receive, taken = Search._receive, []
+
+    def robbed(search, slot):
+        if not taken and slot.running.curves[slot.execution]:
+            taken.append(slot.running.trial.number)
+            put_back(load(tmp_path / "here"), search._frozen(slot.running), search.space, blame=True)
+        receive(search, slot)
+
+    monkeypatch.setattr(Search, "_receive", robbed)
+    code, output, errors = tune("--n_trials=5")
+    assert code == 0, errors
+    assert "another process runs it anew" in output
+    study = load(tmp_path / "here")
+    assert [trial.number for trial in study.trials if not counts(trial)] == taken
+    assert outcome(study) == outcome(load(whole[0]))
 
 
 def test_a_trial_that_diverges_or_raises_is_recorded_with_its_reason(tune, tmp_path):

@@ -32,7 +32,8 @@ from mnist_lightning.report.statistics import (
     seeds_p_value,
     verdict,
 )
-from mnist_lightning.study import bounds, open_storage, results, short_key, short_value
+from mnist_lightning.storage import open_storage
+from mnist_lightning.study import bounds, results, short_key, short_value
 
 METRICS = ("accuracy", "loss", "penalized_loss")
 CMAPS = ("Blues", "Greens")

@@ -1,0 +1,154 @@
+"""Where a study is kept: opened by path or URL, and waited for when it does not answer."""
+
+import json
+import os
+import re
+import sys
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any, cast
+
+import optuna
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from optuna.exceptions import StorageInternalError
+from optuna.storages import BaseStorage, GrpcStorageProxy, JournalStorage
+from optuna.storages.journal import JournalFileBackend
+from optuna.storages.journal._file import get_lock_file
+from sqlalchemy.exc import DataError, IntegrityError, ProgrammingError, SQLAlchemyError
+from tqdm import tqdm
+
+PATIENCE = 600.0
+"""Seconds for which a storage that does not answer is asked again."""
+
+
+class JournalFile(JournalFileBackend):
+    """Optuna's journal file, which stays readable when a writer dies or the disk is full in the middle of a line."""
+
+    def append_logs(self, logs: list[dict[str, Any]]) -> None:
+        """Append operations; what is left of a line that was never finished is removed first."""
+        lines = b"".join(json.dumps(log, separators=(",", ":")).encode() + b"\n" for log in logs)
+        with get_lock_file(self._lock), open(self._file_path, "r+b") as file:
+            if end := file.seek(0, os.SEEK_END):
+                file.seek(end - 1)
+                if file.read() != b"\n":
+                    file.seek(0)
+                    file.truncate(file.read().rfind(b"\n") + 1)
+                    file.seek(0, os.SEEK_END)
+            file.write(lines)
+            file.flush()
+            os.fsync(file.fileno())
+
+
+class PatientStorage:
+    """A storage that asks again, for ten minutes, when the one behind it does not answer.
+
+    Args:
+        storage: The one behind it.
+        name: Its path or URL, for messages.
+    """
+
+    def __init__(self, storage: BaseStorage, name: str) -> None:
+        self._storage = storage
+        self._name = name
+        self._patience = PATIENCE
+
+    def __getattr__(self, name: str) -> Any:
+        """The storage's own attribute; a method is patient."""
+        attribute = getattr(self._storage, name)
+        return partial(self._ask, attribute) if callable(attribute) else attribute
+
+    def _ask(self, method: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        since, delay = None, 0.1
+        while True:
+            try:
+                answer = method(*args, **kwargs)
+            except Exception as error:
+                if not _is_outage(error):
+                    raise
+                since = since or time.monotonic()
+                if time.monotonic() - since >= self._patience:
+                    self._patience = 0.0
+                    raise MisconfigurationException(
+                        f"The storage {self._name} does not answer: {_reason(error)}. What is finished is kept: when "
+                        "it is back, the same command goes on."
+                    ) from error
+                if delay == 0.1:
+                    message = f"The storage does not answer, asking again for {self._patience / 60:.0f} minutes: "
+                    tqdm.write(message + _reason(error), file=sys.stderr)
+            else:
+                if since is not None:
+                    tqdm.write("The storage answers again.", file=sys.stderr)
+                return answer
+            try:
+                time.sleep(delay)
+            except KeyboardInterrupt:
+                self._patience = 0.0  # nobody wants to wait any more
+                raise
+            delay = min(2 * delay, 5.0)
+
+
+def _cause(error: Exception) -> BaseException:
+    return error.__cause__ or error if isinstance(error, StorageInternalError) else error
+
+
+def _is_outage(error: Exception) -> bool:
+    cause = _cause(error)
+    if isinstance(cause, DataError | ProgrammingError):
+        return False
+    # grpc is imported by those alone who use it
+    return isinstance(cause, OSError | SQLAlchemyError) or type(cause).__module__.startswith("grpc.")
+
+
+def _reason(error: Exception) -> str:
+    cause: Any = _cause(error)
+    text = cause.details() if hasattr(cause, "details") else getattr(cause, "orig", None) or cause
+    return str(text).strip().partition("\n")[0]
+
+
+def open_storage(storage: str) -> BaseStorage:
+    """Open a storage by its URL or, for a journal file, by its path.
+
+    Args:
+        storage: A path, ``grpc://host:port`` of Optuna's proxy, or a URL of a database as SQLAlchemy writes it.
+
+    Raises:
+        MisconfigurationException: It cannot be opened.
+    """
+    name = re.sub(r"(://[^/@]*):[^/@]*@", r"\1:***@", storage)
+    opened: BaseStorage
+    try:
+        if storage.startswith("grpc://"):
+            host, _, port = storage.removeprefix("grpc://").rstrip("/").rpartition(":")
+            opened = GrpcStorageProxy(host=host, port=int(port))
+            opened.wait_server_ready(10)
+        elif "://" in storage:
+            opened = _open_database(storage)
+        else:
+            # absolute: the lock of a dead process is recognised by the age of a link that points at this path
+            path = Path(storage).absolute()
+            path.parent.mkdir(parents=True, exist_ok=True)
+            opened = JournalStorage(JournalFile(str(path)))
+    except ImportError as error:
+        raise MisconfigurationException(
+            f"The storage {name} needs a database driver ({error.__cause__ or error}). For postgresql://: pip install "
+            "'psycopg[binary]'; for mysql+pymysql://: pip install pymysql"
+        ) from error
+    except Exception as error:  # each database driver raises its own
+        if isinstance(error, OSError) and "://" not in storage:
+            raise
+        raise MisconfigurationException(
+            f"The storage {name} cannot be opened: {_reason(error)}. It must be the path of a journal file, "
+            "grpc://host:port of Optuna's proxy, or a database's URL such as postgresql://user@host/database."
+        ) from error
+    return cast(BaseStorage, PatientStorage(opened, name))
+
+
+def _open_database(url: str) -> BaseStorage:
+    for _ in range(2):
+        try:
+            return optuna.storages.get_storage(url)
+        except (IntegrityError, ProgrammingError):  # two processes made the tables of a new database at once
+            time.sleep(0.5)
+    return optuna.storages.get_storage(url)
