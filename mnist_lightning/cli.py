@@ -5,7 +5,9 @@ import importlib
 import inspect
 import json
 import logging
+import os
 import sys
+import threading
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -230,7 +232,7 @@ class RunCLI(LightningCLI):
             ]
         try:
             self.trainer.fit(model, datamodule=datamodule, ckpt_path=ckpt_path)
-        except SystemExit:  # Ctrl-C
+        except (SystemExit, OSError):  # Ctrl-C, a full disk
             if self.checkpoint is not None and self.checkpoint.last_model_path:
                 config = self.checkpoint.run_dir / "config.yaml"
                 print(f"Continue: {PROG} fit --config {config} --ckpt_path {self.checkpoint.last_model_path}")
@@ -305,9 +307,18 @@ def new_version(folder: Path) -> int:
     return version
 
 
+def plain(error: OSError) -> str:
+    """What the system refused, and where."""
+    return f"{os.fsdecode(error.filename)}: {error.strerror}" if error.filename else str(error)
+
+
 @contextmanager
 def plain_errors() -> Iterator[None]:
     """End with a message instead of a traceback where the user can do something about it."""
+    # TensorBoard writes in a thread; what goes wrong there is raised again at the next write
+    threading.excepthook = lambda failure: (
+        None if issubclass(failure.exc_type, OSError) else threading.__excepthook__(failure)
+    )
     try:
         yield
     except MisconfigurationException as error:
@@ -315,7 +326,7 @@ def plain_errors() -> Iterator[None]:
     except ModuleNotFoundError as error:  # what an option of Lightning's or Optuna's needs
         sys.exit(f"error: {error}")
     except OSError as error:
-        sys.exit(f"error: {error.filename}: {error.strerror}" if error.filename else f"error: {error}")
+        sys.exit(f"error: {plain(error)}")
     except RuntimeError as error:
         if "loading state_dict" in str(error):
             sys.exit("error: the checkpoint is of another network: give its --model.network, or its --config")

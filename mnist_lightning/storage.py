@@ -47,12 +47,15 @@ class PatientStorage:
     Args:
         storage: The one behind it.
         name: Its path or URL, for messages.
+
+    Attributes:
+        patience: Seconds for which it is asked again.
     """
 
     def __init__(self, storage: BaseStorage, name: str) -> None:
         self._storage = storage
         self._name = name
-        self._patience = PATIENCE
+        self.patience = PATIENCE
 
     def __getattr__(self, name: str) -> Any:
         """The storage's own attribute; a method is patient."""
@@ -68,14 +71,14 @@ class PatientStorage:
                 if not _is_outage(error):
                     raise
                 since = since or time.monotonic()
-                if time.monotonic() - since >= self._patience:
-                    self._patience = 0.0
+                if time.monotonic() - since >= self.patience:
+                    self.patience = 0.0
                     raise MisconfigurationException(
                         f"The storage {self._name} does not answer: {_reason(error)}. What is finished is kept: when "
                         "it is back, the same command goes on."
                     ) from error
                 if delay == 0.1:
-                    message = f"The storage does not answer, asking again for {self._patience / 60:.0f} minutes: "
+                    message = f"The storage does not answer, asking again for {self.patience / 60:.0f} minutes: "
                     tqdm.write(message + _reason(error), file=sys.stderr)
             else:
                 if since is not None:
@@ -84,7 +87,7 @@ class PatientStorage:
             try:
                 time.sleep(delay)
             except KeyboardInterrupt:
-                self._patience = 0.0  # nobody wants to wait any more
+                self.patience = 0.0  # nobody wants to wait any more
                 raise
             delay = min(2 * delay, 5.0)
 

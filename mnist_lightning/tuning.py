@@ -236,8 +236,8 @@ class TuneCLI(RunCLI):
         settings["trainer"] = {"max_epochs": settings["trainer"]["max_epochs"]}
         settings.update({key: self.base[key] for key in ("metric", "executions_per_trial")})
         optuna.logging.set_verbosity(optuna.logging.WARNING)
-        storage = open_storage(self.options.storage or str(folder / "journal.log"))
-        study, is_new = open_study(storage, self.options.study_name, self.options.direction, settings, self.space)
+        self.storage: Any = open_storage(self.options.storage or str(folder / "journal.log"))
+        study, is_new = open_study(self.storage, self.options.study_name, self.options.direction, settings, self.space)
         study.sampler = TrialSampler(study, self._make_sampler)
         study.pruner = options["pruner"]
         if is_new and self.options.enqueue_baseline:
@@ -437,7 +437,8 @@ class Search:
             for slot in self.slots:
                 if slot.worker is not None:
                     slot.worker.end()
-            with suppress(MisconfigurationException):  # the storage is away: others will notice
+            self.cli.storage.patience = 0.0
+            with suppress(MisconfigurationException):  # the storage is away: whoever comes next will notice
                 for running in self.trials:
                     put_back(self.study, self._frozen(running), self.space, blame=False)
             self.bar.close()
@@ -562,6 +563,10 @@ class Search:
                 running.pruned = running.pruned or (bool(running.waiting) and running.trial.should_prune())
         elif kind == "error":
             running.error = content
+        elif kind == "fault":
+            raise MisconfigurationException(
+                f"{content}. What is finished is kept: after a remedy, give the command again."
+            )
         else:
             running.lost += 1
             if running.lost < ATTEMPTS:

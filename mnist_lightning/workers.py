@@ -53,8 +53,8 @@ class Worker:
 def work(connection: "Connection[Any, Any]", device: str | None) -> None:
     """Train whatever comes through ``connection``: the body of a worker process.
 
-    Messages are ``("epoch", (epoch, value))``, answered with whether to go on, and at last ``("end", None)`` or
-    ``("error", reason)``.
+    Messages are ``("epoch", (epoch, value))``, answered with whether to go on, and at last ``("end", None)``,
+    ``("error", reason)`` or, where the machine is at fault, as with a full disk, ``("fault", reason)``.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches every process of a terminal; the parent decides
     threading.Thread(target=_leave_with_parent, daemon=True).start()
@@ -63,6 +63,7 @@ def work(connection: "Connection[Any, Any]", device: str | None) -> None:
     sys.argv = sys.argv[:1]
     warnings.simplefilter("ignore")
     logging.disable(logging.WARNING)
+    from mnist_lightning.cli import plain
     from mnist_lightning.tuning import Execution
 
     while True:
@@ -70,6 +71,8 @@ def work(connection: "Connection[Any, Any]", device: str | None) -> None:
         message: tuple[str, Any] = ("end", None)
         try:
             Execution(task, connection)
+        except OSError as error:
+            message = ("fault", plain(error))
         except (Exception, SystemExit) as error:  # whatever a combination of values makes go wrong
             message = ("error", f"{type(error).__name__}: {' '.join(str(error).split())}")
         connection.send(message)

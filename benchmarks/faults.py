@@ -1,0 +1,212 @@
+"""What is lost when fits, workers and parents of a search are killed at random moments: nothing but time.
+
+Run by hand, some ten minutes: python benchmarks/faults.py
+
+fit     A fit is killed (SIGKILL) again and again and continued with `--ckpt_path last`, until it is through. After each
+        kill all its checkpoints must load and hold every epoch that was printed; at the end weights, best weights and
+        metrics.csv must equal those of a fit that was never killed.
+tune    A search with two workers: a worker is killed, or the parent (SIGKILL, SIGTERM, or Ctrl-C for all), and the same
+        command given again. After each kill no process may be left and every finished execution be in the study; at
+        the end all trials must be in a final state, their number exact, and parameters and values of each must equal
+        those of a search that was never disturbed.
+"""
+
+import argparse
+import os
+import random
+import re
+import shlex
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from pathlib import Path
+
+import optuna
+import torch
+from optuna.trial import TrialState
+
+from mnist_lightning.storage import open_storage
+from mnist_lightning.study import counts
+
+SHORT = ["--trainer.limit_train_batches=60", "--trainer.limit_val_batches=10"]
+FIT = ["fit", "--trainer.max_epochs=60", *SHORT]
+TUNE = ["tune", "--trainer.max_epochs=6", "--n_trials=60", "--workers=2", "--refit=false", *SHORT]
+
+
+def start(folder: Path, command: list[str]) -> "subprocess.Popen[str]":
+    """Start a command, in a session of its own; its output goes to ``output.txt``."""
+    with (folder / "output.txt").open("w") as output:
+        return subprocess.Popen(
+            [sys.executable, "-m", "mnist_lightning", *command],
+            cwd=folder,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            text=True,
+            start_new_session=True,
+        )
+
+
+def session(leader: int) -> list[int]:
+    """The living processes of a session."""
+    left = []
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            state, _, _, number, *_ = stat.read_text().rpartition(")")[2].split()
+        except OSError:
+            continue
+        if int(number) == leader and state != "Z":
+            left.append(int(stat.parent.name))
+    return left
+
+
+def children(parent: int) -> list[int]:
+    """The children of a process."""
+    return [int(pid) for task in Path(f"/proc/{parent}/task").glob("*/children") for pid in task.read_text().split()]
+
+
+def wait_for(text: str, folder: Path, process: "subprocess.Popen[str]") -> None:
+    """Wait until the output has a text, or the process ends."""
+    while text not in (folder / "output.txt").read_text() and process.poll() is None:
+        time.sleep(0.01)
+
+
+def fits(draw: random.Random) -> Counter[str]:
+    """Kill fits."""
+    kills: Counter[str] = Counter()
+    with tempfile.TemporaryDirectory() as name:
+        whole, killed = Path(name, "whole"), Path(name, "killed")
+        for folder in (whole, killed):
+            folder.mkdir()
+        assert start(whole, FIT).wait() == 0
+        last: Path | None = None
+        epochs = 0
+        while True:
+            process = start(killed, [*FIT, *(["--ckpt_path=last"] if last else [])])
+            if draw.random() < 0.8:
+                wait_for("Epoch", killed, process)
+            output = killed / "output.txt"
+            try:
+                assert process.wait(draw.uniform(0, 3)) == 0, output.read_text()
+                break
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+            kills["fit by SIGKILL"] += 1
+            printed = [int(number) for number in re.findall(r"Epoch +(\d+)/", output.read_text())]
+            files = list(killed.glob("lightning_logs/*/version_*/checkpoints/*.ckpt"))
+            loaded = {path: torch.load(path, weights_only=True) for path in files}
+            done = max((c["epoch"] + 1 for path, c in loaded.items() if path.name == "last.ckpt"), default=0)
+            assert done >= max(printed, default=epochs), f"{done} epochs are saved, {printed[-1]} were printed"
+            epochs = done
+            last = next((path for path in files if path.name == "last.ckpt"), None)
+        runs = sorted(killed.glob("lightning_logs/baseline/*/test.csv"), key=lambda path: path.stat().st_mtime)
+        expected = whole / "lightning_logs/baseline/version_0"
+        for kind in ("last", "best"):
+            one, other = (
+                torch.load(run / f"checkpoints/{kind}.ckpt", weights_only=True) for run in (expected, runs[-1].parent)
+            )
+            assert one["epoch"] == other["epoch"]
+            assert all(torch.equal(one["state_dict"][key], other["state_dict"][key]) for key in one["state_dict"])
+        for file in ("metrics.csv", "test.csv"):
+            assert (expected / file).read_text() == (runs[-1].parent / file).read_text(), f"{file} differs"
+    return kills
+
+
+def load(folder: Path) -> optuna.Study:
+    """The study in a folder."""
+    return optuna.load_study(storage=open_storage(str(folder / "lightning_logs/tune/journal.log")), study_name="tune")
+
+
+def executions(study: optuna.Study) -> set[str]:
+    """All finished executions, with parameters and values; wall time aside."""
+    return {
+        str((trial.params, {key: value for key, value in execution.items() if key != "seconds"}))
+        for trial in study.get_trials(states=(TrialState.RUNNING, TrialState.COMPLETE, TrialState.FAIL))
+        for execution in trial.user_attrs.get("executions", [])
+    }
+
+
+def disturb(process: "subprocess.Popen[str]", draw: random.Random) -> str | None:
+    """Kill a worker or the parent of a search after a while; gives which, or None if the search ended before."""
+    try:
+        process.wait(draw.uniform(0.5, 2.5))
+    except subprocess.TimeoutExpired:
+        workers = [worker for server in children(process.pid) for worker in children(server)]
+        if workers and draw.random() < 0.5:
+            os.kill(draw.choice(workers), signal.SIGKILL)
+            return "worker"
+        kind = draw.choice(["SIGKILL", "SIGTERM", "Ctrl-C"])
+        if kind == "Ctrl-C":
+            os.killpg(process.pid, signal.SIGINT)  # a terminal sends it to all
+        else:
+            process.send_signal(signal.Signals[kind])
+        return f"parent by {kind}"
+    return None
+
+
+def searches(draw: random.Random) -> Counter[str]:
+    """Kill workers and parents of searches."""
+    kills: Counter[str] = Counter()
+    with tempfile.TemporaryDirectory() as name:
+        whole, killed = Path(name, "whole"), Path(name, "killed")
+        for folder in (whole, killed):
+            folder.mkdir()
+        assert start(whole, TUNE).wait() == 0
+        finished: set[str] = set()
+        while True:
+            process = start(killed, TUNE)
+            wait_for("Trial ", killed, process)
+            while (kind := disturb(process, draw)) == "worker":
+                kills[kind] += 1
+            if kind is None:
+                assert process.returncode == 0, (killed / "output.txt").read_text()
+                break
+            kills[kind] += 1
+            process.wait()
+            deadline = time.monotonic() + 10
+            while session(process.pid):
+                assert time.monotonic() < deadline, "processes are left"
+                time.sleep(0.05)
+            saved = executions(load(killed))
+            assert finished <= saved, "a finished execution is gone"
+            finished = saved
+        assert not session(process.pid), "processes are left"
+        one, other = (
+            sorted((str(trial.params), trial.value, trial.state.name) for trial in load(folder).trials if counts(trial))
+            for folder in (whole, killed)
+        )
+        assert one == other, "trials differ"
+        assert executions(load(whole)) == executions(load(killed)) >= finished
+        study = load(killed)
+        assert len(other) == 60
+        assert all(trial.state.is_finished() for trial in study.trials)
+        given_back = sum("continues" in trial.user_attrs for trial in study.trials if counts(trial))
+        print(f"{len(study.trials) - 60} trials were given back, {given_back} of the 60 that count were run anew")
+    return kills
+
+
+def main() -> None:
+    """Kill, until there were enough kills."""
+    parser = argparse.ArgumentParser(description="Kill fits, workers and parents at random; see this file's docstring.")
+    parser.add_argument("--kills", type=int, default=50, help="at least so many of each part")
+    parser.add_argument("--seed", type=int, default=0, help="of the moments")
+    arguments = parser.parse_args()
+    draw = random.Random(arguments.seed)  # noqa: S311
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    print(f"{shlex.join(FIT)}\n{shlex.join(TUNE)}")
+    for part in (fits, searches):
+        kills: Counter[str] = Counter()
+        rounds, since = 0, time.perf_counter()
+        while kills.total() < arguments.kills:
+            kills += part(draw)
+            rounds += 1
+        table = ", ".join(f"{count} {kind}" for kind, count in sorted(kills.items()))
+        print(f"{part.__name__}: {kills.total()} kills in {rounds} rounds ({table}): all as if never killed", end="; ")
+        print(f"{time.perf_counter() - since:.0f} s", flush=True)
+
+
+if __name__ == "__main__":
+    main()
