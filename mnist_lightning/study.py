@@ -1,10 +1,12 @@
 """The Optuna study behind ``tune``: who draws a trial, who owns it, and what becomes of it when its owner dies."""
 
+import math
 import os
 import socket
 import time
 from collections.abc import Callable, Sequence
 from datetime import datetime
+from operator import index
 from pathlib import Path
 from typing import Any, Literal
 
@@ -88,11 +90,15 @@ def open_storage(storage: str) -> BaseStorage:
         if "://" in storage:
             return optuna.storages.get_storage(storage)
         Path(storage).parent.mkdir(parents=True, exist_ok=True)
-        return JournalStorage(JournalFileBackend(storage))
+        backend = JournalFileBackend(storage)
+        lines = Path(storage).read_bytes().splitlines()
+        if len(lines) > sum(1 for _ in backend.read_logs(0)):  # Optuna would write on after what it cannot read
+            raise ValueError("its last line is damaged; without that line, the study can go on")
+        return JournalStorage(backend)
     except OSError:
         raise
     except Exception as error:  # each database driver raises its own
-        reason = str(getattr(error, "orig", None) or error).strip().splitlines()[0]
+        reason = (str(getattr(error, "orig", None) or error).strip() or repr(error)).splitlines()[0]
         raise MisconfigurationException(
             f"The storage {storage} cannot be opened: {reason}. It must be the path of a journal file or a URL that "
             "Optuna knows, such as postgresql://user@host/database."
@@ -135,14 +141,38 @@ def open_study(
     found = study.user_attrs.get("settings")
     if found is None and not study.get_trials(deepcopy=False):
         study.set_user_attr("settings", own)
-    elif found is None:
+    elif not isinstance(found, dict):
         raise MisconfigurationException(f"The study {name} was not made by tune. Take another --study_name.")
     elif differences := _differences(found, own):
         raise MisconfigurationException(
             f"The study {name} has other settings: {'; '.join(differences)}. "
             "Give those to continue it, or take another --study_name."
         )
+    check_trials(study, space)
     return study, False
+
+
+def check_trials(study: Study, space: SearchSpace) -> None:
+    """See that the trials have what ``tune`` gives them.
+
+    Raises:
+        MisconfigurationException: One has not.
+    """
+    for trial in study.get_trials(deepcopy=False):
+        attributes = trial.user_attrs
+        try:
+            if trial.state == TrialState.COMPLETE and trial.params.keys() != space.keys():
+                raise ValueError("it has other parameters")
+            for execution in attributes.get("executions", []):
+                math.fsum([execution["score"], *(index(epoch) + value for epoch, value in execution["values"])])
+                index(execution["execution"])
+            index(attributes.get("attempts", 0))
+            _is_alive(attributes.get("owner", process_name()))
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            raise MisconfigurationException(
+                f"Trial {trial.number} of the study {study.study_name} is damaged or was not made by tune: {error!r}. "
+                "Take another study."
+            ) from error
 
 
 def _differences(found: dict[str, Any], own: dict[str, Any], prefix: str = "") -> list[str]:
@@ -160,7 +190,10 @@ def _differences(found: dict[str, Any], own: dict[str, Any], prefix: str = "") -
 def _describe(value: Any, is_there: bool) -> str:
     if not is_there:
         return "not searched"
-    return describe(json_to_distribution(value)) if str(value).startswith('{"name"') else str(value)
+    try:
+        return describe(json_to_distribution(value))
+    except (KeyError, TypeError, ValueError):  # another setting
+        return str(value)
 
 
 def bounds(distribution: BaseDistribution) -> list[Any]:
