@@ -34,9 +34,9 @@ def reading(path: Any) -> Iterator[None]:
     """
     try:
         yield
-    except (MisconfigurationException, OSError):
-        raise
     except Exception as error:
+        if isinstance(error, MisconfigurationException) or getattr(error, "filename", None):  # a file is named already
+            raise
         reason = "it is damaged or no checkpoint of a fit"
         if "loading state_dict" in str(error):
             reason = "its weights are not those of its network"

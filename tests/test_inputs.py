@@ -169,15 +169,15 @@ def test_a_config_that_is_no_file_is_refused(refused, path):
 
 
 SYSTEM = spec("os.system", command="touch hacked")
-SAVE = spec("numpy.savetxt", fname="hacked", X=[1])
+EVALUATE = spec("sympy.sympify", a="__import__('os').system('touch hacked')")  # evaluates its argument
 MALICIOUS = {
     "network subprocess.Popen": {"network": spec("subprocess.Popen", args=["touch", "hacked"])},
     "optimizer os.system": {"optimizer": SYSTEM},
     "optimizer through torch": {"optimizer": {**SYSTEM, "class_path": "torch.os.system"}},
-    "optimizer any function": {"optimizer": SAVE},
-    "scheduler any function": {"lr_scheduler": SAVE},
-    "argument of any type": {"network": spec("torch.nn.Linear", in_features=784, out_features=10, device=SAVE)},
-    "callable argument": {"network": spec("torch.nn.TransformerEncoderLayer", d_model=8, nhead=1, activation=SAVE)},
+    "optimizer any function": {"optimizer": EVALUATE},
+    "scheduler any function": {"lr_scheduler": EVALUATE},
+    "argument of any type": {"network": spec("torch.nn.Linear", in_features=784, out_features=10, device=EVALUATE)},
+    "callable argument": {"network": spec("torch.nn.TransformerEncoderLayer", d_model=8, nhead=1, activation=EVALUATE)},
 }
 
 
@@ -199,7 +199,7 @@ def test_a_config_runs_no_code(refused, cwd, model):
         ({RATE: spec("FloatDistribution", low=0.1, high=float("inf"))}, "has no valid distribution"),
         ({UNITS: spec("CategoricalDistribution", choices=[])}, "has no valid distribution"),
         ({UNITS: spec("CategoricalDistribution", choices=[[1], {"a": 2}])}, "has no valid distribution"),
-        ({"model.optimizer": spec("CategoricalDistribution", choices=[SAVE])}, "has no valid distribution"),
+        ({"model.optimizer": spec("CategoricalDistribution", choices=[EVALUATE])}, "has no valid distribution"),
         ({"model.optimizer": spec("CategoricalDistribution", choices=["os.system"])}, "cannot be 'os.system'"),
         ({UNITS: SYSTEM}, "has no valid distribution"),
         ({UNITS: spec("torch.nn.Linear", in_features=1, out_features=1)}, "has no valid distribution"),
