@@ -5,6 +5,8 @@ import os
 import random
 import shutil
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +16,57 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import ReduceLROnPlateau
 from lightning.pytorch.plugins.io import TorchCheckpointIO
+from lightning.pytorch.trainer.connectors.checkpoint_connector import _CheckpointConnector
 from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_only, rank_zero_warn
+
+INSTANTIATOR = "lightning.pytorch.cli.instantiate_module"
+"""Path of what makes a model from the hyper-parameters in a checkpoint."""
+
+
+@contextmanager
+def reading(path: Any) -> Iterator[None]:
+    """Say which checkpoint is at fault, where its content may make torch and Lightning raise anything.
+
+    Raises:
+        MisconfigurationException: It is damaged, or no checkpoint of this package.
+    """
+    try:
+        yield
+    except Exception as error:
+        if isinstance(error, MisconfigurationException) or getattr(error, "filename", None):  # a file is named already
+            raise
+        reason = "it is damaged or no checkpoint of a fit"
+        if "loading state_dict" in str(error):
+            reason = "its weights are not those of its network"
+        raise MisconfigurationException(
+            f"{path} cannot be used: {reason}. Take another checkpoint, or train a new one."
+        ) from error
+
+
+def read_history(state: dict[str, Any]) -> list[dict[str, float]]:
+    """The rows of all epochs in the state of a :class:`RunCheckpoint`; one without any raises an error."""
+    rows = state["history"]
+    history = [
+        {**{n: float(v) for n, v in row.items()}, "epoch": int(row["epoch"]), "step": int(row["step"])} for row in rows
+    ]
+    if not history:
+        raise ValueError("no epoch")
+    return history
+
+
+class CheckpointConnector(_CheckpointConnector):
+    """Restores a trainer and its parts from a checkpoint, or says that it cannot."""
+
+    def _restore_modules_and_callbacks(self, checkpoint_path: Any = None, *args: Any) -> None:
+        with reading(checkpoint_path):
+            super()._restore_modules_and_callbacks(checkpoint_path, *args)
+
+    def restore_training_state(self) -> None:
+        """Restore optimizers, schedulers and loops."""
+        with reading(self._ckpt_path):
+            super().restore_training_state()
 
 
 class CheckpointIO(TorchCheckpointIO):
@@ -79,8 +130,15 @@ class RunCheckpoint(ModelCheckpoint):
         return Path(str(self.dirpath)).parent
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Note where a resumed run comes from, before its state is loaded."""
+        """Note where a resumed run comes from, before its state is loaded; without all of it, it would start anew."""
         if trainer.state.fn == TrainerFn.FITTING:
+            parts = (
+                checkpoint["callbacks"][self.state_key],
+                checkpoint["loops"]["fit_loop"],
+                checkpoint["optimizer_states"],
+            )
+            if not all(parts):
+                raise ValueError("nothing to continue from")
             self._resumed_from = Path(str(trainer.ckpt_path))
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -144,14 +202,15 @@ class RunCheckpoint(ModelCheckpoint):
         """Take up the history, the random state and the best checkpoint of the run that is resumed."""
         if self._resumed_from is None or self.dirpath is None:  # to evaluate, weights are enough
             return
-        self.history = list(state_dict["history"])
-        self.seconds = state_dict["seconds"]
+        self.history = read_history(state_dict)
+        self.seconds = float(state_dict["seconds"])
         self._set_random_state(state_dict["random_states"])
 
         old, new = self._resumed_from.with_name("best.ckpt"), Path(self.dirpath, "best.ckpt")
         if old.is_file():
             _copy(old, new)
             moved = {name: str(new) for name in ("best_model_path", "kth_best_model_path")}
+            float(state_dict["best_model_score"])  # what is no number raises an error here, not at the next epoch
             score = {"best_k_models": {str(new): state_dict["best_model_score"]}, "last_model_path": ""}
             super().load_state_dict({**state_dict, **moved, **score, "dirpath": self.dirpath})
         elif state_dict["best_model_path"]:

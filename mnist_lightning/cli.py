@@ -15,8 +15,9 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
-from jsonargparse import Namespace, _typehints
-from jsonargparse.typing import PositiveInt
+import yaml
+from jsonargparse import ArgumentError, Namespace, _typehints, set_parsing_settings
+from jsonargparse.typing import restricted_number_type
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import TensorBoardLogger
@@ -25,7 +26,7 @@ from lightning.pytorch.utilities.model_summary import summarize
 from lightning.pytorch.utilities.rank_zero import rank_zero_only, rank_zero_warn
 
 from mnist_lightning.callbacks import EpochProgressBar, Figures
-from mnist_lightning.checkpoints import CheckpointIO, RunCheckpoint
+from mnist_lightning.checkpoints import INSTANTIATOR, CheckpointConnector, CheckpointIO, RunCheckpoint, reading
 from mnist_lightning.classifier import Classifier
 from mnist_lightning.data import MNISTDataModule
 from mnist_lightning.loops import EpochLoop, NoProfiler
@@ -36,6 +37,19 @@ PROG = "python -m mnist_lightning"
 
 class Parser(LightningArgumentParser):
     """Says what is wrong in one line instead of a page of usage."""
+
+    def parse_path(self, cfg_path: Any, **kwargs: Any) -> Namespace:
+        """Parse a config file, once it is known to be one that can be parsed."""
+        try:
+            nodes = [yaml.safe_load(Path(cfg_path).read_text(encoding="utf-8"))]
+            for count, node in enumerate(nodes):  # grows; aliases may stand for billions of nodes, or for themselves
+                nodes += node.values() if isinstance(node, dict) else node if isinstance(node, list) else []
+                if count > 10_000:
+                    raise ValueError("it has too many values")
+        except (yaml.YAMLError, ValueError, RecursionError) as error:
+            self.error(f"{cfg_path} is no config: {error}", error)
+        config: Namespace = super().parse_path(cfg_path, **kwargs)
+        return config
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Print the message and end with exit code 2."""
@@ -65,7 +79,22 @@ def _discard_defaults(original: Callable[..., None]) -> Callable[..., None]:
     return discard
 
 
+def _require_class(original: Callable[..., tuple[Any, Any]]) -> Callable[..., tuple[Any, Any]]:
+    """Refuse a function as the class path of a callable: jsonargparse would call any, with arguments of the config."""
+
+    def adapt(callable_type: Any, spec: Any) -> tuple[Any, Any]:
+        spec, skipped = original(callable_type, spec)
+        if not inspect.isclass(_typehints.import_object(spec["class_path"])):
+            raise ImportError(f"{spec['class_path']} is no class")
+        return spec, skipped
+
+    return adapt
+
+
 _typehints.discard_init_args_on_class_path_change = _discard_defaults(_typehints.discard_init_args_on_class_path_change)
+_typehints.adapt_partial_callable_class = _require_class(_typehints.adapt_partial_callable_class)
+# a config or checkpoint may be anybody's: only classes of the type that a key wants are made, none of os or subprocess
+set_parsing_settings(instantiate_subclass_spec_in_any=False, import_path_denylist=[])
 
 
 class RunCLI(LightningCLI):
@@ -103,21 +132,28 @@ class RunCLI(LightningCLI):
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Add the options that are neither the trainer's nor the model's nor the data's."""
-        parser.add_argument("--name", default=self.run_name, help=f"Folder of the run, in {LOGS}.")
+        parser.add_argument("--name", type=str, default=self.run_name, help=f"Folder of the run, in {LOGS}.")
         parser.add_argument(
             "--num_threads",
-            type=PositiveInt,
+            type=restricted_number_type("Threads", int, [(">", 0), ("<=", 1024)]),
             default=1,
             help="CPU threads of one process; more only pay for large networks.",
         )
         parser.set_defaults({"model.network": {"class_path": "mnist_lightning.networks.MLP"}})
         if self.command == "predict":
-            parser.add_argument("--output", default="predictions.csv", help="CSV file to write; must not exist yet.")
+            parser.add_argument(
+                "--output", type=str, default="predictions.csv", help="CSV file to write; must not exist yet."
+            )
 
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
         """Parse, and find and check the checkpoint."""
         super().parse_arguments(parser, args)
         options = self.config[self.command]
+        for group in ("trainer", "model", "data"):
+            if not isinstance(options[group], Namespace):
+                raise MisconfigurationException(f"{group} must have keys of its own, and is not just {options[group]}.")
+        if not 0 <= options.seed_everything < 2**32:
+            raise MisconfigurationException(f"seed_everything {options.seed_everything} is not from 0 to 2^32 - 1.")
         self.logs = Path(options.trainer.default_root_dir or ".", LOGS)
         if "ckpt_path" not in options:
             return
@@ -141,17 +177,11 @@ class RunCLI(LightningCLI):
         """Refuse what is no checkpoint, and say what it will override."""
         if not Path(path).is_file():
             raise MisconfigurationException(f"No checkpoint at {path}; `last` and `best` mean the newest run's.")
-        try:
+        with reading(path):
             checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-            saved = {
-                "model": checkpoint.get("hyper_parameters", {}),
-                "data": checkpoint.get("datamodule_hyper_parameters", {}),
-            }
-            checkpoint["state_dict"]
-        except Exception as error:  # what other bytes than a checkpoint's make torch raise is anything
-            raise MisconfigurationException(
-                f"{path} is damaged or no checkpoint of this package. Take another, or train anew without --ckpt_path."
-            ) from error
+            names = {"model": "hyper_parameters", "data": "datamodule_hyper_parameters"}
+            saved = {group: {**checkpoint.get(name, {})} for group, name in names.items()}
+            checkpoint["state_dict"].keys()
         parser = self._parser(self.command)
         given, default = (
             json.loads(parser.dump(config, skip_none=False, format="json"))
@@ -164,10 +194,21 @@ class RunCLI(LightningCLI):
                 if group == "data":
                     rank_zero_warn(
                         f"Continuing with data.{key} {value}, but {path} was trained with {saved[group][key]}. "
-                        f"To continue exactly, add --config {Path(path).parents[1] / 'config.yaml'}"
+                        f"To continue exactly, add --config {Path(path).absolute().parent.parent / 'config.yaml'}"
                     )
                 elif value != default[group][key]:
                     rank_zero_warn(f"The checkpoint's model.{key} is used, not the one given: {saved[group][key]}")
+
+    def _parse_ckpt_path(self) -> None:
+        self.parser.exit_on_error = False
+        try:
+            super()._parse_ckpt_path()
+        except ArgumentError as error:
+            raise MisconfigurationException(
+                f"{self.config[self.command].ckpt_path} cannot be used: its hyper-parameters are refused. "
+                f"{' '.join(str(error).split())}"
+            ) from error
+        self.parser.exit_on_error = True
 
     def before_instantiate_classes(self) -> None:
         """Set up this process."""
@@ -179,12 +220,11 @@ class RunCLI(LightningCLI):
             super().instantiate_classes()
             self.model.configure_optimizers()  # only to see now whether it can be done
         except (TypeError, ValueError) as error:
-            raise MisconfigurationException(str(error)) from error
+            path = self.config[self.command].get("ckpt_path")
+            raise MisconfigurationException(f"{path} cannot be used: {error}" if path else str(error)) from error
         # only a model made from a config has hyper-parameters that can be stored as plain types
         config = json.loads(self._parser(self.command).dump(self.config[self.command], skip_none=False, format="json"))
-        self.model.save_hyperparameters(
-            {**config["model"], "_instantiator": "lightning.pytorch.cli.instantiate_module"}
-        )
+        self.model.save_hyperparameters({**config["model"], "_instantiator": INSTANTIATOR})
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Make the trainer; a ``fit`` with a logger also gets all that a run folder holds."""
@@ -208,6 +248,7 @@ class RunCLI(LightningCLI):
         trainer = super().instantiate_trainer(**kwargs)
         if self.command == "predict" and trainer.world_size > 1:
             raise MisconfigurationException("predict writes one file and runs on one device: --trainer.devices 1")
+        trainer._checkpoint_connector = CheckpointConnector(trainer)
         trainer.fit_loop.epoch_loop = EpochLoop(trainer, trainer.min_steps, trainer.max_steps)
         return trainer
 
@@ -327,10 +368,6 @@ def plain_errors() -> Iterator[None]:
         sys.exit(f"error: {error}")
     except OSError as error:
         sys.exit(f"error: {plain(error)}")
-    except RuntimeError as error:
-        if "loading state_dict" in str(error):
-            sys.exit("error: the checkpoint is of another network: give its --model.network, or its --config")
-        raise
 
 
 def main(command: str, description: str) -> None:

@@ -28,6 +28,9 @@ MD5 = {
 }
 """The four files of MNIST and the MD5 of their unpacked bytes, as published with the database."""
 
+MAX_BYTES = 2**30
+"""What is read of a file, whatever its header promises: 1.3 million images."""
+
 Batch = tuple[Tensor, Tensor]
 """Images, float32 of shape (batch, 1, 28, 28) in [0, 1], and labels, int64 of shape (batch,)."""
 
@@ -155,8 +158,10 @@ class MNISTDataModule(LightningDataModule):
         for path in (self.data_dir / name, self.data_dir / f"{name}.gz"):
             if path.is_file():
                 try:
-                    content = path.read_bytes()
-                    return parse_idx(gzip.decompress(content) if path.suffix == ".gz" else content, name)
+                    with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
+                        count = int.from_bytes(file.read(8)[4:])
+                        file.seek(0)  # no more than the header promises: a small .gz may hold any amount
+                        return parse_idx(file.read(min(16 + count * 28 * 28 + 1, MAX_BYTES)), name)
                 except (ValueError, EOFError, gzip.BadGzipFile, zlib.error) as error:
                     raise MisconfigurationException(
                         f"{path} is damaged or no MNIST file: {error}. Copy it anew, or leave out data_dir to use "
@@ -196,7 +201,8 @@ def parse_idx(content: bytes, name: str) -> NDArray[np.uint8]:
         raise ValueError(f"its images are {'x'.join(map(str, dims))}, not 28x28")
     expected = header_size + count * int(np.prod(shape, dtype=int))
     if len(content) != expected or count == 0:
-        raise ValueError(f"its header promises {count} {kind}, {expected} bytes in all, but it has {len(content)}")
+        found = "more" if len(content) > expected else len(content)
+        raise ValueError(f"its header promises {count} {kind}, {expected} bytes in all, but it has {found}")
     array = np.frombuffer(bytearray(content), np.uint8, offset=header_size).reshape(count, *shape)
     if not shape and array.max() > 9:
         raise ValueError(f"label {array.max()} is not a digit")

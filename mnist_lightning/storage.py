@@ -107,7 +107,7 @@ def _is_outage(error: Exception) -> bool:
 def _reason(error: Exception) -> str:
     cause: Any = _cause(error)
     text = cause.details() if hasattr(cause, "details") else getattr(cause, "orig", None) or cause
-    return str(text).strip().partition("\n")[0]
+    return (str(text).strip() or repr(error)).partition("\n")[0]
 
 
 def open_storage(storage: str) -> BaseStorage:
@@ -132,7 +132,10 @@ def open_storage(storage: str) -> BaseStorage:
             # absolute: the lock of a dead process is recognised by the age of a link that points at this path
             path = Path(storage).absolute()
             path.parent.mkdir(parents=True, exist_ok=True)
-            opened = JournalStorage(JournalFile(str(path)))
+            journal = JournalFile(str(path))
+            if path.read_bytes().count(b"\n") > sum(1 for _ in journal.read_logs(0)):
+                raise ValueError("its last line is damaged; without that line, the study can go on")
+            opened = JournalStorage(journal)
     except ImportError as error:
         raise MisconfigurationException(
             f"The storage {name} needs a database driver ({error.__cause__ or error}). For postgresql://: pip install "

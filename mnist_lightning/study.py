@@ -1,9 +1,11 @@
 """The Optuna study behind ``tune``: who draws a trial, who owns it, and what becomes of it when its owner dies."""
 
+import math
 import os
 import socket
 import time
 from collections.abc import Callable, Sequence
+from operator import index
 from pathlib import Path
 from typing import Any, Literal
 
@@ -112,14 +114,38 @@ def open_study(
     found = study.user_attrs.get("settings")
     if found is None and not study.get_trials(deepcopy=False):
         study.set_user_attr("settings", own)
-    elif found is None:
+    elif not isinstance(found, dict):
         raise MisconfigurationException(f"The study {name} was not made by tune. Take another --study_name.")
     elif differences := _differences(found, own):
         raise MisconfigurationException(
             f"The study {name} has other settings: {'; '.join(differences)}. "
             "Give those to continue it, or take another --study_name."
         )
+    check_trials(study, space)
     return study, False
+
+
+def check_trials(study: Study, space: SearchSpace) -> None:
+    """See that the trials have what ``tune`` gives them.
+
+    Raises:
+        MisconfigurationException: One has not.
+    """
+    for trial in study.get_trials(deepcopy=False):
+        attributes = trial.user_attrs
+        try:
+            if trial.state == TrialState.COMPLETE and trial.params.keys() != space.keys():
+                raise ValueError("it has other parameters")
+            for execution in attributes.get("executions", []):
+                math.fsum([execution["score"], *(index(epoch) + value for epoch, value in execution["values"])])
+                index(execution["execution"])
+            index(attributes.get("attempts", 0))
+            attributes.get("owner", "").partition(":")
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            raise MisconfigurationException(
+                f"Trial {trial.number} of the study {study.study_name} is damaged or was not made by tune: {error!r}. "
+                "Take another study."
+            ) from error
 
 
 def _differences(found: dict[str, Any], own: dict[str, Any], prefix: str = "") -> list[str]:
@@ -137,7 +163,10 @@ def _differences(found: dict[str, Any], own: dict[str, Any], prefix: str = "") -
 def _describe(value: Any, is_there: bool) -> str:
     if not is_there:
         return "not searched"
-    return describe(json_to_distribution(value)) if str(value).startswith('{"name"') else str(value)
+    try:
+        return describe(json_to_distribution(value))
+    except (KeyError, TypeError, ValueError):  # another setting
+        return str(value)
 
 
 def bounds(distribution: BaseDistribution) -> list[Any]:

@@ -220,7 +220,7 @@ class TuneCLI(RunCLI):
         self.options = self.config["tune"]
         self.seed = self.options.seed_everything
         self.space: SearchSpace = {
-            key: _make_distribution(key, config) for key, config in options["search_space"].items()
+            key: _make_distribution(key, config) for key, config in (options["search_space"] or {}).items()
         }
         parser: Any = self._parser("tune")
         self.base: dict[str, Any] = json.loads(parser.dump(self.options, skip_none=False, format="json"))
@@ -283,14 +283,21 @@ class TuneCLI(RunCLI):
             raise MisconfigurationException("search_space is empty: give at least one key and its distribution.")
         for key in self.space:
             try:
-                if key.partition(".")[0] not in ("trainer", "model", "data"):
+                if not key.startswith(("trainer.", "model.", "data.")):
                     raise KeyError(key)
                 _get(self.base, key)
-            except (KeyError, IndexError, ValueError, TypeError) as error:
+            except (AttributeError, KeyError, IndexError, ValueError, TypeError) as error:
                 raise MisconfigurationException(
                     f"search_space: trainer, model and data have no key {key}. "
                     f"`{PROG} tune --print_config` shows their keys; an item of a list is its key with .0, .1, ..."
                 ) from error
+            for part in self.space:
+                if part.startswith(f"{key}."):
+                    raise MisconfigurationException(f"search_space: {part} is a part of {key}: search one of them.")
+        epochs = self.space.get("trainer.max_epochs")
+        for value in bounds(epochs) if epochs else [self.options.trainer.max_epochs]:
+            if not isinstance(value, int) or value < 1:
+                raise MisconfigurationException(f"A search needs a number of epochs: trainer.max_epochs is {value}.")
         first = {key: bounds(distribution)[0] for key, distribution in self.space.items()}
         parser.exit_on_error = False
         for key, distribution in self.space.items():
@@ -657,6 +664,7 @@ def _make_distribution(key: str, config: dict[str, Any]) -> BaseDistribution:
     parser.add_argument("--distribution", type=BaseDistribution)
     try:
         distribution: BaseDistribution = parser.instantiate(parser.parse_object({"distribution": config})).distribution
+        json.dumps(distribution._asdict(), allow_nan=False)  # Optuna takes infinite bounds, and fails at the first draw
     except Exception as error:  # jsonargparse and Optuna have many
         reason = " ".join(str(error).split())
         raise MisconfigurationException(f"search_space: {key} has no valid distribution. {reason}") from error
@@ -665,5 +673,6 @@ def _make_distribution(key: str, config: dict[str, Any]) -> BaseDistribution:
 
 def _get(config: Any, key: str) -> Any:
     for part in key.split("."):
-        config = config[int(part)] if isinstance(config, list) else config[part]
+        # an index has one name, so that no item is searched twice
+        config = config[[str(i) for i in range(len(config))].index(part)] if isinstance(config, list) else config[part]
     return config

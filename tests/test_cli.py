@@ -422,9 +422,9 @@ def damaged(path: Path, content: bytes) -> str:
         (["--data.data_dir=/nowhere"], "/nowhere has no file train-images-idx3-ubyte"),
         (["--ckpt_path=none.ckpt"], "No checkpoint at none.ckpt"),
         (["--ckpt_path=last"], "has a last.ckpt. Train one with"),
-        (["--ckpt_path={truncated}"], "truncated.ckpt is damaged or no checkpoint"),
-        (["--ckpt_path={text}"], "text.ckpt is damaged or no checkpoint"),
-        (["--ckpt_path={other}"], "other.ckpt is damaged or no checkpoint"),
+        (["--ckpt_path={truncated}"], "truncated.ckpt cannot be used: it is damaged or no checkpoint"),
+        (["--ckpt_path={text}"], "text.ckpt cannot be used: it is damaged or no checkpoint"),
+        (["--ckpt_path={other}"], "other.ckpt cannot be used: it is damaged or no checkpoint"),
         (["--trainer.default_root_dir={text}"], "text.ckpt"),
         (["--name={text}/x"], "text.ckpt"),
         (["--trainer.accelerator=tpu"], "torch_xla"),
@@ -468,7 +468,7 @@ def test_a_checkpoint_of_another_network_is_said(fitted, monkeypatch, capfd, dat
         monkeypatch, capfd, "test", f"--data.data_dir={data_dir}", f"--ckpt_path={tmp_path / 'other.ckpt'}"
     )
     assert code == 1
-    assert "the checkpoint is of another network" in err
+    assert "its weights are not those of its network" in err
 
 
 def test_the_process_itself_ends_without_a_traceback(command, tmp_path):

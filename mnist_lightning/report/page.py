@@ -33,7 +33,7 @@ from mnist_lightning.report.statistics import (
     verdict,
 )
 from mnist_lightning.storage import open_storage
-from mnist_lightning.study import bounds, results, short_key, short_value
+from mnist_lightning.study import bounds, check_trials, results, short_key, short_value
 
 METRICS = ("accuracy", "loss", "penalized_loss")
 CMAPS = ("Blues", "Greens")
@@ -290,6 +290,7 @@ def _study(
     if not trials:
         return None
     best, space = study.best_trial, study.best_trial.distributions
+    check_trials(study, space)
     names = {key: short_key(key) for key in space}
     parts: dict[str, Any] = {"figures": [], "edges": ""}
     on_edge: list[str] = []

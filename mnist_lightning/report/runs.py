@@ -12,6 +12,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from numpy.typing import NDArray
 from torch.nn import functional as F
 
+from mnist_lightning.checkpoints import INSTANTIATOR, read_history, reading
 from mnist_lightning.classifier import Classifier
 from mnist_lightning.cli import PROG, newest_file
 from mnist_lightning.data import MNISTDataModule, Split
@@ -110,24 +111,24 @@ def load(path: Path) -> Run:
     models = {}
     for name, file in checkpoints.items():
         if file.is_file():
-            try:
-                checkpoint = torch.load(file, map_location="cpu", weights_only=True)
-                state = checkpoint["callbacks"]["RunCheckpoint"]
-                models[name] = Classifier.load_from_checkpoint(file, map_location="cpu", weights_only=True).eval()
-            except Exception as error:  # other bytes than a checkpoint's raise anything
-                if "loading state_dict" in str(error):
-                    reason = "its weights are not those of its network"
-                else:
-                    reason = "it is damaged or no checkpoint of a fit"
-                raise MisconfigurationException(f"{file} cannot be used: {reason}.") from error
-            if name == "last":
-                history, seconds = list(state["history"]), float(state["seconds"])
-                arguments = checkpoint["datamodule_hyper_parameters"]
-    config_file = checkpoints["last"].parents[1] / "config.yaml"
-    config = yaml.safe_load(config_file.read_text()) if config_file.is_file() else {}
-    data = MNISTDataModule(**{key: value for key, value in arguments.items() if not key.startswith("_")})
-    data.setup("fit")
-    data.setup("test")
+            with reading(file):
+                models[name] = Classifier.load_from_checkpoint(
+                    file, map_location="cpu", weights_only=True, _instantiator=INSTANTIATOR
+                ).eval()
+                if name == "last":
+                    checkpoint = torch.load(file, map_location="cpu", weights_only=True)
+                    state = checkpoint["callbacks"]["RunCheckpoint"]
+                    history, seconds = read_history(state), float(state["seconds"])
+                    arguments = checkpoint["datamodule_hyper_parameters"]
+    with reading(checkpoints["last"]):
+        data = MNISTDataModule(**{key: value for key, value in arguments.items() if not key.startswith("_")})
+        data.setup("fit")
+        data.setup("test")
+    config_file = checkpoints["last"].absolute().parent.parent / "config.yaml"
+    try:
+        config = dict(yaml.safe_load(config_file.read_text())) if config_file.is_file() else {}
+    except (yaml.YAMLError, TypeError, ValueError) as error:
+        raise MisconfigurationException(f"{config_file} is damaged: {' '.join(str(error).split())}") from error
     assert data.val is not None
     assert data.test is not None
     splits = {"val": data.val, "test": data.test}

@@ -1,0 +1,466 @@
+"""What comes from outside: configs, search spaces, data, checkpoints and studies, damaged, odd or malicious."""
+
+import contextlib
+import gzip
+import json
+import os
+import pickle
+import random
+import re
+import shutil
+import struct
+import sys
+import tracemalloc
+
+import pytest
+import torch
+import yaml
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from optuna.distributions import IntDistribution
+from optuna.storages.journal._storage import JournalOperation
+
+from mnist_lightning import cli, data, report, tuning
+from mnist_lightning.data import MNISTDataModule
+from mnist_lightning.report import page
+from mnist_lightning.study import process_name
+
+LAST = "lightning_logs/baseline/version_0/checkpoints/last.ckpt"
+JOURNAL = "lightning_logs/tune/journal.log"
+UNITS, RATE = "model.network.init_args.units.0", "model.optimizer.init_args.lr"
+TUNE = [
+    "tune", "--trainer.max_epochs=1", "--n_trials=1", "--executions_per_trial=1", "--workers=1", "--refit=false",
+    "--config=space.yaml",
+]  # fmt: skip
+
+
+def spec(class_path, **arguments):
+    return {"class_path": class_path, "init_args": arguments}
+
+
+INTEGER = spec("IntDistribution", low=8, high=32)
+
+
+def main(name, *options):
+    """Run a command in this process; gives exit code or message."""
+    try:
+        if name == "report":
+            report.main("", "", list(options))
+        else:
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(sys, "argv", ["", name, *options])
+                cli.main(name, "")
+    except SystemExit as exit:
+        return exit.code or 0
+    return 0
+
+
+def one_trial(search):
+    """Stand in for the search: a finished trial without the time that workers take."""
+    trial = search.study.ask({UNITS: IntDistribution(8, 32)})
+    trial.set_user_attr("owner", process_name())
+    trial.set_user_attr(
+        "executions", [{"execution": 0, "seed": 42, "score": 0.5, "seconds": 1.0, "values": [[0, 0.5]]}]
+    )
+    search.study.tell(trial, 0.5)
+
+
+@pytest.fixture(scope="module")
+def made(data_dir, tmp_path_factory):
+    """A folder with a run of one epoch and a study of one trial."""
+    cwd = tmp_path_factory.mktemp("made")
+    (cwd / "space.yaml").write_text(yaml.safe_dump({"search_space": {UNITS: INTEGER}}))
+    with contextlib.chdir(cwd), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tuning.Search, "run", one_trial)
+        assert main("fit", f"--data.data_dir={data_dir}", "--trainer.max_epochs=1") == 0
+        assert main(*TUNE, f"--data.data_dir={data_dir}") == 0
+    return cwd
+
+
+@pytest.fixture
+def cwd(made, tmp_path, monkeypatch):
+    """A copy of that folder."""
+    shutil.copytree(made, tmp_path, dirs_exist_ok=True)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture
+def run(cwd, monkeypatch, capfd, data_dir):
+    """Runs a command, which must run no code of its inputs and leave all files as they are; gives code and message."""
+    # what takes long in a report needs no more inputs
+    study = page._study
+    monkeypatch.setattr(page, "_numbers", lambda *_: {})
+    monkeypatch.setattr(page, "_content", lambda *_: {})
+    monkeypatch.setattr(page, "_study", lambda *arguments: sys.exit(study(*arguments) and 0))
+
+    def command(name, *options):
+        before = {path: path.read_bytes() for path in cwd.rglob("*") if path.is_file()}
+        code = main(name, *options, *([] if name == "report" else [f"--data.data_dir={data_dir}"]))
+        out, err = capfd.readouterr()
+        assert "Traceback" not in out + err
+        assert not (cwd / "hacked").exists()
+        # that a study was asked for is added to a journal
+        assert all(path.read_bytes().startswith(content) for path, content in before.items())
+        return (1, code) if isinstance(code, str) else (code, err[err.find("error: ") :])
+
+    return command
+
+
+@pytest.fixture
+def refused(run):
+    """Runs a command that must refuse its input in one or two lines that say what is wrong."""
+
+    def command(message, *arguments):
+        code, error = run(*arguments)
+        assert code in (1, 2)
+        assert error.startswith("error: ")
+        assert re.search(message, error), error
+        assert len(error.splitlines()) <= 2
+
+    return command
+
+
+def mutated(content, generator):
+    """Bytes with one to fifty of them changed, or cut off somewhere."""
+    if generator.random() < 0.3:
+        return content[: generator.randrange(len(content))]
+    changed = bytearray(content)
+    for _ in range(generator.choice([1, 5, 50])):
+        changed[generator.randrange(len(content))] = generator.randrange(256)
+    return bytes(changed)
+
+
+# --- configs ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"trainer: {max_epochs: [", "c.yaml is no config: .*expected"),
+        (b"name: !!python/object/apply:os.system [touch hacked]", "c.yaml is no config: could not determine"),
+        (b"name: !!python/object/new:subprocess.Popen [[touch, hacked]]", "c.yaml is no config: could not determine"),
+        (b"name: a\0b", "c.yaml is no config: .*special characters"),
+        (b"\x89PNG\r\n\x1a\n\xff\xfe\x00", "c.yaml is no config: 'utf-8' codec"),
+        ("name: é".encode("latin-1"), "c.yaml is no config: 'utf-8' codec"),
+        (b"a: " + b"[" * 5000 + b"]" * 5000, "c.yaml is no config: maximum recursion depth"),
+        (b"a: &a [*a]", "c.yaml is no config: it has too many values"),
+        (
+            b"a: &a [1]\n" + b"".join(b"%c: &%c [%s]\n" % (i, i, b"*%c," % (i - 1) * 9) for i in b"bcdefghijk"),
+            "c.yaml is no config: it has too many values",
+        ),
+        (b"seed_everything: " + b"9" * 5000, "c.yaml is no config: Exceeds the limit"),
+        (b"[1, 2]", "error: "),
+        (b"trainer: {nope: 1}", "nope"),
+        (b"trainer: 5", "trainer"),
+        (b"name: !!binary aGVsbG8=", 'Parser key "name"'),
+        (b"num_threads: 99999999999999999999", 'Parser key "num_threads"'),
+        (b"seed_everything: -5", "seed_everything -5 is not from 0"),
+    ],
+    ids=lambda value: value[:12] if isinstance(value, bytes) else "",
+)  # fmt: skip
+def test_a_file_that_is_no_config_is_refused(refused, cwd, content, message):
+    (cwd / "c.yaml").write_bytes(content)
+    refused(message, "fit", "--config=c.yaml")
+
+
+@pytest.mark.parametrize("path", [".", "/dev/null/x", "nope.yaml"])
+def test_a_config_that_is_no_file_is_refused(refused, path):
+    refused(re.escape(path), "fit", f"--config={path}")
+
+
+SYSTEM = spec("os.system", command="touch hacked")
+EVALUATE = spec("sympy.sympify", a="__import__('os').system('touch hacked')")  # evaluates its argument
+MALICIOUS = {
+    "network subprocess.Popen": {"network": spec("subprocess.Popen", args=["touch", "hacked"])},
+    "optimizer os.system": {"optimizer": SYSTEM},
+    "optimizer through torch": {"optimizer": {**SYSTEM, "class_path": "torch.os.system"}},
+    "optimizer any function": {"optimizer": EVALUATE},
+    "scheduler any function": {"lr_scheduler": EVALUATE},
+    "argument of any type": {"network": spec("torch.nn.Linear", in_features=784, out_features=10, device=EVALUATE)},
+    "callable argument": {"network": spec("torch.nn.TransformerEncoderLayer", d_model=8, nhead=1, activation=EVALUATE)},
+}
+
+
+@pytest.mark.parametrize("model", MALICIOUS.values(), ids=MALICIOUS)
+def test_a_config_runs_no_code(refused, cwd, model):
+    (cwd / "c.yaml").write_text(yaml.safe_dump({"model": model}))
+    refused("", "fit", "--config=c.yaml", "--trainer.fast_dev_run=true")
+
+
+# --- search spaces ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("space", "message"),
+    [
+        ({UNITS: spec("IntDistribution", low=9, high=8)}, "has no valid distribution"),
+        ({RATE: spec("FloatDistribution", low=-1.0, high=1.0, log=True)}, "has no valid distribution"),
+        ({RATE: spec("FloatDistribution", low=float("nan"), high=1.0)}, "has no valid distribution"),
+        ({RATE: spec("FloatDistribution", low=0.1, high=float("inf"))}, "has no valid distribution"),
+        ({UNITS: spec("CategoricalDistribution", choices=[])}, "has no valid distribution"),
+        ({UNITS: spec("CategoricalDistribution", choices=[[1], {"a": 2}])}, "has no valid distribution"),
+        ({"model.optimizer": spec("CategoricalDistribution", choices=[EVALUATE])}, "has no valid distribution"),
+        ({"model.optimizer": spec("CategoricalDistribution", choices=["os.system"])}, "cannot be 'os.system'"),
+        ({UNITS: SYSTEM}, "has no valid distribution"),
+        ({UNITS: spec("torch.nn.Linear", in_features=1, out_features=1)}, "has no valid distribution"),
+        *[({UNITS: value}, "error: ") for value in (None, [1])],
+        *[
+            ({key: INTEGER}, "have no key")
+            for key in (
+                "trainer.", "trainer", "..", "name", "x" * 5000,
+                *(f"model.network.init_args.units.{index}" for index in ("2", "-1", "00")),
+            )
+        ],
+        ({5: INTEGER}, "have no key 5"),
+        ({"model.network.init_args.units": INTEGER, UNITS: INTEGER}, "is a part of"),
+        ({"trainer.max_epochs": spec("CategoricalDistribution", choices=[1, None])}, "max_epochs is None"),
+        (None, "search_space is empty"),
+        ({}, "search_space is empty"),
+    ],
+)  # fmt: skip
+def test_a_malformed_search_space_is_refused(refused, cwd, space, message):
+    (cwd / "space.yaml").write_text(yaml.safe_dump({"search_space": space}))
+    refused(message, *TUNE, "--study_name=other")
+
+
+# --- data ---------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def images(data_dir, tmp_path):
+    """A copy of the test images beside their labels."""
+    for kind in ("images-idx3", "labels-idx1"):
+        shutil.copy(data_dir / f"t10k-{kind}-ubyte", tmp_path)
+    return tmp_path / "t10k-images-idx3-ubyte"
+
+
+@pytest.mark.parametrize("seed", range(60))
+def test_damaged_data_are_refused_or_valid(images, seed):
+    generator = random.Random(seed)
+    path = generator.choice(sorted(images.parent.iterdir()))
+    content = path.read_bytes()
+    damage = generator.choice([mutated, lambda content, _: content + b"x", lambda content, generator: (
+        content[:4] + struct.pack(">I", generator.choice([0, 1, 301, 2**31, 2**32 - 1])) + content[8:]
+    ), lambda content, generator: mutated(content[:16], generator) + content[16:]])  # fmt: skip
+    if generator.random() < 0.5:
+        path.unlink()
+        path = path.with_name(f"{path.name}.gz")
+        content = (
+            gzip.compress(content, 1) if generator.random() < 0.5 else damage(gzip.compress(content, 1), generator)
+        )
+    path.write_bytes(damage(content, generator) if path.suffix != ".gz" else content)
+    datamodule = MNISTDataModule(str(images.parent))
+    try:
+        datamodule.setup("test")
+        refusal = ""
+    except MisconfigurationException as error:
+        refusal = str(error)
+    assert refusal.startswith(str(images.parent)) if refusal else datamodule.test.images.shape == (300, 1, 28, 28)
+
+
+@pytest.mark.parametrize("count", [300, 2**32 - 1])
+def test_a_gzip_bomb_does_not_fill_the_memory(images, monkeypatch, count):
+    monkeypatch.setattr(data, "MAX_BYTES", 2**20)
+    images.unlink()
+    with gzip.open(f"{images}.gz", "wb", 1) as file:
+        file.write(struct.pack(">4I", 0x803, count, 28, 28))
+        for _ in range(64):
+            file.write(bytes(2**20))
+    tracemalloc.start()
+    with pytest.raises(MisconfigurationException, match=f"its header promises {count} images"):
+        MNISTDataModule(str(images.parent)).setup("test")
+    assert tracemalloc.get_traced_memory()[1] < 8 * 2**20
+    tracemalloc.stop()
+
+
+# --- checkpoints --------------------------------------------------------------------------------------------
+
+READERS = {
+    "fit": ["fit", "--ckpt_path=x.ckpt", "--trainer.max_epochs=2"],
+    "test": ["test", "--ckpt_path=x.ckpt"],
+    "report": ["report", "one=lightning_logs/baseline/version_0", "other=x.ckpt"],
+}
+
+
+@pytest.fixture
+def checkpoint(made):
+    return torch.load(made / LAST, weights_only=True)
+
+
+class _Malicious:
+    def __reduce__(self):
+        return os.system, ("touch hacked",)
+
+
+@pytest.mark.parametrize(
+    ("reader", "kind"),
+    [("fit", "zip"), ("test", "legacy"), ("validate", "pickle"), ("predict", "zip"), ("report", "zip")],
+)
+def test_a_malicious_pickle_is_not_run(refused, checkpoint, reader, kind):
+    checkpoint["extra"] = _Malicious()
+    if kind == "pickle":
+        with open("x.ckpt", "wb") as file:
+            pickle.dump(_Malicious(), file)
+    else:
+        torch.save(checkpoint, "x.ckpt", _use_new_zipfile_serialization=kind == "zip")
+    refused("x.ckpt cannot be used: it is damaged or no", *READERS.get(reader, [reader, "--ckpt_path=x.ckpt"]))
+
+
+@pytest.mark.parametrize("reader", ["test", "report"])
+@pytest.mark.parametrize(
+    "parameters",
+    [
+        *MALICIOUS.values(),
+        {"_class_path": "os.system", "command": "touch hacked"},
+        {"network": 5},
+    ],
+    ids=str,
+)
+def test_hyper_parameters_run_no_code(refused, checkpoint, reader, parameters):
+    checkpoint["hyper_parameters"] |= parameters
+    torch.save(checkpoint, "x.ckpt")
+    refused("x.ckpt cannot be used", *READERS[reader])
+
+
+@pytest.mark.parametrize("path", ["os.system"])
+def test_no_other_instantiator_is_called(run, cwd, checkpoint, path):
+    checkpoint["hyper_parameters"]["_instantiator"] = path
+    torch.save(checkpoint, "x.ckpt")
+    for reader in READERS.values():
+        assert run(*reader)[0] == 0
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        *[(("hyper_parameters",), value) for value in (None, 5)],
+        (("datamodule_hyper_parameters",), 5),
+        *[(("state_dict",), value) for value in (None, {})],
+        *[(("state_dict", "network.dense_1.weight"), value) for value in (5, torch.zeros(3, 3))],
+        (("pytorch-lightning_version",), "x"),
+        *[(("loops",), value) for value in (None, {}, {"fit_loop": {}})],
+        *[(("optimizer_states",), value) for value in ([], [{}])],
+        (("lr_schedulers",), None),
+        *[(("callbacks",), value) for value in (5, {"RunCheckpoint": {}})],
+        *[(("callbacks", "RunCheckpoint", "history"), value) for value in ([], [{}])],
+        (("callbacks", "RunCheckpoint", "seconds"), None),
+        (("callbacks", "RunCheckpoint", "random_states"), [{}]),
+        (("callbacks", "RunCheckpoint", "best_model_score"), "x"),
+    ],
+    ids=str,
+)
+def test_fit_refuses_a_garbled_checkpoint(refused, checkpoint, key, value):
+    tree = checkpoint
+    for part in key[:-1]:
+        tree = tree[part]
+    tree[key[-1]] = value
+    shutil.copy(LAST.replace("last", "best"), ".")
+    torch.save(checkpoint, "x.ckpt")
+    refused("x.ckpt cannot be used", *READERS["fit"])
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        (("callbacks", "RunCheckpoint"), {}),
+        (("callbacks", "RunCheckpoint", "history"), [{"epoch": "x"}]),
+        (("datamodule_hyper_parameters",), {"nope": 1}),
+        (("datamodule_hyper_parameters",), {"val_split": "x"}),
+    ],
+    ids=str,
+)
+def test_a_report_refuses_a_garbled_checkpoint(refused, checkpoint, key, value):
+    tree = checkpoint
+    for part in key[:-1]:
+        tree = tree[part]
+    tree[key[-1]] = value
+    torch.save(checkpoint, "x.ckpt")
+    refused("x.ckpt cannot be used: it is damaged", *READERS["report"])
+
+
+@pytest.mark.parametrize("content", [b"a: [", b"5", b"\xff"])
+def test_a_report_refuses_a_garbled_config_of_a_run(refused, cwd, content):
+    (cwd / "lightning_logs/baseline/version_0/config.yaml").write_bytes(content)
+    refused("config.yaml is damaged", "report", "one=lightning_logs/baseline/version_0", "other=x.ckpt")
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_damaged_bytes_of_a_checkpoint_are_refused_or_harmless(run, cwd, seed):
+    generator = random.Random(seed)
+    (cwd / "x.ckpt").write_bytes(mutated((cwd / LAST).read_bytes(), generator))
+    code, error = run(*READERS[generator.choice(["fit", "test", "report"])])
+    assert code == 0 or (code == 1 and "x.ckpt cannot be used" in error)
+
+
+# --- studies ------------------------------------------------------------------------------------------------
+
+
+STUDY_READERS = [TUNE, ["report", "one=lightning_logs/baseline/version_0", f"other={LAST}"]]
+
+
+@pytest.mark.parametrize("reader", STUDY_READERS, ids=["tune", "report"])
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda content: bytes(range(256)), "journal.log cannot be opened"),
+        (lambda content: content + b"garbage\n", "journal.log cannot be opened: its last line is damaged"),
+        (lambda content: content.replace(b"\n", b"\nxx", 1), "journal.log cannot be opened"),
+        (lambda content: content + b'{"op_code":77,"worker_id":"x"}\n', "journal.log cannot be opened"),
+        (lambda content: content + b"[1]\n", "journal.log cannot be opened"),
+    ],
+)
+def test_a_damaged_journal_is_refused(refused, cwd, reader, change, message):
+    journal = cwd / JOURNAL
+    journal.write_bytes(change(journal.read_bytes()))
+    refused(message, *reader)
+
+
+def with_attribute(journal, name, value, *, finished=True):
+    """Change an attribute of the study or its trials in a journal, or leave it out if the value is None."""
+    records = [json.loads(line) for line in journal.read_bytes().splitlines()]
+    if not finished:
+        records = [record for record in records if record["op_code"] != JournalOperation.SET_TRIAL_STATE_VALUES]
+    if value is None:
+        records = [record for record in records if name not in record.get("user_attr", {})]
+    for record in records:
+        if name in record.get("user_attr", {}):
+            record["user_attr"][name] = value
+    journal.write_text("".join(f"{json.dumps(record)}\n" for record in records))
+
+
+@pytest.mark.parametrize("settings", ["x", {}, {"search_space": {UNITS: "{"}}])
+def test_a_study_with_odd_settings_is_refused(refused, cwd, settings):
+    with_attribute(cwd / JOURNAL, "settings", settings)
+    refused("The study tune (was not made by tune|has other settings)", *TUNE)
+
+
+@pytest.mark.parametrize("finished", [True, False])
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        *[("executions", value) for value in (5, [{}])],
+        *[("executions", [{"execution": "x", "score": 1, "values": v}]) for v in ([[0, "x"]], [[0, 0.5]])],
+        ("owner", 5),
+    ],
+)
+def test_trials_with_odd_attributes_are_refused(refused, cwd, name, value, finished):
+    with_attribute(cwd / JOURNAL, name, value, finished=finished)
+    refused("Trial 0 of the study tune is damaged or was not made by tune", *TUNE)
+    if finished:
+        refused("Trial 0 of the study tune is damaged or was not made by tune", *STUDY_READERS[1])
+
+
+@pytest.mark.parametrize("reader", STUDY_READERS, ids=["tune", "report"])
+@pytest.mark.parametrize("content", [bytes(range(256)) * 40])
+def test_a_file_that_is_no_database_is_refused(refused, cwd, reader, content):
+    (cwd / "study.db").write_bytes(content)
+    refused("study.db cannot be opened", *reader, "--storage=sqlite:///study.db")
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_damaged_bytes_of_a_journal_are_refused_or_harmless(run, cwd, seed):
+    generator = random.Random(seed)
+    content = (cwd / JOURNAL).read_bytes()
+    (cwd / JOURNAL).write_bytes(mutated(content, generator))
+    code, error = run(*STUDY_READERS[1])
+    assert code == 0 or (code == 1 and re.search(r"journal\.log|study tune", error))
