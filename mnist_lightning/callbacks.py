@@ -111,7 +111,7 @@ class Figures(Callback):
             # in evaluation mode, where nothing is drawn from the random state
             network: Any = copy.deepcopy(pl_module.network)
             try:
-                logger.experiment.add_graph(network.eval(), images[:1].to(pl_module.device))
+                logger.experiment.add_graph(network.eval(), images[:1].to(pl_module.device, pl_module.dtype))
             except Exception as error:  # whatever a network does that cannot be traced
                 rank_zero_warn(f"TensorBoard gets no graph, since the network cannot be traced: {error}")
 
@@ -156,7 +156,7 @@ class Figures(Callback):
         trainer.datamodule.setup("test")  # type: ignore[attr-defined]
         images, labels = trainer.datamodule.test.__getitems__(range(10))  # type: ignore[attr-defined]
         pl_module.eval()
-        predicted = pl_module(images.to(pl_module.device)).argmax(dim=1).cpu()
+        predicted = pl_module(images.to(pl_module.device, pl_module.dtype)).argmax(dim=1).cpu()
         figure = figures.predictions(images.squeeze(1).numpy(), labels.numpy(), predicted.numpy())
         self._show(trainer, "predictions", figure)
 

@@ -106,7 +106,7 @@ class Classifier(LightningModule):
 
     def penalty(self) -> Tensor:
         """The sum of λ‖W‖² over the kernels that carry an ``l2``: a scalar."""
-        flat = [(kernel.flatten(), factor) for kernel, factor in self.kernels]
+        flat = [(_at_least_float32(kernel).flatten(), factor) for kernel, factor in self.kernels]
         penalties = [factor * kernel.dot(kernel) for kernel, factor in flat]
         return sum(penalties[1:], start=penalties[0]) if penalties else torch.zeros((), device=self.device)
 
@@ -125,7 +125,7 @@ class Classifier(LightningModule):
 
     def predict_step(self, batch: Batch) -> Tensor:
         """Probabilities of the classes for a batch, of shape (batch, classes)."""
-        probabilities: Tensor = self(batch[0]).softmax(dim=1)
+        probabilities: Tensor = _at_least_float32(self(batch[0])).softmax(dim=1)
         return probabilities
 
     def on_train_epoch_end(self) -> None:
@@ -142,11 +142,11 @@ class Classifier(LightningModule):
 
     def _step(self, batch: Batch, stage: str) -> tuple[Tensor, Tensor]:
         images, labels = batch
-        logits = self.network(images)
+        logits = _at_least_float32(self.network(images))
         loss = F.cross_entropy(logits, labels)
         predicted = logits.argmax(dim=1)
         if stage not in self.totals:
-            self.totals[stage] = [torch.zeros((), device=self.device) for _ in range(4)]
+            self.totals[stage] = [torch.zeros((), device=self.device, dtype=torch.float32) for _ in range(4)]
         # sums on tensors: a tenth of the time of a value logged in every step
         loss_sum, penalty_sum, correct, count = self.totals[stage]
         with torch.no_grad():
@@ -157,7 +157,14 @@ class Classifier(LightningModule):
         return loss, predicted
 
     def _log(self, stage: str) -> None:
-        totals = torch.stack(self.totals.pop(stage)).double()
+        totals = torch.stack(self.totals.pop(stage))
+        if totals.device.type != "mps":  # which has no float64
+            totals = totals.double()
         loss, penalty, correct, count = self.trainer.strategy.reduce(totals, reduce_op="sum")  # over the processes
         metrics = {"loss": loss / count, "penalized_loss": (loss + penalty) / count, "accuracy": correct / count}
         self.log_dict({f"{stage}/{name}": value for name, value in metrics.items()}, sync_dist=True)
+
+
+def _at_least_float32(tensor: Tensor) -> Tensor:
+    """Half precision is enough for a layer, not for a sum."""
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))

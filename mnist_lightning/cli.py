@@ -6,9 +6,12 @@ import inspect
 import json
 import logging
 import os
+import signal
+import subprocess
 import sys
 import threading
 import warnings
+import zlib
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,6 +21,7 @@ import torch
 import yaml
 from jsonargparse import ArgumentError, Namespace, _typehints, set_parsing_settings
 from jsonargparse.typing import restricted_number_type
+from lightning.fabric.plugins.environments import SLURMEnvironment
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import TensorBoardLogger
@@ -157,6 +161,15 @@ class RunCLI(LightningCLI):
         self.logs = Path(options.trainer.default_root_dir or ".", LOGS)
         if "ckpt_path" not in options:
             return
+        if self.command == "fit" and SLURMEnvironment.detect():
+            array = [os.environ[key] for key in ("SLURM_ARRAY_JOB_ID", "SLURM_ARRAY_TASK_ID") if key in os.environ]
+            self.job = "_".join(array or [os.environ["SLURM_JOB_ID"]])
+            # a job may run several commands; when it is requeued, each goes on from its own last epoch
+            self.mark = f"slurm_{self.job}_{zlib.crc32(' '.join(sys.argv).encode()):08x}"
+            runs = [path.parent for path in (self.logs / options.name).glob(f"version_*/{self.mark}")]
+            last = newest_file(path for run in runs if (path := run / "checkpoints/last.ckpt").is_file())
+            if last is not None and os.environ.get("SLURM_RESTART_COUNT", "0") != "0":
+                options.ckpt_path = str(last)
         if options.ckpt_path is None and self.command != "fit":
             options.ckpt_path = "last"
         if options.ckpt_path in ("last", "best"):
@@ -219,7 +232,7 @@ class RunCLI(LightningCLI):
         try:
             super().instantiate_classes()
             self.model.configure_optimizers()  # only to see now whether it can be done
-        except (TypeError, ValueError) as error:
+        except (TypeError, ValueError, RuntimeError) as error:
             path = self.config[self.command].get("ckpt_path")
             raise MisconfigurationException(f"{path} cannot be used: {error}" if path else str(error)) from error
         # only a model made from a config has hyper-parameters that can be stored as plain types
@@ -246,6 +259,9 @@ class RunCLI(LightningCLI):
         kwargs["plugins"] = [*(options.plugins or []), CheckpointIO()]
         self.trainer_defaults["callbacks"] = callbacks
         trainer = super().instantiate_trainer(**kwargs)
+        # Lightning checks it for several devices only: two processes of one device each would both be the first
+        environment = trainer._accelerator_connector.cluster_environment
+        environment.validate_settings(trainer.num_devices, trainer.num_nodes)
         if self.command == "predict" and trainer.world_size > 1:
             raise MisconfigurationException("predict writes one file and runs on one device: --trainer.devices 1")
         trainer._checkpoint_connector = CheckpointConnector(trainer)
@@ -268,17 +284,27 @@ class RunCLI(LightningCLI):
                 print(summarize(model, max_depth=2))
         if self.keeps_run and self.config[self.command].trainer.logger is None:
             name = self.config[self.command].name
-            self.trainer.loggers = [
-                TensorBoardLogger(self.logs, name, new_version(self.logs / name), default_hp_metric=False)
-            ]
+            version = new_version(self.logs / name)
+            self.trainer.loggers = [TensorBoardLogger(self.logs, name, version, default_hp_metric=False)]
+            environment = self.trainer._accelerator_connector.cluster_environment
+            if isinstance(environment, SLURMEnvironment) and environment.auto_requeue and self.checkpoint:
+                # Lightning's own handler saves in the middle of a step, where processes may block each other for ever,
+                # and every other job in the folder would continue from that file
+                signal.signal(environment.requeue_signal or signal.SIGUSR1, self._requeue)
+                if self.trainer.is_global_zero:
+                    (self.logs / name / f"version_{version}" / self.mark).touch()
         try:
             self.trainer.fit(model, datamodule=datamodule, ckpt_path=ckpt_path)
         except (SystemExit, OSError):  # Ctrl-C, a full disk
-            if self.checkpoint is not None and self.checkpoint.last_model_path:
+            if self.trainer.is_global_zero and self.checkpoint is not None and self.checkpoint.last_model_path:
                 config = self.checkpoint.run_dir / "config.yaml"
                 print(f"Continue: {PROG} fit --config {config} --ckpt_path {self.checkpoint.last_model_path}")
             raise
         self._evaluate(model, datamodule)
+
+    def _requeue(self, *_: Any) -> None:
+        if self.trainer.is_global_zero:
+            subprocess.run(["scontrol", "requeue", self.job], check=False)  # noqa: S607
 
     def _evaluate(self, model: LightningModule, datamodule: MNISTDataModule) -> None:
         loggers, self.trainer.loggers = self.trainer.loggers, []
@@ -288,7 +314,8 @@ class RunCLI(LightningCLI):
         rows: dict[str, dict[str, float]] = {f"last epoch ({self.trainer.current_epoch})": dict(results)}
         if self.checkpoint is not None and self.checkpoint.best_model_path:
             best = max(self.checkpoint.history, key=lambda row: row.get("val/accuracy", 0.0))
-            model.load_state_dict(torch.load(self.checkpoint.best_model_path, weights_only=True)["state_dict"])
+            weights = torch.load(self.checkpoint.best_model_path, map_location="cpu", weights_only=True)["state_dict"]
+            model.load_state_dict(weights)
             (results,) = self.trainer.test(model, datamodule=datamodule, verbose=False)
             rows[f"best val/accuracy (epoch {best['epoch'] + 1})"] = dict(results)
         if not self.trainer.is_global_zero:

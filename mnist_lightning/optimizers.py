@@ -88,7 +88,7 @@ class KerasAdam(_KerasOptimizer):
         group["step"] += 1
         beta1, beta2 = group["betas"]
         # the kernel's own bias corrections are 1 far from the start
-        far = torch.full((), 1e9, device=params[0].device)
+        far = torch.full((), 1e9, dtype=torch.float32, device=params[0].device)
         torch._fused_adam_(
             params,
             [param.grad for param in params],

@@ -10,6 +10,8 @@ from lightning.pytorch.cli import ReduceLROnPlateau
 from torch import nn
 from torch.nn import functional as F
 
+from mnist_lightning.callbacks import Figures
+from mnist_lightning.checkpoints import RunCheckpoint
 from mnist_lightning.classifier import Classifier
 from mnist_lightning.data import MNISTDataModule
 from mnist_lightning.networks import MLP
@@ -79,6 +81,38 @@ def test_the_user_s_own_weight_decay_stays_where_there_is_no_l2():
 def test_penalty_at_the_start_is_keras_s():
     penalties = [Classifier(MLP()).penalty().item() for _ in range(5)]
     assert sum(penalties) / 5 == pytest.approx(3.057, abs=0.03)  # keras: 3.0566 ± 0.018 over five seeds
+
+
+@pytest.mark.parametrize("optimizer", [KerasAdam, KerasRMSprop, torch.optim.AdamW])
+def test_a_step_stays_on_its_device(mnist, optimizer):
+    """A tensor on another device raises, and so does a value that is read: the meta device has none."""
+    with torch.device("meta"):
+        classifier = Classifier(MLP(), optimizer)
+    stepper = classifier.configure_optimizers()
+    batch = mnist.train.to(torch.device("meta")).__getitems__(range(8))
+    classifier.training_step(batch).backward()
+    stepper.step()
+    figures = Figures(RunCheckpoint())
+    figures.on_validation_epoch_start(None, classifier)
+    figures.on_validation_batch_end(None, classifier, classifier.validation_step(batch), batch, 0)
+    assert {total.device.type for totals in classifier.totals.values() for total in totals} == {"meta"}
+
+
+@pytest.mark.parametrize("precision", ["bf16-true", "bf16-mixed", "64-true"])
+def test_metrics_are_right_in_any_precision(data_dir, precision):
+    """With batches of 7, of which half precision loses count."""
+
+    def fit(**flags):
+        torch.manual_seed(0)
+        trainer = Trainer(
+            max_epochs=1, accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False,
+            enable_model_summary=False, num_sanity_val_steps=0, **flags,
+        )  # fmt: skip
+        classifier = Classifier(MLP(units=[16], dropout=0, l2=0.05), lambda params: KerasSGD(params, lr=0.0))
+        trainer.fit(classifier, MNISTDataModule(str(data_dir), batch_size=7))
+        return {name: value.item() for name, value in trainer.callback_metrics.items()}
+
+    assert fit(precision=precision) == pytest.approx(fit(), rel=0.005, abs=0.005)
 
 
 def test_metrics_are_means_over_all_images(trainer, datamodule):

@@ -274,6 +274,17 @@ def test_lightning_s_flags_work(quick, tmp_path):
     assert float(table[-1]["train/loss"]) < float(table[0]["train/loss"])
 
 
+def test_half_precision_goes_all_the_way(quick, recwarn, tmp_path):
+    options = ["--trainer.accelerator=cpu", "--trainer.precision=bf16-true"]
+    for epochs, more in ((1, []), (2, ["--ckpt_path=last"])):
+        quick(tmp_path, "fit", *options, f"--trainer.max_epochs={epochs}", *more)
+        assert (tmp_path / f"lightning_logs/baseline/version_{epochs - 1}/figures/predictions.png").exists()
+    assert not [warning for warning in recwarn if "no graph" in str(warning.message)]
+    quick(tmp_path, "predict", *options)
+    probabilities = pd.read_csv(tmp_path / "predictions.csv").filter(like="probability_")
+    assert probabilities.sum(axis=1).to_numpy() == pytest.approx(1, abs=1e-5)
+
+
 def test_a_network_that_cannot_be_traced_still_trains(command, monkeypatch, tmp_path):
     (tmp_path / "mine.py").write_text(
         "import torch\n"
@@ -333,6 +344,84 @@ def test_two_devices_continue_exactly(command, tmp_path):
     for key, weight in weights(whole).items():
         assert torch.equal(weight, weights(rest)[key])
     assert (whole / "metrics.csv").read_text() == (rest / "metrics.csv").read_text()
+
+
+def test_torchrun_takes_the_step_of_one_device(quick, data_dir, tmp_path):
+    """With a learning rate of 1 the weights after the only step tell the gradient."""
+    options = [
+        "--trainer.max_epochs=1", "--model.network.dropout=0", "--model.optimizer=KerasSGD", "--model.optimizer.lr=1",
+        "--trainer.accelerator=cpu",
+    ]  # fmt: skip
+    quick(tmp_path, "fit", "--name=one", *options, "--data.batch_size=1000")
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    result = subprocess.run(
+        [*torchrun, "-m", "mnist_lightning", "fit", "--name=two", f"--data.data_dir={data_dir}", *options,
+         "--data.batch_size=500", "--trainer.devices=2"],
+        cwd=tmp_path, capture_output=True, text=True, timeout=120, check=False,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    for printed in ("Data:", "Total params", "Epoch 1/1", "last epoch (1)", "Run: lightning_logs/two/version_0"):
+        assert result.stdout.count(printed) == 1
+    two = run_of(tmp_path, "two")
+    expected = weights(run_of(tmp_path, "one"))
+    for key, weight in weights(two).items():
+        torch.testing.assert_close(weight, expected[key], rtol=0, atol=1e-6)
+    results = quick(tmp_path, "test", f"--ckpt_path={two / 'checkpoints/last.ckpt'}").stdout
+    last, _ = pd.read_csv(two / "test.csv").to_dict("records")
+    for name in ("loss", "penalized_loss", "accuracy"):
+        assert float(re.search(rf"test/{name}\s+(\S+)", results)[1]) == pytest.approx(last[f"test/{name}"], rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    "environment",
+    [
+        {"TORCHELASTIC_RUN_ID": "1", "WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0"},
+        {"SLURM_JOB_ID": "7", "SLURM_NTASKS": "2", "SLURM_NTASKS_PER_NODE": "2", "SLURM_PROCID": "0"},
+        {"SLURM_JOB_ID": "7", "SLURM_NTASKS": "2", "SLURM_PROCID": "0"},
+    ],
+    ids=["torchrun", "slurm", "slurm without tasks per node"],
+)
+def test_a_launcher_s_processes_must_be_the_trainer_s_devices(monkeypatch, capfd, data_dir, tmp_path, environment):
+    monkeypatch.chdir(tmp_path)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    code, _, err = in_process(monkeypatch, capfd, "fit", f"--data.data_dir={data_dir}", "--trainer.accelerator=cpu")
+    assert code == 1
+    assert re.search(r"error: You set `(devices=1|--ntasks=2)", err)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_requeued_slurm_job_ends_as_if_never_stopped(fitted, command, monkeypatch, data_dir, tmp_path):
+    scontrol = tmp_path / "bin/scontrol"
+    scontrol.parent.mkdir()
+    scontrol.write_text(f"#!/bin/sh\necho $@ > {tmp_path}/requeued\n")
+    scontrol.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{scontrol.parent}{os.pathsep}{os.environ['PATH']}")
+    job = {"JOB_ID": "9", "ARRAY_JOB_ID": "8", "ARRAY_TASK_ID": "3", "NTASKS": "1", "PROCID": "0", "LOCALID": "0"}
+    for name, value in (job | {"NODEID": "0"}).items():
+        monkeypatch.setenv(f"SLURM_{name}", value)
+    process = subprocess.Popen(
+        [sys.executable, "-m", "mnist_lightning", "fit", f"--data.data_dir={data_dir}", "--trainer.max_epochs=4"],
+        cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+    )  # fmt: skip
+    killed = tmp_path / "lightning_logs/baseline/version_0"
+    while not (killed / "checkpoints/last.ckpt").exists():
+        assert process.poll() is None
+        time.sleep(0.002)
+    process.send_signal(signal.SIGUSR1)
+    while not (tmp_path / "requeued").exists():
+        assert process.poll() is None
+        time.sleep(0.002)
+    process.kill()
+    process.wait()
+    assert (tmp_path / "requeued").read_text() == "requeue 8_3\n"
+
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+    command(tmp_path, "fit", "--trainer.max_epochs=4")
+    requeued = tmp_path / "lightning_logs/baseline/version_1"
+    assert (requeued / "metrics.csv").read_text() == (fitted[0] / "metrics.csv").read_text()
+    assert (requeued / "test.csv").read_text() == (fitted[0] / "test.csv").read_text()
+    assert not list(tmp_path.glob("hpc_ckpt*"))
 
 
 # --- the other commands -------------------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 import gzip
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -53,6 +54,17 @@ def test_an_epoch_has_every_image_once_in_another_order(data_dir):
         assert not torch.equal(epoch, expected)
         assert torch.equal(torch.unique(epoch, dim=0), torch.unique(expected, dim=0))
     assert not torch.equal(*whole)
+
+
+def test_batches_are_made_on_the_trainer_s_device(data_dir):
+    datamodule = MNISTDataModule(str(data_dir))
+    datamodule.setup("fit")
+    strategy = SimpleNamespace(root_device=torch.device("meta"))
+    datamodule.trainer = SimpleNamespace(strategy=strategy, distributed_sampler_kwargs=None)
+    for loader in (datamodule.train_dataloader(), datamodule.val_dataloader()):
+        assert {tensor.device.type for batch in loader for tensor in batch} == {"meta"}
+    assert {batch.device.type for batch in datamodule.train_dataloader().batch_sampler} == {"meta"}
+    assert (datamodule.train.images.device.type, datamodule.val.labels.device.type) == ("cpu", "cpu")
 
 
 @pytest.mark.parametrize("drop_last", [False, True])

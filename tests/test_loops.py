@@ -4,6 +4,7 @@ import pytest
 import torch
 from lightning.pytorch import Callback, Trainer, seed_everything
 from lightning.pytorch.loggers import CSVLogger
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from mnist_lightning.callbacks import EpochProgressBar
 from mnist_lightning.checkpoints import RunCheckpoint
@@ -60,6 +61,26 @@ def test_the_checkpoint_is_that_of_lightning_s_own_loop(fit, optimizer):
     assert checkpoint["loops"]["fit_loop"] == expected["loops"]["fit_loop"]
     histories = [c["callbacks"]["RunCheckpoint"]["history"] for c in (checkpoint, expected)]
     assert histories[0] == histories[1]
+
+
+@pytest.mark.parametrize("optimizer", [KerasAdam, KerasSGD, KerasRMSprop])
+def test_no_step_reads_a_value_from_the_device(fit, monkeypatch, optimizer):
+    class Calls(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            calls.append(function)
+            return function(*args, **(kwargs or {}))
+
+    calls = []
+    original = EpochLoop._advance_to_last
+
+    def watched(self, fetcher):
+        with Calls():
+            original(self, fetcher)
+
+    monkeypatch.setattr(EpochLoop, "_advance_to_last", watched)
+    assert fit("watched", optimizer)[1] == 30
+    assert torch.ops.aten.addmm.default in calls
+    assert torch.ops.aten._local_scalar_dense.default not in calls
 
 
 def test_the_progress_bar_sees_each_batch(fit, monkeypatch):
