@@ -1,12 +1,12 @@
 """What a run leaves on disk, so that it can be killed at any moment and continued as if it had not been."""
 
 import csv
-import os
+import io
 import random
 import shutil
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +56,31 @@ def read_history(state: dict[str, Any]) -> list[dict[str, float]]:
     return history
 
 
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Give another path to write to, which then replaces ``path``: a reader finds the old file or the new one, whole.
+
+    Raises:
+        OSError: It could not be written; what there was before is there still.
+    """
+    partial = path.with_name(f"{path.name}.partial")
+    try:
+        yield partial
+        partial.replace(path)
+    except OSError as error:
+        with suppress(OSError):
+            partial.unlink()
+        raise OSError(error.errno, error.strerror, str(path)) from error  # a full disk is reported without a name
+
+
+def write_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Write rows, whose columns are all that any of them has."""
+    with replacing(path) as partial, partial.open("w", newline="") as file:
+        writer = csv.DictWriter(file, fieldnames=list(dict.fromkeys(name for row in rows for name in row)))
+        writer.writeheader()
+        writer.writerows(rows)
+
+
 class CheckpointConnector(_CheckpointConnector):
     """Restores a trainer and its parts from a checkpoint, or says that it cannot."""
 
@@ -72,15 +97,17 @@ class CheckpointConnector(_CheckpointConnector):
 class CheckpointIO(TorchCheckpointIO):
     """Writes a checkpoint beside its place and renames it, and loads nothing but tensors and plain types.
 
-    A reader finds the old file or the new one, whole. (Lightning's own class writes to the system's temporary folder:
-    where that is another file system, its last step copies. And it runs the code in a malicious local checkpoint.)
+    (Lightning's own class copies it there from the system's temporary folder. And it runs the code in a malicious local
+    checkpoint.)
     """
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None) -> None:
         """Save to ``path``."""
-        partial = f"{path}.partial"
-        super().save_checkpoint(checkpoint, partial, storage_options)
-        os.replace(partial, path)
+        buffer = io.BytesIO()  # torch.save itself says of a full disk "unexpected pos"
+        torch.save(checkpoint, buffer)
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        with replacing(Path(path)) as partial:
+            partial.write_bytes(buffer.getbuffer())
 
     def load_checkpoint(
         self, path: Any, map_location: Any = lambda storage, _: storage, weights_only: bool | None = True
@@ -235,16 +262,11 @@ class RunCheckpoint(ModelCheckpoint):
 
     @rank_zero_only
     def _write_metrics(self) -> None:
-        path = self.run_dir / "metrics.csv"
-        partial = path.with_suffix(".partial")
-        with partial.open("w", newline="") as file:
-            writer = csv.DictWriter(file, fieldnames=list(dict.fromkeys(name for row in self.history for name in row)))
-            writer.writeheader()
-            writer.writerows(self.history)
-        partial.replace(path)
+        write_csv(self.run_dir / "metrics.csv", self.history)
 
 
 @rank_zero_only
 def _copy(source: Path, target: Path) -> None:
     target.parent.mkdir(parents=True, exist_ok=True)
-    shutil.copyfile(source, target)
+    with replacing(target) as partial:
+        shutil.copyfile(source, partial)

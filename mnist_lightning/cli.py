@@ -1,6 +1,5 @@
 """The commands and their options: a LightningCLI whose defaults are the notebook's."""
 
-import csv
 import importlib
 import inspect
 import json
@@ -30,7 +29,15 @@ from lightning.pytorch.utilities.model_summary import summarize
 from lightning.pytorch.utilities.rank_zero import rank_zero_only, rank_zero_warn
 
 from mnist_lightning.callbacks import EpochProgressBar, Figures
-from mnist_lightning.checkpoints import INSTANTIATOR, CheckpointConnector, CheckpointIO, RunCheckpoint, reading
+from mnist_lightning.checkpoints import (
+    INSTANTIATOR,
+    CheckpointConnector,
+    CheckpointIO,
+    RunCheckpoint,
+    reading,
+    replacing,
+    write_csv,
+)
 from mnist_lightning.classifier import Classifier
 from mnist_lightning.data import MNISTDataModule
 from mnist_lightning.loops import EpochLoop, NoProfiler
@@ -296,7 +303,7 @@ class RunCLI(LightningCLI):
         try:
             self.trainer.fit(model, datamodule=datamodule, ckpt_path=ckpt_path)
         except (SystemExit, OSError):  # Ctrl-C, a full disk
-            if self.trainer.is_global_zero and self.checkpoint is not None and self.checkpoint.last_model_path:
+            if self.trainer.is_global_zero and self.checkpoint and Path(self.checkpoint.last_model_path).is_file():
                 config = self.checkpoint.run_dir / "config.yaml"
                 print(f"Continue: {PROG} fit --config {config} --ckpt_path {self.checkpoint.last_model_path}")
             raise
@@ -321,10 +328,9 @@ class RunCLI(LightningCLI):
         if not self.trainer.is_global_zero:
             return
         if self.checkpoint is not None:
-            with (self.checkpoint.run_dir / "test.csv").open("w", newline="") as file:
-                writer = csv.DictWriter(file, fieldnames=["weights", *results])
-                writer.writeheader()
-                writer.writerows({"weights": weights, **metrics} for weights, metrics in rows.items())
+            write_csv(
+                self.checkpoint.run_dir / "test.csv", [{"weights": name, **metrics} for name, metrics in rows.items()]
+            )
         columns = {"test loss": "loss", "penalized loss": "penalized_loss", "accuracy": "accuracy"}
         print(f"\n{'weights after the':28}" + "".join(f"{title:>16}" for title in columns))
         for weights, metrics in rows.items():
@@ -345,7 +351,8 @@ class RunCLI(LightningCLI):
         assert datamodule.test is not None
         table.insert(0, "label", datamodule.test.labels[: len(table)].numpy())
         table.insert(1, "predicted", probabilities.argmax(axis=1))
-        table.to_csv(output, index_label="index")
+        with replacing(output) as partial:
+            table.to_csv(partial, index_label="index")
         print(f"{len(table)} predictions of {ckpt_path} in {output}")
 
 
@@ -375,6 +382,13 @@ def new_version(folder: Path) -> int:
     return version
 
 
+def hush_threads() -> None:
+    """Let threads fail silently where the system refuses something: TensorBoard's writer raises it again elsewhere."""
+    threading.excepthook = lambda failure: (
+        None if issubclass(failure.exc_type, OSError) else threading.__excepthook__(failure)
+    )
+
+
 def plain(error: OSError) -> str:
     """What the system refused, and where."""
     return f"{os.fsdecode(error.filename)}: {error.strerror}" if error.filename else str(error)
@@ -383,10 +397,7 @@ def plain(error: OSError) -> str:
 @contextmanager
 def plain_errors() -> Iterator[None]:
     """End with a message instead of a traceback where the user can do something about it."""
-    # TensorBoard writes in a thread; what goes wrong there is raised again at the next write
-    threading.excepthook = lambda failure: (
-        None if issubclass(failure.exc_type, OSError) else threading.__excepthook__(failure)
-    )
+    hush_threads()
     try:
         yield
     except MisconfigurationException as error:

@@ -37,6 +37,7 @@ from optuna.study import Study
 from optuna.trial import FrozenTrial, Trial, TrialState
 from tqdm import tqdm
 
+from mnist_lightning.checkpoints import replacing
 from mnist_lightning.cli import PROG, Parser, RunCLI, newest_file
 from mnist_lightning.data import MNISTDataModule
 from mnist_lightning.storage import open_storage
@@ -254,7 +255,8 @@ class TuneCLI(RunCLI):
             raise MisconfigurationException(f"No trial was completed, so there is nothing to refit.{reason}")
         path = folder / "best.yaml"
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(yaml.safe_dump(self._best_config(study, parser), sort_keys=False))
+        with replacing(path) as partial:
+            partial.write_text(yaml.safe_dump(self._best_config(study, parser), sort_keys=False))
         print(f"\nBest config: {path}    Train it: {PROG} fit --config {path}")
         if not self.options.refit:
             return

@@ -63,9 +63,10 @@ def work(connection: "Connection[Any, Any]", device: str | None) -> None:
     sys.argv = sys.argv[:1]
     warnings.simplefilter("ignore")
     logging.disable(logging.WARNING)
-    from mnist_lightning.cli import plain
+    from mnist_lightning.cli import hush_threads, plain
     from mnist_lightning.tuning import Execution
 
+    hush_threads()
     while True:
         task = connection.recv()
         message: tuple[str, Any] = ("end", None)

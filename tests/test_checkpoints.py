@@ -1,5 +1,6 @@
 """A run that is interrupted and continued ends exactly as one that never was."""
 
+import errno
 import pickle
 import random
 import shutil
@@ -150,3 +151,18 @@ def test_a_malicious_checkpoint_runs_nothing(tmp_path):
         with pytest.raises(pickle.UnpicklingError):
             CheckpointIO().load_checkpoint(tmp_path / "evil.ckpt", weights_only=weights_only)
     assert not (tmp_path / "pwned").exists()
+
+
+def test_a_file_that_cannot_be_written_stays_as_it_was(monkeypatch, tmp_path):
+    path = tmp_path / "last.ckpt"
+    CheckpointIO().save_checkpoint({"epoch": 1}, path)
+    before = path.read_bytes()
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")  # without a name, as write(2) has none
+
+    monkeypatch.setattr(type(path), "write_bytes", full)
+    with pytest.raises(OSError, match=r"last\.ckpt"):
+        CheckpointIO().save_checkpoint({"epoch": 2}, path)
+    assert path.read_bytes() == before
+    assert [*tmp_path.iterdir()] == [path]

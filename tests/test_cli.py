@@ -17,7 +17,7 @@ import torch
 import yaml
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from mnist_lightning import cli
+from mnist_lightning import checkpoints, cli
 from mnist_lightning.__main__ import COMMANDS
 from mnist_lightning.classifier import Classifier
 
@@ -565,6 +565,41 @@ def test_the_process_itself_ends_without_a_traceback(command, tmp_path):
     assert result.returncode == 2
     assert "Traceback" not in result.stderr
     assert len(result.stderr.splitlines()) == 2
+
+
+def test_a_full_disk_is_named_and_leaves_no_broken_checkpoint(data_dir, tmp_path):
+    # no file of more than a megabyte, which the checkpoints of the default network are
+    limited = ["bash", "-c", 'ulimit -f 1024; exec "$@"', "bash", sys.executable, "-m", "mnist_lightning", "fit"]
+    result = subprocess.run(
+        [*limited, f"--data.data_dir={data_dir}", "--trainer.max_epochs=4"],
+        cwd=tmp_path, capture_output=True, text=True, timeout=120, check=False,
+    )  # fmt: skip
+    assert result.returncode == 1
+    assert result.stderr.splitlines()[-1].endswith("version_0/checkpoints/best.ckpt: File too large"), result.stderr
+    assert "Traceback" not in result.stderr
+    run = tmp_path / "lightning_logs/baseline/version_0"
+    assert [*run.glob("checkpoints/*")] == []
+    assert len(rows(run)) == 1
+
+
+def test_a_run_folder_that_is_deleted_ends_the_run(monkeypatch, capfd, data_dir, tmp_path):
+    write = checkpoints.write_csv
+
+    def delete(path, history):
+        if len(history) == 2:
+            shutil.rmtree(tmp_path / "lightning_logs")
+        write(path, history)
+
+    monkeypatch.setattr(checkpoints, "write_csv", delete)
+    monkeypatch.chdir(tmp_path)
+    options = [f"--data.data_dir={data_dir}", "--trainer.max_epochs=9"]
+    code, output, errors = in_process(monkeypatch, capfd, "fit", *options)
+    assert code == 1
+    assert "Epoch 3/9" not in output
+    assert re.search(
+        r"^error: .*lightning_logs/baseline/version_0/.*: No such file or directory$", errors, re.MULTILINE
+    )
+    assert "Traceback" not in errors
 
 
 def test_a_folder_that_cannot_be_written_is_named(command, tmp_path):

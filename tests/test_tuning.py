@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -338,6 +339,19 @@ def test_a_trial_that_others_have_taken_is_left_to_them(whole, tune, tmp_path, m
     study = load(tmp_path / "here")
     assert [trial.number for trial in study.trials if not counts(trial)] == taken
     assert outcome(study) == outcome(load(whole[0]))
+
+
+def test_a_fault_of_the_machine_ends_the_search_and_is_no_trial_s(whole, tune, tmp_path):
+    blocked = tmp_path / "here/lightning_logs/tune/trial_001"
+    blocked.parent.mkdir(parents=True)
+    blocked.touch()  # where a folder belongs
+    code, _, errors = tune("--n_trials=5", "--workers=1")
+    assert code == 1
+    assert re.search(r"^error: .*trial_001.*: File exists. What is finished is kept: .*\n$", errors)
+    blocked.unlink()
+    code, _, errors = tune("--n_trials=5", "--workers=1")
+    assert code == 0, errors
+    assert outcome(load(tmp_path / "here")) == outcome(load(whole[0]))
 
 
 def test_a_trial_that_diverges_or_raises_is_recorded_with_its_reason(tune, tmp_path):
