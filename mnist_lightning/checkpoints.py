@@ -209,6 +209,12 @@ class RunCheckpoint(ModelCheckpoint):
             # Lightning's own method renews last.ckpt only together with best.ckpt
             self._save_last_checkpoint(trainer, candidates)
 
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Complete the folder of a resumed run of which no epoch was left."""
+        if self._resumed_from is not None and not self.last_model_path:
+            self.last_model_path = str(Path(str(self.dirpath), "last.ckpt"))
+            _copy(self._resumed_from, Path(self.last_model_path))
+
     def state_dict(self) -> dict[str, Any]:
         """Lightning's state, the history and each process's random state, in plain types and tensors."""
         name, keys, *rest = np.random.get_state(legacy=True)

@@ -40,7 +40,7 @@ from mnist_lightning.checkpoints import (
 )
 from mnist_lightning.classifier import Classifier
 from mnist_lightning.data import MNISTDataModule
-from mnist_lightning.loops import EpochLoop, NoProfiler
+from mnist_lightning.loops import FitLoop, NoProfiler
 
 LOGS = "lightning_logs"
 PROG = "python -m mnist_lightning"
@@ -272,7 +272,7 @@ class RunCLI(LightningCLI):
         if self.command == "predict" and trainer.world_size > 1:
             raise MisconfigurationException("predict writes one file and runs on one device: --trainer.devices 1")
         trainer._checkpoint_connector = CheckpointConnector(trainer)
-        trainer.fit_loop.epoch_loop = EpochLoop(trainer, trainer.min_steps, trainer.max_steps)
+        trainer.fit_loop = FitLoop(trainer)
         return trainer
 
     def fit(self, model: LightningModule, datamodule: MNISTDataModule, ckpt_path: str | None) -> None:
@@ -417,6 +417,7 @@ def main(command: str, description: str) -> None:
         ".*torch.jit.trace",  # TensorBoard's graph is made with it
         ".*callbacks used to create the checkpoint",  # RunCheckpoint, which only `fit` needs
         ".*LeafSpec",  # Lightning's own
+        ".*GrpcStorageProxy is experimental",
     ):
         warnings.filterwarnings("ignore", message)
     with plain_errors():

@@ -1,10 +1,11 @@
-"""The training loop: Lightning's, with a short way for steps around which nothing else happens."""
+"""The training loops: Lightning's, with a short way for steps around which nothing else happens."""
 
 from contextlib import nullcontext
 from typing import Any
 
-from lightning.pytorch import Callback
+from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.loops.fetchers import _DataFetcher
+from lightning.pytorch.loops.fit_loop import _FitLoop
 from lightning.pytorch.loops.training_epoch_loop import _TrainingEpochLoop
 from lightning.pytorch.plugins.precision import Precision
 from lightning.pytorch.profilers import PassThroughProfiler
@@ -104,3 +105,22 @@ class EpochLoop(_TrainingEpochLoop):
                 bar.on_train_batch_end(trainer, module, {}, batch, batch_idx)
             self.batch_progress.increment_completed()
             self._batches_that_stepped += 1
+
+
+class FitLoop(_FitLoop):
+    """Lightning's loop over the epochs, which also starts and ends a resumed training of which no epoch is left.
+
+    So a run that was killed between its last epoch and its evaluation gets all that a run folder holds.
+
+    Args:
+        trainer: The trainer whose loop it becomes.
+    """
+
+    def __init__(self, trainer: Trainer) -> None:
+        super().__init__(trainer, trainer.min_epochs, trainer.max_epochs)
+        self.epoch_loop = EpochLoop(trainer, trainer.min_steps, trainer.max_steps)
+
+    @property
+    def skip(self) -> bool:
+        """Whether not even the start and the end of the training are run."""
+        return bool(self.trainer.limit_train_batches == 0 or (self.done and not self.is_resuming))

@@ -347,8 +347,8 @@ class TuneCLI(RunCLI):
         for row in rows:
             print("  ".join(f"{cell:>{width}}" for cell, width in zip(row, widths, strict=True)))
         print(f"\nBest: trial {study.best_trial.number}, {self.options.metric} {study.best_value:.4f}")
-        for key, value in study.best_params.items():
-            print(f"  {key}: {value}")
+        for key in self.space:
+            print(f"  {key}: {study.best_params[key]}")
         if len({trial.value for trial in complete}) > 1:
             evaluator = optuna.importance.FanovaImportanceEvaluator(seed=0)
             importances = optuna.importance.get_param_importances(study, evaluator=evaluator)

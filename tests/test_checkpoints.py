@@ -11,12 +11,12 @@ import pytest
 import torch
 from lightning.pytorch import Trainer, seed_everything
 from lightning.pytorch.cli import ReduceLROnPlateau
-from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.loggers import TensorBoardLogger
 
 from mnist_lightning.checkpoints import CheckpointIO, RunCheckpoint
 from mnist_lightning.classifier import Classifier
 from mnist_lightning.data import MNISTDataModule
-from mnist_lightning.loops import EpochLoop
+from mnist_lightning.loops import FitLoop
 from mnist_lightning.networks import MLP
 from mnist_lightning.optimizers import KerasAdam
 
@@ -38,10 +38,10 @@ def fit(folder, data_dir, epochs, ckpt_path=None, seed=4):
     )
     checkpoint = RunCheckpoint()
     trainer = Trainer(
-        max_epochs=epochs, accelerator="cpu", logger=CSVLogger(folder, ""), callbacks=[checkpoint],
+        max_epochs=epochs, accelerator="cpu", logger=TensorBoardLogger(folder, ""), callbacks=[checkpoint],
         plugins=[CheckpointIO()], enable_progress_bar=False, enable_model_summary=False, num_sanity_val_steps=0,
     )  # fmt: skip
-    trainer.fit_loop.epoch_loop = EpochLoop(trainer)
+    trainer.fit_loop = FitLoop(trainer)
     trainer.fit(classifier, MNISTDataModule(str(data_dir)), ckpt_path=ckpt_path)
     return classifier, trainer, checkpoint
 
@@ -62,7 +62,7 @@ def test_last_is_renewed_after_an_epoch_that_is_not_the_best(whole):
         assert torch.equal(weights, last["state_dict"][name])
 
 
-@pytest.mark.parametrize("epochs", [1, 4, 6])
+@pytest.mark.parametrize("epochs", [1, 4, 6, 7])  # of 7
 def test_a_resumed_run_equals_one_never_interrupted(whole, data_dir, tmp_path, epochs):
     _, _, interrupted = fit(tmp_path / "first", data_dir, epochs)
     shutil.move(tmp_path / "first", tmp_path / "moved")  # a run folder may move
@@ -75,6 +75,8 @@ def test_a_resumed_run_equals_one_never_interrupted(whole, data_dir, tmp_path, e
     assert len(interrupted.history) == epochs
     assert resumed[2].history == whole[2].history
     assert (resumed[2].run_dir / "metrics.csv").read_text() == (whole[2].run_dir / "metrics.csv").read_text()
+    last = torch.load(resumed[2].last_model_path, weights_only=True)
+    assert last["callbacks"]["RunCheckpoint"]["history"] == whole[2].history
     learning_rates = [run[1].optimizers[0].param_groups[0]["lr"] for run in (whole, resumed)]
     assert learning_rates[0] == learning_rates[1] < 0.02
 
@@ -112,7 +114,7 @@ def test_history_has_a_row_for_each_epoch(whole):
 def test_epochs_without_validation_have_no_validation_metrics(data_dir, tmp_path):
     checkpoint = RunCheckpoint()
     trainer = Trainer(
-        max_epochs=3, accelerator="cpu", logger=CSVLogger(tmp_path, ""), callbacks=[checkpoint],
+        max_epochs=3, accelerator="cpu", logger=TensorBoardLogger(tmp_path, ""), callbacks=[checkpoint],
         enable_progress_bar=False, enable_model_summary=False, check_val_every_n_epoch=2, num_sanity_val_steps=0,
     )  # fmt: skip
     trainer.fit(Classifier(MLP()), MNISTDataModule(str(data_dir)))
@@ -124,21 +126,6 @@ def test_the_best_is_the_earliest_of_the_highest(whole):
     checkpoint = whole[2]
     scores = [row["val/accuracy"] for row in checkpoint.history]
     assert torch.load(checkpoint.best_model_path, weights_only=True)["epoch"] == scores.index(max(scores))
-
-
-def test_a_write_that_fails_leaves_the_old_file(tmp_path, monkeypatch):
-    path = tmp_path / "last.ckpt"
-    CheckpointIO().save_checkpoint({"epoch": 1}, path)
-
-    def dying(checkpoint, partial):
-        with open(partial, "wb") as file:
-            file.write(b"half")
-        raise OSError("no space left on device")
-
-    monkeypatch.setattr("lightning.fabric.plugins.io.torch_io._atomic_save", dying)
-    with pytest.raises(OSError, match="no space"):
-        CheckpointIO().save_checkpoint({"epoch": 2}, path)
-    assert CheckpointIO().load_checkpoint(path) == {"epoch": 1}
 
 
 def test_a_malicious_checkpoint_runs_nothing(tmp_path):
@@ -158,7 +145,9 @@ def test_a_file_that_cannot_be_written_stays_as_it_was(monkeypatch, tmp_path):
     CheckpointIO().save_checkpoint({"epoch": 1}, path)
     before = path.read_bytes()
 
-    def full(*_):
+    def full(partial, content):
+        with partial.open("wb") as file:
+            file.write(content[:100])
         raise OSError(errno.ENOSPC, "No space left on device")  # without a name, as write(2) has none
 
     monkeypatch.setattr(type(path), "write_bytes", full)
