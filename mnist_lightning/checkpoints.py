@@ -15,6 +15,7 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import ReduceLROnPlateau
+from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 from lightning.pytorch.trainer.connectors.checkpoint_connector import _CheckpointConnector
 from lightning.pytorch.trainer.states import TrainerFn
@@ -178,7 +179,7 @@ class RunCheckpoint(ModelCheckpoint):
             metrics = {name: value for name, value in row.items() if name != "step"}
             for logger in trainer.loggers:
                 logger.log_metrics(metrics, step=int(row["step"]))
-        self._write_metrics()
+        self._write_metrics(trainer)
         # Lightning steps these after the checkpoint of the epoch is written
         for config in trainer.lr_scheduler_configs:
             if isinstance(config.scheduler, ReduceLROnPlateau):
@@ -202,7 +203,7 @@ class RunCheckpoint(ModelCheckpoint):
         now = time.perf_counter()
         self.seconds += now - self._since
         self._since = now
-        self._write_metrics()
+        self._write_metrics(trainer)
         if not self._should_skip_saving_checkpoint(trainer):
             candidates = self._monitor_candidates(trainer)
             self._save_topk_checkpoint(trainer, candidates)
@@ -267,8 +268,9 @@ class RunCheckpoint(ModelCheckpoint):
             torch.cuda.set_rng_state(state["cuda"])
 
     @rank_zero_only
-    def _write_metrics(self) -> None:
-        write_csv(self.run_dir / "metrics.csv", self.history)
+    def _write_metrics(self, trainer: Trainer) -> None:
+        if not any(isinstance(logger, CSVLogger) for logger in trainer.loggers):  # it writes a file of this name
+            write_csv(self.run_dir / "metrics.csv", self.history)
 
 
 @rank_zero_only

@@ -261,6 +261,14 @@ def test_fit_without_a_logger_leaves_nothing(quick, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_lightning_s_csv_logger_has_its_file_for_itself(quick, tmp_path):
+    quick(tmp_path, "fit", "--trainer.max_epochs=2", "--trainer.logger=CSVLogger", "--trainer.logger.save_dir=.")
+    table = pd.read_csv(tmp_path / "lightning_logs/version_0/metrics.csv")
+    assert set(METRICS) < set(table.columns)
+    assert table["val/accuracy"].dropna().between(0, 1).all()
+    assert table.groupby("epoch")[METRICS].count().eq(1).all(axis=None)
+
+
 def test_lightning_s_flags_work(quick, tmp_path):
     quick(
         tmp_path, "fit", "--trainer.max_epochs=3", "--trainer.gradient_clip_val=0.5",
