@@ -49,6 +49,14 @@ def start(folder: Path, command: list[str]) -> "subprocess.Popen[str]":
         )
 
 
+def check_gone(leader: "subprocess.Popen[str]") -> None:
+    """See that no process of a session lives on."""
+    deadline = time.monotonic() + 10
+    while left := session(leader.pid):
+        assert time.monotonic() < deadline, f"processes are left: {left}"
+        time.sleep(0.05)
+
+
 def session(leader: int) -> list[int]:
     """The living processes of a session."""
     left = []
@@ -166,14 +174,11 @@ def searches(draw: random.Random) -> Counter[str]:
                 break
             kills[kind] += 1
             process.wait()
-            deadline = time.monotonic() + 10
-            while session(process.pid):
-                assert time.monotonic() < deadline, "processes are left"
-                time.sleep(0.05)
+            check_gone(process)
             saved = executions(load(killed))
             assert finished <= saved, "a finished execution is gone"
             finished = saved
-        assert not session(process.pid), "processes are left"
+        check_gone(process)
         one, other = (
             sorted((str(trial.params), trial.value, trial.state.name) for trial in load(folder).trials if counts(trial))
             for folder in (whole, killed)
