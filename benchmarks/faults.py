@@ -81,45 +81,40 @@ def wait_for(text: str, folder: Path, process: "subprocess.Popen[str]") -> None:
         time.sleep(0.01)
 
 
-def fits(draw: random.Random) -> Counter[str]:
-    """Kill fits."""
+def fits(killed: Path, whole: Path, draw: random.Random) -> Counter[str]:
+    """Kill a fit until it is through."""
     kills: Counter[str] = Counter()
-    with tempfile.TemporaryDirectory() as name:
-        whole, killed = Path(name, "whole"), Path(name, "killed")
-        for folder in (whole, killed):
-            folder.mkdir()
-        assert start(whole, FIT).wait() == 0
-        last: Path | None = None
-        epochs = 0
-        while True:
-            process = start(killed, [*FIT, *(["--ckpt_path=last"] if last else [])])
-            if draw.random() < 0.8:
-                wait_for("Epoch", killed, process)
-            output = killed / "output.txt"
-            try:
-                assert process.wait(draw.uniform(0, 3)) == 0, output.read_text()
-                break
-            except subprocess.TimeoutExpired:
-                process.kill()
-                process.wait()
-            kills["fit by SIGKILL"] += 1
-            printed = [int(number) for number in re.findall(r"Epoch +(\d+)/", output.read_text())]
-            files = list(killed.glob("lightning_logs/*/version_*/checkpoints/*.ckpt"))
-            loaded = {path: torch.load(path, weights_only=True) for path in files}
-            done = max((c["epoch"] + 1 for path, c in loaded.items() if path.name == "last.ckpt"), default=0)
-            assert done >= max(printed, default=epochs), f"{done} epochs are saved, {printed[-1]} were printed"
-            epochs = done
-            last = next((path for path in files if path.name == "last.ckpt"), None)
-        runs = sorted(killed.glob("lightning_logs/baseline/*/test.csv"), key=lambda path: path.stat().st_mtime)
-        expected = whole / "lightning_logs/baseline/version_0"
-        for kind in ("last", "best"):
-            one, other = (
-                torch.load(run / f"checkpoints/{kind}.ckpt", weights_only=True) for run in (expected, runs[-1].parent)
-            )
-            assert one["epoch"] == other["epoch"]
-            assert all(torch.equal(one["state_dict"][key], other["state_dict"][key]) for key in one["state_dict"])
-        for file in ("metrics.csv", "test.csv"):
-            assert (expected / file).read_text() == (runs[-1].parent / file).read_text(), f"{file} differs"
+    last: Path | None = None
+    epochs = 0
+    while True:
+        process = start(killed, [*FIT, *(["--ckpt_path=last"] if last else [])])
+        if draw.random() < 0.8:
+            wait_for("Epoch", killed, process)
+        output = killed / "output.txt"
+        try:
+            assert process.wait(draw.uniform(0, 3)) == 0, output.read_text()
+            break
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+        kills["fit by SIGKILL"] += 1
+        printed = [int(number) for number in re.findall(r"Epoch +(\d+)/", output.read_text())]
+        files = list(killed.glob("lightning_logs/*/version_*/checkpoints/*.ckpt"))
+        loaded = {path: torch.load(path, weights_only=True) for path in files}
+        done = max((c["epoch"] + 1 for path, c in loaded.items() if path.name == "last.ckpt"), default=0)
+        assert done >= max(printed, default=epochs), f"{done} epochs are saved, {printed[-1]} were printed"
+        epochs = done
+        last = next((path for path in files if path.name == "last.ckpt"), None)
+    runs = sorted(killed.glob("lightning_logs/baseline/*/test.csv"), key=lambda path: path.stat().st_mtime)
+    expected = whole / "lightning_logs/baseline/version_0"
+    for kind in ("last", "best"):
+        one, other = (
+            torch.load(run / f"checkpoints/{kind}.ckpt", weights_only=True) for run in (expected, runs[-1].parent)
+        )
+        assert one["epoch"] == other["epoch"]
+        assert all(torch.equal(one["state_dict"][key], other["state_dict"][key]) for key in one["state_dict"])
+    for file in ("metrics.csv", "test.csv"):
+        assert (expected / file).read_text() == (runs[-1].parent / file).read_text(), f"{file} differs"
     return kills
 
 
@@ -155,41 +150,34 @@ def disturb(process: "subprocess.Popen[str]", draw: random.Random) -> str | None
     return None
 
 
-def searches(draw: random.Random) -> Counter[str]:
-    """Kill workers and parents of searches."""
+def searches(killed: Path, whole: Path, draw: random.Random) -> Counter[str]:
+    """Kill workers and parents of a search until it is through."""
     kills: Counter[str] = Counter()
-    with tempfile.TemporaryDirectory() as name:
-        whole, killed = Path(name, "whole"), Path(name, "killed")
-        for folder in (whole, killed):
-            folder.mkdir()
-        assert start(whole, TUNE).wait() == 0
-        finished: set[str] = set()
-        while True:
-            process = start(killed, TUNE)
-            wait_for("Trial ", killed, process)
-            while (kind := disturb(process, draw)) == "worker":
-                kills[kind] += 1
-            if kind is None:
-                assert process.returncode == 0, (killed / "output.txt").read_text()
-                break
+    finished: set[str] = set()
+    while True:
+        process = start(killed, TUNE)
+        wait_for("Trial ", killed, process)
+        while (kind := disturb(process, draw)) == "worker":
             kills[kind] += 1
-            process.wait()
-            check_gone(process)
-            saved = executions(load(killed))
-            assert finished <= saved, "a finished execution is gone"
-            finished = saved
+        if kind is None:
+            assert process.returncode == 0, (killed / "output.txt").read_text()
+            break
+        kills[kind] += 1
+        process.wait()
         check_gone(process)
-        one, other = (
-            sorted((str(trial.params), trial.value, trial.state.name) for trial in load(folder).trials if counts(trial))
-            for folder in (whole, killed)
-        )
-        assert one == other, "trials differ"
-        assert executions(load(whole)) == executions(load(killed)) >= finished
-        study = load(killed)
-        assert len(other) == 60
-        assert all(trial.state.is_finished() for trial in study.trials)
-        given_back = sum("continues" in trial.user_attrs for trial in study.trials if counts(trial))
-        print(f"{len(study.trials) - 60} trials were given back, {given_back} of the 60 that count were run anew")
+        saved = executions(load(killed))
+        assert finished <= saved, "a finished execution is gone"
+        finished = saved
+    check_gone(process)
+    one, other = (
+        sorted((str(trial.params), trial.value, trial.state.name) for trial in load(folder).trials if counts(trial))
+        for folder in (whole, killed)
+    )
+    assert one == other, "trials differ"
+    assert executions(load(whole)) == executions(load(killed)) >= finished
+    study = load(killed)
+    assert len(other) == 60
+    assert all(trial.state.is_finished() for trial in study.trials)
     return kills
 
 
@@ -201,16 +189,22 @@ def main() -> None:
     arguments = parser.parse_args()
     draw = random.Random(arguments.seed)  # noqa: S311
     optuna.logging.set_verbosity(optuna.logging.WARNING)
-    print(f"{shlex.join(FIT)}\n{shlex.join(TUNE)}")
-    for part in (fits, searches):
+    for part, command in ((fits, FIT), (searches, TUNE)):
+        print(shlex.join(command), flush=True)
         kills: Counter[str] = Counter()
         rounds, since = 0, time.perf_counter()
-        while kills.total() < arguments.kills:
-            kills += part(draw)
-            rounds += 1
-        table = ", ".join(f"{count} {kind}" for kind, count in sorted(kills.items()))
-        print(f"{part.__name__}: {kills.total()} kills in {rounds} rounds ({table}): all as if never killed", end="; ")
-        print(f"{time.perf_counter() - since:.0f} s", flush=True)
+        with tempfile.TemporaryDirectory() as name:
+            whole = Path(name, "whole")
+            whole.mkdir()
+            assert start(whole, command).wait() == 0
+            while kills.total() < arguments.kills:
+                rounds += 1
+                killed = Path(name, str(rounds))
+                killed.mkdir()
+                kills += part(killed, whole, draw)
+        table = ", ".join(f"{kind} {count}" for kind, count in sorted(kills.items()))
+        seconds = time.perf_counter() - since
+        print(f"  {kills.total()} kills in {rounds} rounds ({table}), {seconds:.0f} s: nothing lost", flush=True)
 
 
 if __name__ == "__main__":
