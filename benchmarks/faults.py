@@ -173,7 +173,7 @@ def searches(killed: Path, whole: Path, draw: random.Random) -> Counter[str]:
         sorted((str(trial.params), trial.value, trial.state.name) for trial in load(folder).trials if counts(trial))
         for folder in (whole, killed)
     )
-    assert one == other, "trials differ"
+    assert one == other, f"trials differ: {sorted({*one} ^ {*other})}"
     assert executions(load(whole)) == executions(load(killed)) >= finished
     study = load(killed)
     assert len(other) == 60

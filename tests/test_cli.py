@@ -199,9 +199,9 @@ def test_tensorboard_shows_everything(fitted):
     assert b"val/accuracy$" in layout
 
 
-def test_the_saved_config_repeats_the_run(fitted, command, tmp_path):
+def test_the_saved_config_repeats_the_run(fitted, quick, tmp_path):
     run, _ = fitted
-    command(tmp_path, "fit", f"--config={run / 'config.yaml'}")
+    quick(tmp_path, "fit", f"--config={run / 'config.yaml'}")
     again = tmp_path / "lightning_logs/baseline/version_0"
     assert (again / "metrics.csv").read_text() == (run / "metrics.csv").read_text()
     for name, tensor in weights(run).items():
@@ -610,14 +610,14 @@ def test_a_run_folder_that_is_deleted_ends_the_run(monkeypatch, capfd, data_dir,
     assert "Traceback" not in errors
 
 
-def test_a_folder_that_cannot_be_written_is_named(command, tmp_path):
+def test_a_folder_that_cannot_be_written_is_named(monkeypatch, capfd, data_dir, tmp_path):
     if os.geteuid() == 0:
         (tmp_path / "lightning_logs").write_text("a file where the folder should be")
     else:
         tmp_path.chmod(0o500)
-    result = command(tmp_path, "fit", "--trainer.max_epochs=1", check=False)
+    monkeypatch.chdir(tmp_path)
+    code, _, errors = in_process(monkeypatch, capfd, "fit", f"--data.data_dir={data_dir}", "--trainer.max_epochs=1")
     tmp_path.chmod(0o700)
-    assert result.returncode == 1
-    assert "error: lightning_logs/baseline/version_0: " in result.stderr
-    assert "Traceback" not in result.stderr
-    shutil.rmtree(tmp_path)
+    assert code == 1
+    assert "error: lightning_logs/baseline/version_0: " in errors
+    assert "Traceback" not in errors
