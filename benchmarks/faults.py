@@ -8,7 +8,7 @@ fit     A fit is killed (SIGKILL) again and again and continued with `--ckpt_pat
 tune    A search with two workers: a worker is killed, or the parent (SIGKILL, SIGTERM, or Ctrl-C for all), and the same
         command given again. After each kill no process may be left and every finished execution be in the study; at
         the end all trials must be in a final state, their number exact, and parameters and values of each must equal
-        those of a search that was never disturbed.
+        those of a search that was never disturbed; but a trial that was hit three times is given up, as it should be.
 """
 
 import argparse
@@ -169,15 +169,17 @@ def searches(killed: Path, whole: Path, draw: random.Random) -> Counter[str]:
         assert finished <= saved, "a finished execution is gone"
         finished = saved
     check_gone(process)
-    one, other = (
-        sorted((str(trial.params), trial.value, trial.state.name) for trial in load(folder).trials if counts(trial))
-        for folder in (whole, killed)
-    )
-    assert one == other, f"trials differ: {sorted({*one} ^ {*other})}"
-    assert executions(load(whole)) == executions(load(killed)) >= finished
     study = load(killed)
-    assert len(other) == 60
     assert all(trial.state.is_finished() for trial in study.trials)
+    expected = {str(trial.params): trial.value for trial in load(whole).trials}
+    counted = [trial for trial in study.trials if counts(trial)]
+    assert sorted(str(trial.params) for trial in counted) == sorted(expected)
+    for trial in counted:
+        if "died that ran it" in trial.user_attrs.get("error", ""):
+            kills["trial given up after three kills"] += 1
+        else:
+            assert trial.value == expected[str(trial.params)], f"{trial} differs"
+    assert finished <= executions(study) <= executions(load(whole))
     return kills
 
 
@@ -197,14 +199,14 @@ def main() -> None:
             whole = Path(name, "whole")
             whole.mkdir()
             assert start(whole, command).wait() == 0
-            while kills.total() < arguments.kills:
+            while (total := kills.total() - kills["trial given up after three kills"]) < arguments.kills:
                 rounds += 1
                 killed = Path(name, str(rounds))
                 killed.mkdir()
                 kills += part(killed, whole, draw)
         table = ", ".join(f"{kind} {count}" for kind, count in sorted(kills.items()))
         seconds = time.perf_counter() - since
-        print(f"  {kills.total()} kills in {rounds} rounds ({table}), {seconds:.0f} s: nothing lost", flush=True)
+        print(f"  {total} kills in {rounds} rounds ({table}), {seconds:.0f} s: nothing lost", flush=True)
 
 
 if __name__ == "__main__":
