@@ -163,7 +163,7 @@ def searches(killed: Path, whole: Path, draw: random.Random) -> Counter[str]:
             assert process.returncode == 0, (killed / "output.txt").read_text()
             break
         kills[kind] += 1
-        process.wait()
+        assert process.wait(60) != 0, f"{kind} had no effect"
         check_gone(process)
         saved = executions(load(killed))
         assert finished <= saved, "a finished execution is gone"
@@ -190,6 +190,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0, help="of the moments")
     arguments = parser.parse_args()
     draw = random.Random(arguments.seed)  # noqa: S311
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell has it ignored by what it starts in background
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     for part, command in ((fits, FIT), (searches, TUNE)):
         print(shlex.join(command), flush=True)
