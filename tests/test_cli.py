@@ -227,16 +227,21 @@ def test_a_version_is_claimed_by_one(tmp_path):
     assert sorted(versions) == list(range(40))
 
 
-def test_killed_and_resumed_ends_as_if_never_killed(fitted, command, data_dir, tmp_path):
-    """SIGKILL lands wherever it lands: in a batch, a figure, a checkpoint."""
+def fit_in_background(cwd, data_dir):
+    """Start a fit of four epochs and wait for its first checkpoint."""
     process = subprocess.Popen(
         [sys.executable, "-m", "mnist_lightning", "fit", f"--data.data_dir={data_dir}", "--trainer.max_epochs=4"],
-        cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+        cwd=cwd, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
     )  # fmt: skip
-    killed = tmp_path / "lightning_logs/baseline/version_0"
-    while not (killed / "checkpoints/last.ckpt").exists():
+    while not (cwd / "lightning_logs/baseline/version_0/checkpoints/last.ckpt").exists():
         assert process.poll() is None
         time.sleep(0.002)
+    return process
+
+
+def test_killed_and_resumed_ends_as_if_never_killed(fitted, command, data_dir, tmp_path):
+    """SIGKILL lands wherever it lands: in a batch, a figure, a checkpoint."""
+    process = fit_in_background(tmp_path, data_dir)
     process.send_signal(signal.SIGKILL)
     process.wait()
 
@@ -408,14 +413,7 @@ def test_a_requeued_slurm_job_ends_as_if_never_stopped(fitted, command, monkeypa
     job = {"JOB_ID": "9", "ARRAY_JOB_ID": "8", "ARRAY_TASK_ID": "3", "NTASKS": "1", "PROCID": "0", "LOCALID": "0"}
     for name, value in (job | {"NODEID": "0"}).items():
         monkeypatch.setenv(f"SLURM_{name}", value)
-    process = subprocess.Popen(
-        [sys.executable, "-m", "mnist_lightning", "fit", f"--data.data_dir={data_dir}", "--trainer.max_epochs=4"],
-        cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-    )  # fmt: skip
-    killed = tmp_path / "lightning_logs/baseline/version_0"
-    while not (killed / "checkpoints/last.ckpt").exists():
-        assert process.poll() is None
-        time.sleep(0.002)
+    process = fit_in_background(tmp_path, data_dir)
     process.send_signal(signal.SIGUSR1)
     while not (tmp_path / "requeued").exists():
         assert process.poll() is None

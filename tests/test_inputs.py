@@ -330,6 +330,15 @@ def test_no_other_instantiator_is_called(run, cwd, checkpoint, path):
         assert run(*reader)[0] == 0
 
 
+def save_with(checkpoint, key, value):
+    """Write a checkpoint with another value at a path of keys."""
+    tree = checkpoint
+    for part in key[:-1]:
+        tree = tree[part]
+    tree[key[-1]] = value
+    torch.save(checkpoint, "x.ckpt")
+
+
 @pytest.mark.parametrize(
     ("key", "value"),
     [
@@ -350,12 +359,8 @@ def test_no_other_instantiator_is_called(run, cwd, checkpoint, path):
     ids=str,
 )
 def test_fit_refuses_a_garbled_checkpoint(refused, checkpoint, key, value):
-    tree = checkpoint
-    for part in key[:-1]:
-        tree = tree[part]
-    tree[key[-1]] = value
     shutil.copy(LAST.replace("last", "best"), ".")
-    torch.save(checkpoint, "x.ckpt")
+    save_with(checkpoint, key, value)
     refused("x.ckpt cannot be used", *READERS["fit"])
 
 
@@ -370,11 +375,7 @@ def test_fit_refuses_a_garbled_checkpoint(refused, checkpoint, key, value):
     ids=str,
 )
 def test_a_report_refuses_a_garbled_checkpoint(refused, checkpoint, key, value):
-    tree = checkpoint
-    for part in key[:-1]:
-        tree = tree[part]
-    tree[key[-1]] = value
-    torch.save(checkpoint, "x.ckpt")
+    save_with(checkpoint, key, value)
     refused("x.ckpt cannot be used: it is damaged", *READERS["report"])
 
 
