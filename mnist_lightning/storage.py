@@ -16,7 +16,6 @@ from optuna.exceptions import StorageInternalError
 from optuna.storages import BaseStorage, GrpcStorageProxy, JournalStorage
 from optuna.storages.journal import JournalFileBackend
 from optuna.storages.journal._file import get_lock_file
-from sqlalchemy.exc import DataError, IntegrityError, ProgrammingError, SQLAlchemyError
 from tqdm import tqdm
 
 PATIENCE = 600.0
@@ -97,6 +96,8 @@ def _cause(error: Exception) -> BaseException:
 
 
 def _is_outage(error: Exception) -> bool:
+    from sqlalchemy.exc import DataError, ProgrammingError, SQLAlchemyError  # takes a while to import
+
     cause = _cause(error)
     if isinstance(cause, DataError | ProgrammingError):
         return False
@@ -152,6 +153,8 @@ def open_storage(storage: str) -> BaseStorage:
 
 
 def _open_database(url: str) -> BaseStorage:
+    from sqlalchemy.exc import IntegrityError, ProgrammingError
+
     for _ in range(2):
         try:
             return optuna.storages.get_storage(url)
