@@ -84,7 +84,8 @@ def bare(epochs: int) -> list[float]:
 
 def fit(epochs: int) -> list[float]:
     """Run the command, with the time taken where its progress bar turns to the next epoch."""
-    from mnist_lightning import callbacks, cli
+    from mnist_lightning import callbacks
+    from mnist_lightning.__main__ import main
 
     marks, mark = timed()
     original = callbacks.EpochProgressBar._print_line
@@ -94,8 +95,7 @@ def fit(epochs: int) -> list[float]:
         mark()
 
     callbacks.EpochProgressBar._print_line = print_line  # type: ignore[assignment]
-    sys.argv = ["mnist_lightning", "fit", f"--trainer.max_epochs={epochs}"]
-    cli.main("fit", "")
+    main(["fit", f"--trainer.max_epochs={epochs}"])
     return marks
 
 

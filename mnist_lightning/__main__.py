@@ -2,8 +2,10 @@
 
 import argparse
 import atexit
+import importlib
 import os
 import sys
+from collections.abc import Sequence
 
 import mnist_lightning
 
@@ -17,8 +19,16 @@ COMMANDS = {
 }
 
 
-def main() -> None:
-    """Show the help, or hand over to the command."""
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Show the help, or hand over to the command.
+
+    Args:
+        arguments: A command and its options, by default those of the process.
+
+    Raises:
+        SystemExit: With a message or an exit code other than 0, where the command cannot do what it should.
+    """
+    arguments = sys.argv[1:] if arguments is None else list(arguments)
     parser = argparse.ArgumentParser(
         prog="python -m mnist_lightning",
         description=mnist_lightning.__doc__,
@@ -28,20 +38,14 @@ def main() -> None:
     commands = parser.add_subparsers(title="commands", dest="command", metavar="<command>", required=True)
     for name, text in COMMANDS.items():
         commands.add_parser(name, help=text, add_help=False)
-    command = parser.parse_args(sys.argv[1:2] or ["--help"]).command
+    command = parser.parse_args(arguments[:1] or ["--help"]).command
+    module = f"mnist_lightning.{command if command in ('tune', 'report') else 'cli'}"
+    importlib.import_module(module).main(command, COMMANDS[command], arguments[1:])  # takes seconds: torch, Lightning
 
-    if command == "report":
-        from mnist_lightning import report
 
-        report.main(parser.prog, COMMANDS[command], sys.argv[2:])
-    else:
-        if command == "tune" and not {"-h", "--help"} & set(sys.argv):
-            from mnist_lightning import workers
-
-            workers.start_server()  # imports, in a process beside this one, what the workers need
-        from mnist_lightning import cli  # takes seconds: torch and Lightning
-
-        cli.main(command, COMMANDS[command])
+def run() -> None:
+    """Be the whole process: run the command, then leave."""
+    main()
     # Tearing down an interpreter that holds torch and Lightning takes two seconds and 120 MB. Run what is registered
     # for the exit, then leave.
     atexit._run_exitfuncs()
@@ -50,4 +54,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run()

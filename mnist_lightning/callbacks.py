@@ -18,8 +18,6 @@ from mnist_lightning import figures
 from mnist_lightning.checkpoints import RunCheckpoint
 from mnist_lightning.data import Batch
 
-METRICS = ("accuracy", "penalized_loss", "loss")
-
 
 class EpochProgressBar(ProgressBar):
     """A line for each finished epoch, and in a terminal a bar for the running one.
@@ -35,11 +33,10 @@ class EpochProgressBar(ProgressBar):
         self._line = ""
 
     def disable(self) -> None:
-        """Show nothing, as on all processes but the first."""
+        # Lightning does so on all processes but the first
         self._enabled = False
 
     def enable(self) -> None:
-        """Show progress again."""
         self._enabled = True
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -61,12 +58,10 @@ class EpochProgressBar(ProgressBar):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Move the bar."""
         if (batch_idx + 1) % self._every == 0:
             self._bar.update(self._every)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Take the bar away."""
         self._bar.close()
         self._line += f"  {time.perf_counter() - self._start:5.1f} s"
 
@@ -77,10 +72,10 @@ class EpochProgressBar(ProgressBar):
     def _print_line(self, trainer: Trainer) -> None:
         # one hook late: callbacks see the metrics of an epoch only after its end
         if self._line and self._enabled:
-            metrics = trainer.callback_metrics
             for stage in ("train", "val"):
-                shown = [f"{n} {metrics[f'{stage}/{n}']:.4f}" for n in METRICS if f"{stage}/{n}" in metrics]
-                self._line += "".join([f"  {stage}:", *(f" {text}" for text in shown)]) if shown else ""
+                values = {name: v for name, v in trainer.callback_metrics.items() if name.startswith(f"{stage}/")}
+                shown = "".join(f" {name.partition('/')[2]} {value:.4f}" for name, value in values.items())
+                self._line += f"  {stage}:{shown}" if shown else ""
             print(self._line, flush=True)
         self._line = ""
 
@@ -98,7 +93,7 @@ class Figures(Callback):
     def __init__(self, checkpoint: RunCheckpoint) -> None:
         self._checkpoint = checkpoint
         self._confusion = torch.zeros(0)
-        self._hparams_logged = False
+        self._layout_logged = False
 
     @rank_zero_only
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -106,8 +101,6 @@ class Figures(Callback):
         images, labels = trainer.datamodule.train.__getitems__(range(25))  # type: ignore[attr-defined]
         self._show(trainer, "samples", figures.sample_grid(images.squeeze(1).numpy(), labels.numpy()))
         for logger in _tensorboards(trainer):
-            charts = {name: ["Multiline", [f"train/{name}$", f"val/{name}$"]] for name in METRICS}
-            logger.experiment.add_custom_scalars({"train against validation": charts})
             # in evaluation mode, where nothing is drawn from the random state
             network: Any = copy.deepcopy(pl_module.network)
             try:
@@ -116,7 +109,6 @@ class Figures(Callback):
                 rank_zero_warn(f"TensorBoard gets no graph, since the network cannot be traced: {error}")
 
     def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Start to count."""
         self._confusion = torch.zeros(10, 10, dtype=torch.long, device=pl_module.device)
 
     def on_validation_batch_end(
@@ -128,7 +120,6 @@ class Figures(Callback):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        """Count true and predicted classes."""
         labels = batch[1]
         self._confusion.index_put_((labels, outputs), torch.ones_like(labels), accumulate=True)
 
@@ -142,10 +133,14 @@ class Figures(Callback):
             title = f"validation, epoch {trainer.current_epoch + 1}"
             pixels = figures.render(figures.confusion_matrix(counts, title))
             logger.experiment.add_image("confusion_matrix/val", pixels, step, dataformats="HWC")
-            if not self._hparams_logged:
-                metrics = {f"val/{name}": trainer.callback_metrics[f"val/{name}"].item() for name in METRICS}
+        if not self._layout_logged:
+            self._layout_logged = True
+            metrics = {n: value.item() for n, value in trainer.callback_metrics.items() if n.startswith("val/")}
+            names = [name.removeprefix("val/") for name in metrics]
+            charts = {name: ["Multiline", [f"train/{name}$", f"val/{name}$"]] for name in names}
+            for logger in _tensorboards(trainer):
+                logger.experiment.add_custom_scalars({"train against validation": charts})
                 logger.log_hyperparams(logger.hparams, metrics, step)
-                self._hparams_logged = True
 
     @rank_zero_only
     @torch.no_grad()

@@ -1,12 +1,11 @@
 """What a run leaves on disk, so that it can be killed at any moment and continued as if it had not been."""
 
-import csv
 import io
 import random
 import shutil
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -22,12 +21,14 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_only, rank_zero_warn
 
+from mnist_lightning.runs import atomic_write, write_csv
+
 INSTANTIATOR = "lightning.pytorch.cli.instantiate_module"
 """Path of what makes a model from the hyper-parameters in a checkpoint."""
 
 
 @contextmanager
-def reading(path: Any) -> Iterator[None]:
+def checkpoint_errors(path: Any) -> Iterator[None]:
     """Say which checkpoint is at fault, where its content may make torch and Lightning raise anything.
 
     Raises:
@@ -57,41 +58,16 @@ def read_history(state: dict[str, Any]) -> list[dict[str, float]]:
     return history
 
 
-@contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """Give another path to write to, which then replaces ``path``: a reader finds the old file or the new one, whole.
-
-    Raises:
-        OSError: It could not be written; what there was before is there still.
-    """
-    partial = path.with_name(f"{path.name}.partial")
-    try:
-        yield partial
-        partial.replace(path)
-    except OSError as error:
-        with suppress(OSError):
-            partial.unlink()
-        raise OSError(error.errno, error.strerror, str(path)) from error  # a full disk is reported without a name
-
-
-def write_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    """Write rows, whose columns are all that any of them has."""
-    with replacing(path) as partial, partial.open("w", newline="") as file:
-        writer = csv.DictWriter(file, fieldnames=list(dict.fromkeys(name for row in rows for name in row)))
-        writer.writeheader()
-        writer.writerows(rows)
-
-
 class CheckpointConnector(_CheckpointConnector):
     """Restores a trainer and its parts from a checkpoint, or says that it cannot."""
 
     def _restore_modules_and_callbacks(self, checkpoint_path: Any = None, *args: Any) -> None:
-        with reading(checkpoint_path):
+        with checkpoint_errors(checkpoint_path):
             super()._restore_modules_and_callbacks(checkpoint_path, *args)
 
     def restore_training_state(self) -> None:
         """Restore optimizers, schedulers and loops."""
-        with reading(self._ckpt_path):
+        with checkpoint_errors(self._ckpt_path):
             super().restore_training_state()
 
 
@@ -107,7 +83,7 @@ class CheckpointIO(TorchCheckpointIO):
         buffer = io.BytesIO()  # torch.save itself says of a full disk "unexpected pos"
         torch.save(checkpoint, buffer)
         Path(path).parent.mkdir(parents=True, exist_ok=True)
-        with replacing(Path(path)) as partial:
+        with atomic_write(Path(path)) as partial:
             partial.write_bytes(buffer.getbuffer())
 
     def load_checkpoint(
@@ -276,5 +252,5 @@ class RunCheckpoint(ModelCheckpoint):
 @rank_zero_only
 def _copy(source: Path, target: Path) -> None:
     target.parent.mkdir(parents=True, exist_ok=True)
-    with replacing(target) as partial:
+    with atomic_write(target) as partial:
         shutil.copyfile(source, partial)

@@ -32,9 +32,9 @@ class Classifier(LightningModule):
     """Trains a network on cross-entropy plus λ‖W‖² for every kernel that carries an ``l2`` (see ``networks.Dense``).
 
     The gradient of the penalty, 2λW, comes as weight decay from optimizers that couple it; for others (AdamW, LBFGS,
-    ...) the penalty is added to the loss. Logged once an epoch, for each of ``train``, ``val`` and ``test``:
-    ``loss`` (cross-entropy), ``penalized_loss`` (with the penalty: what Keras calls loss) and ``accuracy``. Those of
-    ``train`` are means over the epoch, while the weights move and dropout is on, as Keras gives them.
+    ...) the penalty is added to the loss. The :meth:`metrics` are logged once an epoch, for each of ``train``, ``val``
+    and ``test``. Those of ``train`` are means over the epoch, while the weights move and dropout is on, as Keras gives
+    them.
 
     Args:
         network: Maps images of shape (batch, 1, 28, 28) to logits of shape (batch, classes).
@@ -56,7 +56,7 @@ class Classifier(LightningModule):
             (layer.weight, layer.l2) for layer in network.modules() if getattr(layer, "l2", 0)
         ]
         self.penalty_in_loss = False
-        self.totals: dict[str, list[Tensor]] = {}
+        self.totals: dict[str, dict[str, Tensor]] = {}
         self.example_input_array = torch.zeros(1, 1, 28, 28)  # for the layer table and TensorBoard's graph
 
     def __setattr__(self, name: str, value: Any) -> None:
@@ -110,6 +110,20 @@ class Classifier(LightningModule):
         penalties = [factor * kernel.dot(kernel) for kernel, factor in flat]
         return sum(penalties[1:], start=penalties[0]) if penalties else torch.zeros((), device=self.device)
 
+    def metrics(self, logits: Tensor, labels: Tensor, loss: Tensor) -> dict[str, Tensor]:
+        """All metrics of a batch: what is named here is logged, printed, saved, compared and can be searched for.
+
+        Args:
+            logits: Of shape (batch, classes).
+            labels: True classes, of shape (batch,).
+            loss: Cross-entropy, a scalar.
+
+        Returns:
+            From a metric's name to its values, of shape (batch,), or to their mean, a scalar: ``loss``,
+            ``penalized_loss`` (with the penalty: what Keras calls loss) and ``accuracy``.
+        """
+        return {"loss": loss, "penalized_loss": loss + self.penalty(), "accuracy": logits.argmax(dim=1) == labels}
+
     def training_step(self, batch: Batch) -> Tensor:
         """Loss of a batch, whose gradient the optimizer follows."""
         loss, _ = self._step(batch, "train")
@@ -117,11 +131,11 @@ class Classifier(LightningModule):
 
     def validation_step(self, batch: Batch) -> Tensor:
         """Predicted classes of a batch, of shape (batch,)."""
-        return self._step(batch, "val")[1]
+        return self._step(batch, "val")[1].argmax(dim=1)
 
     def test_step(self, batch: Batch) -> Tensor:
         """Predicted classes of a batch, of shape (batch,)."""
-        return self._step(batch, "test")[1]
+        return self._step(batch, "test")[1].argmax(dim=1)
 
     def predict_step(self, batch: Batch) -> Tensor:
         """Probabilities of the classes for a batch, of shape (batch, classes)."""
@@ -129,40 +143,40 @@ class Classifier(LightningModule):
         return probabilities
 
     def on_train_epoch_end(self) -> None:
-        """Log the metrics of ``train``."""
         self._log("train")
 
     def on_validation_epoch_end(self) -> None:
-        """Log the metrics of ``val``."""
         self._log("val")
 
     def on_test_epoch_end(self) -> None:
-        """Log the metrics of ``test``."""
         self._log("test")
 
     def _step(self, batch: Batch, stage: str) -> tuple[Tensor, Tensor]:
         images, labels = batch
         logits = _at_least_float32(self.network(images))
         loss = F.cross_entropy(logits, labels)
-        predicted = logits.argmax(dim=1)
-        if stage not in self.totals:
-            self.totals[stage] = [torch.zeros((), device=self.device, dtype=torch.float32) for _ in range(4)]
-        # sums on tensors: a tenth of the time of a value logged in every step
-        loss_sum, penalty_sum, correct, count = self.totals[stage]
         with torch.no_grad():
-            loss_sum.add_(loss, alpha=len(labels))
-            penalty_sum.add_(self.penalty(), alpha=len(labels))
-            correct.add_((predicted == labels).sum())
-            count.add_(len(labels))
-        return loss, predicted
+            values = self.metrics(logits, labels, loss)
+            if stage not in self.totals:
+                self.totals[stage] = {
+                    name: torch.zeros((), device=self.device, dtype=torch.float32) for name in [*values, "images"]
+                }
+            # sums on tensors: a tenth of the time of a value logged in every step
+            totals = self.totals[stage]
+            for name, value in values.items():
+                totals[name].add_(value.sum()) if value.dim() else totals[name].add_(value, alpha=len(labels))
+            totals["images"].add_(len(labels))
+        return loss, logits
 
     def _log(self, stage: str) -> None:
-        totals = torch.stack(self.totals.pop(stage))
+        names = list(self.totals[stage])
+        totals = torch.stack([*self.totals.pop(stage).values()])
         if totals.device.type != "mps":  # which has no float64
             totals = totals.double()
-        loss, penalty, correct, count = self.trainer.strategy.reduce(totals, reduce_op="sum")  # over the processes
-        metrics = {"loss": loss / count, "penalized_loss": (loss + penalty) / count, "accuracy": correct / count}
-        self.log_dict({f"{stage}/{name}": value for name, value in metrics.items()}, sync_dist=True)
+        *sums, images = self.trainer.strategy.reduce(totals, reduce_op="sum")  # over the processes
+        self.log_dict(
+            {f"{stage}/{name}": total / images for name, total in zip(names, sums, strict=False)}, sync_dist=True
+        )
 
 
 def _at_least_float32(tensor: Tensor) -> Tensor:

@@ -8,11 +8,9 @@ import os
 import signal
 import subprocess
 import sys
-import threading
 import warnings
 import zlib
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -26,7 +24,7 @@ from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCL
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.model_summary import summarize
-from lightning.pytorch.utilities.rank_zero import rank_zero_only, rank_zero_warn
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
 from mnist_lightning.callbacks import EpochProgressBar, Figures
 from mnist_lightning.checkpoints import (
@@ -34,16 +32,22 @@ from mnist_lightning.checkpoints import (
     CheckpointConnector,
     CheckpointIO,
     RunCheckpoint,
-    reading,
-    replacing,
-    write_csv,
+    checkpoint_errors,
 )
 from mnist_lightning.classifier import Classifier
 from mnist_lightning.data import MNISTDataModule
 from mnist_lightning.loops import FitLoop, NoProfiler
-
-LOGS = "lightning_logs"
-PROG = "python -m mnist_lightning"
+from mnist_lightning.runs import (
+    LOGS,
+    PROG,
+    atomic_write,
+    format_table,
+    new_version,
+    newest_checkpoint,
+    newest_file,
+    user_errors,
+    write_csv,
+)
 
 
 class Parser(LightningArgumentParser):
@@ -158,7 +162,7 @@ class RunCLI(LightningCLI):
 
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
         """Parse, and find and check the checkpoint."""
-        super().parse_arguments(parser, args)
+        self.config = parser.parse_object(args) if isinstance(args, dict | Namespace) else parser.parse_args(args)
         options = self.config[self.command]
         for group in ("trainer", "model", "data"):
             if not isinstance(options[group], Namespace):
@@ -172,7 +176,7 @@ class RunCLI(LightningCLI):
             array = [os.environ[key] for key in ("SLURM_ARRAY_JOB_ID", "SLURM_ARRAY_TASK_ID") if key in os.environ]
             self.job = "_".join(array or [os.environ["SLURM_JOB_ID"]])
             # a job may run several commands; when it is requeued, each goes on from its own last epoch
-            self.mark = f"slurm_{self.job}_{zlib.crc32(' '.join(sys.argv).encode()):08x}"
+            self.mark = f"slurm_{self.job}_{zlib.crc32(' '.join(map(str, args or ())).encode()):08x}"
             runs = [path.parent for path in (self.logs / options.name).glob(f"version_*/{self.mark}")]
             last = newest_file(path for run in runs if (path := run / "checkpoints/last.ckpt").is_file())
             if last is not None and os.environ.get("SLURM_RESTART_COUNT", "0") != "0":
@@ -180,24 +184,15 @@ class RunCLI(LightningCLI):
         if options.ckpt_path is None and self.command != "fit":
             options.ckpt_path = "last"
         if options.ckpt_path in ("last", "best"):
-            options.ckpt_path = self._newest_checkpoint(options.name, options.ckpt_path)
+            options.ckpt_path = str(newest_checkpoint(self.logs / options.name, options.ckpt_path))
         if options.ckpt_path is not None:
             self._check_checkpoint(options.ckpt_path)
-
-    def _newest_checkpoint(self, name: str, kind: str) -> str:
-        newest = newest_file((self.logs / name).glob(f"version_*/checkpoints/{kind}.ckpt"))
-        if newest is None:
-            raise MisconfigurationException(
-                f"No run in {self.logs / name} has a {kind}.ckpt. Train one with `{PROG} fit`, "
-                "or name another with --name or --ckpt_path."
-            )
-        return str(newest)
 
     def _check_checkpoint(self, path: str) -> None:
         """Refuse what is no checkpoint, and say what it will override."""
         if not Path(path).is_file():
             raise MisconfigurationException(f"No checkpoint at {path}; `last` and `best` mean the newest run's.")
-        with reading(path):
+        with checkpoint_errors(path):
             checkpoint = torch.load(path, map_location="cpu", weights_only=True)
             names = {"model": "hyper_parameters", "data": "datamodule_hyper_parameters"}
             saved = {group: {**checkpoint.get(name, {})} for group, name in names.items()}
@@ -331,10 +326,14 @@ class RunCLI(LightningCLI):
             write_csv(
                 self.checkpoint.run_dir / "test.csv", [{"weights": name, **metrics} for name, metrics in rows.items()]
             )
-        columns = {"test loss": "loss", "penalized loss": "penalized_loss", "accuracy": "accuracy"}
-        print(f"\n{'weights after the':28}" + "".join(f"{title:>16}" for title in columns))
-        for weights, metrics in rows.items():
-            print(f"{weights:28}" + "".join(f"{metrics[f'test/{name}']:16.4f}" for name in columns.values()))
+        names = list(results)
+        cells = [[weights, *(f"{metrics[name]:.4f}" for name in names)] for weights, metrics in rows.items()]
+        print(
+            "\n"
+            + format_table(
+                [["weights after the", *(name.replace("/", " ").replace("_", " ") for name in names)], *cells]
+            )
+        )
         if loggers:
             print(f"\nRun: {loggers[0].log_dir}    Look at it: tensorboard --logdir {self.logs}")
 
@@ -351,64 +350,12 @@ class RunCLI(LightningCLI):
         assert datamodule.test is not None
         table.insert(0, "label", datamodule.test.labels[: len(table)].numpy())
         table.insert(1, "predicted", probabilities.argmax(axis=1))
-        with replacing(output) as partial:
+        with atomic_write(output) as partial:
             table.to_csv(partial, index_label="index")
         print(f"{len(table)} predictions of {ckpt_path} in {output}")
 
 
-def newest_file(paths: Iterable[Path]) -> Path | None:
-    """The one that was written last, or None if there is none."""
-    return max(paths, key=lambda path: path.stat().st_mtime, default=None)
-
-
-def new_version(folder: Path) -> int:
-    """Make the next ``version_N`` in a folder.
-
-    Safe among processes: making a folder succeeds in one of them only.
-
-    Args:
-        folder: Where the versions are; made if it does not exist.
-
-    Returns:
-        N.
-    """
-    versions = [int(path.name[8:]) for path in folder.glob("version_*") if path.name[8:].isdigit()]
-    version = max(versions, default=-1) + 1
-    if rank_zero_only.rank == 0:  # type: ignore[attr-defined]
-        try:
-            (folder / f"version_{version}").mkdir(parents=True)
-        except FileExistsError:
-            return new_version(folder)
-    return version
-
-
-def hush_threads() -> None:
-    """Let threads fail silently where the system refuses something: TensorBoard's writer raises it again elsewhere."""
-    threading.excepthook = lambda failure: (
-        None if issubclass(failure.exc_type, OSError) else threading.__excepthook__(failure)
-    )
-
-
-def plain(error: OSError) -> str:
-    """What the system refused, and where."""
-    return f"{os.fsdecode(error.filename)}: {error.strerror}" if error.filename else str(error)
-
-
-@contextmanager
-def plain_errors() -> Iterator[None]:
-    """End with a message instead of a traceback where the user can do something about it."""
-    hush_threads()
-    try:
-        yield
-    except MisconfigurationException as error:
-        sys.exit(f"error: {error}")
-    except ModuleNotFoundError as error:  # what an option of Lightning's or Optuna's needs
-        sys.exit(f"error: {error}")
-    except OSError as error:
-        sys.exit(f"error: {plain(error)}")
-
-
-def main(command: str, description: str) -> None:
+def main(command: str, description: str, arguments: list[str]) -> None:
     """Run a command that has a trainer."""
     logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(lambda record: "Tip:" not in record.msg)
     for message in (
@@ -420,10 +367,10 @@ def main(command: str, description: str) -> None:
         ".*GrpcStorageProxy is experimental",
     ):
         warnings.filterwarnings("ignore", message)
-    with plain_errors():
+    with user_errors():
         if command == "tune":
             from mnist_lightning.tuning import TuneCLI  # takes a while, and only this command needs it
 
-            TuneCLI(command, description)
+            TuneCLI(command, description, [command, *arguments])
         else:
-            RunCLI(command, description)
+            RunCLI(command, description, [command, *arguments])

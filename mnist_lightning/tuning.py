@@ -37,9 +37,9 @@ from optuna.study import Study
 from optuna.trial import FrozenTrial, Trial, TrialState
 from tqdm import tqdm
 
-from mnist_lightning.checkpoints import replacing
-from mnist_lightning.cli import PROG, Parser, RunCLI, newest_file
+from mnist_lightning.cli import Parser, RunCLI
 from mnist_lightning.data import MNISTDataModule
+from mnist_lightning.runs import PROG, atomic_write, newest_file
 from mnist_lightning.storage import open_storage
 from mnist_lightning.study import (
     ATTEMPTS,
@@ -255,7 +255,7 @@ class TuneCLI(RunCLI):
             raise MisconfigurationException(f"No trial was completed, so there is nothing to refit.{reason}")
         path = folder / "best.yaml"
         path.parent.mkdir(parents=True, exist_ok=True)
-        with replacing(path) as partial:
+        with atomic_write(path) as partial:
             partial.write_text(yaml.safe_dump(self._best_config(study, parser), sort_keys=False))
         print(f"\nBest config: {path}    Train it: {PROG} fit --config {path}")
         if not self.options.refit:
@@ -363,7 +363,6 @@ class TuneCLI(RunCLI):
                 break
         else:
             print(f"\nRefit: {PROG} fit --config {config}")
-            sys.argv = sys.argv[:1]
             RunCLI("fit", "", ["fit", "--config", str(config)])
         print(f"\n{'test, weights of the last epoch':32}{'loss':>10}{'penalized loss':>16}{'accuracy':>10}")
         for name in ("baseline", self.options.name):

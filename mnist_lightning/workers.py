@@ -63,17 +63,17 @@ def work(connection: "Connection[Any, Any]", device: str | None) -> None:
     sys.argv = sys.argv[:1]
     warnings.simplefilter("ignore")
     logging.disable(logging.WARNING)
-    from mnist_lightning.cli import hush_threads, plain
+    from mnist_lightning.runs import describe_os_error, silence_os_errors_of_threads
     from mnist_lightning.tuning import Execution
 
-    hush_threads()
+    silence_os_errors_of_threads()
     while True:
         task = connection.recv()
         message: tuple[str, Any] = ("end", None)
         try:
             Execution(task, connection)
         except OSError as error:
-            message = ("fault", plain(error))
+            message = ("fault", describe_os_error(error))
         except (Exception, SystemExit) as error:  # whatever a combination of values makes go wrong
             message = ("error", f"{type(error).__name__}: {' '.join(str(error).split())}")
         connection.send(message)

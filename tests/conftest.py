@@ -1,5 +1,6 @@
 """Small pieces of the real MNIST, and the command run as a user runs it."""
 
+import json
 import os
 import shutil
 import socket
@@ -13,7 +14,20 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from mnist_lightning.__main__ import main
 from mnist_lightning.data import MNISTDataModule
+from mnist_lightning.workers import start_server
+
+ROOT = Path(__file__).parents[1]
+SPACE = {
+    "model.network.init_args.units.0": {"class_path": "IntDistribution", "init_args": {"low": 8, "high": 32}},
+    "model.network.init_args.l2.1": {"class_path": "CategoricalDistribution", "init_args": {"choices": [0.01, 0.1]}},
+    "model.optimizer.class_path": {
+        "class_path": "CategoricalDistribution",
+        "init_args": {"choices": ["KerasAdam", "KerasSGD", "mnist_lightning.optimizers.KerasRMSprop"]},
+    },
+}
+"""A small search space."""
 
 Run = Callable[..., subprocess.CompletedProcess[str]]
 
@@ -61,6 +75,48 @@ def command(data_dir: Path) -> Run:
         result = subprocess.run(arguments, cwd=cwd, capture_output=True, text=True, timeout=120)
         assert not check or result.returncode == 0, result.stderr
         return result
+
+    return run
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _server() -> None:
+    """Have one process import what the workers of all searches need."""
+    start_server()
+
+
+def tune_options(data_dir: Path, *more: str, epochs: int = 2) -> list[str]:
+    """Arguments of a small search without a refit."""
+    space = (
+        [] if any(option.startswith("--search_space") for option in more) else [f"--search_space={json.dumps(SPACE)}"]
+    )
+    return [
+        "tune", f"--data.data_dir={data_dir}", f"--trainer.max_epochs={epochs}", "--refit=false", *space, *more,
+    ]  # fmt: skip
+
+
+def in_process(capfd: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, str]:
+    """Run a command without the seconds that a new process takes; gives exit code, standard output and error."""
+    code: int | str | None = 0
+    try:
+        main(arguments)
+    except SystemExit as exit:
+        code = exit.code
+    captured = capfd.readouterr()
+    if isinstance(code, str):  # what Python does with sys.exit("message")
+        return 1, captured.out, captured.err + code + "\n"
+    return code or 0, captured.out, captured.err
+
+
+@pytest.fixture
+def quick(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], data_dir: Path) -> Run:
+    """Runs a command as ``command`` does, but in this process."""
+
+    def run(cwd: Path, name: str, *options: str) -> subprocess.CompletedProcess[str]:
+        monkeypatch.chdir(cwd)
+        code, output, errors = in_process(capfd, name, f"--data.data_dir={data_dir}", *options)
+        assert code == 0, errors
+        return subprocess.CompletedProcess([name, *options], code, output, errors)
 
     return run
 

@@ -95,7 +95,7 @@ def test_a_step_stays_on_its_device(mnist, optimizer):
     figures = Figures(RunCheckpoint())
     figures.on_validation_epoch_start(None, classifier)
     figures.on_validation_batch_end(None, classifier, classifier.validation_step(batch), batch, 0)
-    assert {total.device.type for totals in classifier.totals.values() for total in totals} == {"meta"}
+    assert {total.device.type for totals in classifier.totals.values() for total in totals.values()} == {"meta"}
 
 
 @pytest.mark.parametrize("precision", ["bf16-true", "bf16-mixed", "64-true"])

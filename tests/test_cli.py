@@ -15,13 +15,13 @@ import pandas as pd
 import pytest
 import torch
 import yaml
+from conftest import ROOT, in_process
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from mnist_lightning import checkpoints, cli
+from mnist_lightning import checkpoints, runs
 from mnist_lightning.__main__ import COMMANDS
 from mnist_lightning.classifier import Classifier
 
-ROOT = Path(__file__).parents[1]
 METRICS = [f"{stage}/{name}" for stage in ("train", "val") for name in ("loss", "penalized_loss", "accuracy")]
 
 
@@ -32,33 +32,6 @@ def rows(run: Path) -> list[dict[str, str]]:
 
 def weights(run: Path, name: str = "last") -> dict[str, torch.Tensor]:
     return torch.load(run / f"checkpoints/{name}.ckpt", weights_only=True)["state_dict"]
-
-
-def in_process(monkeypatch, capfd, *arguments: str) -> tuple[int, str, str]:
-    """Run a command without the seconds that a new process takes; gives exit code, standard output and error."""
-    monkeypatch.setattr(sys, "argv", ["mnist_lightning", *arguments])
-    code: int | str | None = 0
-    try:
-        cli.main(arguments[0], COMMANDS[arguments[0]])
-    except SystemExit as exit:
-        code = exit.code
-    captured = capfd.readouterr()
-    if isinstance(code, str):  # what Python does with sys.exit("message")
-        return 1, captured.out, captured.err + code + "\n"
-    return code or 0, captured.out, captured.err
-
-
-@pytest.fixture
-def quick(monkeypatch, capfd, data_dir):
-    """Runs a command as ``command`` does, but in this process."""
-
-    def run(cwd: Path, name: str, *options: str) -> subprocess.CompletedProcess[str]:
-        monkeypatch.chdir(cwd)
-        code, output, errors = in_process(monkeypatch, capfd, name, f"--data.data_dir={data_dir}", *options)
-        assert code == 0, errors
-        return subprocess.CompletedProcess([name, *options], code, output, errors)
-
-    return run
 
 
 # --- help ---------------------------------------------------------------------------------------------------
@@ -82,7 +55,7 @@ def test_an_unknown_command_is_named():
 
 
 def test_help_of_a_command_explains_its_options(monkeypatch, capfd):
-    code, out, _ = in_process(monkeypatch, capfd, "fit", "--help")
+    code, out, _ = in_process(capfd, "fit", "--help")
     assert code == 0
     assert out.startswith("usage: python -m mnist_lightning")
     for option in (
@@ -102,8 +75,8 @@ def test_help_of_a_command_explains_its_options(monkeypatch, capfd):
 
 def test_baseline_yaml_spells_out_the_defaults(monkeypatch, capfd):
     config = ROOT / "configs/baseline.yaml"
-    _, defaults, _ = in_process(monkeypatch, capfd, "fit", "--print_config")
-    _, with_file, _ = in_process(monkeypatch, capfd, "fit", f"--config={config}", "--print_config")
+    _, defaults, _ = in_process(capfd, "fit", "--print_config")
+    _, with_file, _ = in_process(capfd, "fit", f"--config={config}", "--print_config")
     assert yaml.safe_load(with_file) == yaml.safe_load(defaults)
     spelled, default = yaml.safe_load(config.read_text()), yaml.safe_load(defaults)
     assert spelled["model"] == default["model"]
@@ -114,7 +87,7 @@ def test_baseline_yaml_spells_out_the_defaults(monkeypatch, capfd):
 
 def test_short_names_choose_classes(monkeypatch, capfd):
     code, out, err = in_process(
-        monkeypatch, capfd, "fit", "--model.network.units=[50]", "--model.network.dropout=0.5", "--model.network.l2=0",
+        capfd, "fit", "--model.network.units=[50]", "--model.network.dropout=0.5", "--model.network.l2=0",
         "--model.optimizer=KerasSGD", "--model.optimizer.lr=0.1", "--model.lr_scheduler=CosineAnnealingLR",
         "--model.lr_scheduler.T_max=20", "--print_config",
     )  # fmt: skip
@@ -140,7 +113,7 @@ def test_short_names_choose_classes(monkeypatch, capfd):
 )
 def test_another_class_comes_with_its_own_defaults(monkeypatch, capfd, options, expected):
     options = [option.format(config=ROOT / "configs/baseline.yaml") for option in options]
-    _, out, _ = in_process(monkeypatch, capfd, "fit", *options, "--print_config")
+    _, out, _ = in_process(capfd, "fit", *options, "--print_config")
     arguments = yaml.safe_load(out)["model"]["optimizer"]["init_args"]
     assert {name: arguments[name] for name in expected} == expected
 
@@ -155,7 +128,12 @@ def test_fit_shows_data_layers_progress_and_a_table(fitted):
     assert "test   images (300, 1, 28, 28)" in output
     assert re.search(r"network\.dense_1 +\| Dense +\| 100 K", output)
     assert (
-        len(re.findall(r"^Epoch \d/4 +[\d.]+ s  train: accuracy 0\.\d{4} .*val: accuracy", output, re.MULTILINE)) == 4
+        len(
+            re.findall(
+                r"^Epoch \d/4 +[\d.]+ s  train: loss \d\.\d{4} .*val: .*accuracy 0\.\d{4}$", output, re.MULTILINE
+            )
+        )
+        == 4
     )
     assert re.search(r"^last epoch \(4\) +\d\.\d{4} +\d\.\d{4} +0\.\d{4}$", output, re.MULTILINE)
     assert re.search(r"^best val/accuracy \(epoch \d\) +\d\.\d{4} +\d\.\d{4} +0\.\d{4}$", output, re.MULTILINE)
@@ -223,7 +201,7 @@ def test_two_runs_at_once_get_two_folders(command, tmp_path):
 
 def test_a_version_is_claimed_by_one(tmp_path):
     with ThreadPoolExecutor(8) as pool:
-        versions = list(pool.map(lambda _: cli.new_version(tmp_path / "logs"), range(40)))
+        versions = list(pool.map(lambda _: runs.new_version(tmp_path / "logs"), range(40)))
     assert sorted(versions) == list(range(40))
 
 
@@ -398,7 +376,7 @@ def test_a_launcher_s_processes_must_be_the_trainer_s_devices(monkeypatch, capfd
     monkeypatch.chdir(tmp_path)
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
-    code, _, err = in_process(monkeypatch, capfd, "fit", f"--data.data_dir={data_dir}", "--trainer.accelerator=cpu")
+    code, _, err = in_process(capfd, "fit", f"--data.data_dir={data_dir}", "--trainer.accelerator=cpu")
     assert code == 1
     assert re.search(r"error: You set `(devices=1|--ntasks=2)", err)
     assert list(tmp_path.iterdir()) == []
@@ -439,19 +417,19 @@ def test_checkpoints_are_evaluated_and_predicted(fitted, monkeypatch, capfd, dat
     data = f"--data.data_dir={data_dir}"
     last = [f"{float(number):.4f}" for number in re.search(r"last epoch \(4\) +(.*)", output)[1].split()]
 
-    code, out, err = in_process(monkeypatch, capfd, "test", data)
+    code, out, err = in_process(capfd, "test", data)
     assert code == 0, err
     found = {name: f"{float(value):.4f}" for name, value in re.findall(r"(test/\w+) +([\d.]+)", out)}
     assert [found[f"test/{name}"] for name in ("loss", "penalized_loss", "accuracy")] == last
 
-    code, out, err = in_process(monkeypatch, capfd, "validate", data, "--ckpt_path=best")
+    code, out, err = in_process(capfd, "validate", data, "--ckpt_path=best")
     assert code == 0, err
     best = max(float(row["val/accuracy"]) for row in rows(run))
     assert float(re.search(r"val/accuracy +([\d.]+)", out)[1]) == pytest.approx(best, abs=1e-6)
 
     csv_file = tmp_path / "predictions.csv"
     arguments = ("predict", data, f"--ckpt_path={run / 'checkpoints/last.ckpt'}", f"--output={csv_file}")
-    code, _, err = in_process(monkeypatch, capfd, *arguments)
+    code, _, err = in_process(capfd, *arguments)
     assert code == 0, err
     table = pd.read_csv(csv_file, index_col="index")
     probabilities = table.filter(like="probability_")
@@ -461,7 +439,7 @@ def test_checkpoints_are_evaluated_and_predicted(fitted, monkeypatch, capfd, dat
     assert f"{(table['label'] == table['predicted']).mean():.4f}" == last[2]
 
     before = csv_file.read_bytes()
-    code, _, err = in_process(monkeypatch, capfd, *arguments)
+    code, _, err = in_process(capfd, *arguments)
     assert code == 1
     assert "exists and is not overwritten" in err
     assert csv_file.read_bytes() == before
@@ -472,7 +450,7 @@ def test_a_checkpoint_brings_its_network(command, monkeypatch, capfd, data_dir, 
     command(tmp_path, "fit", "--trainer.max_epochs=1", "--model.network.units=[7]", "--model.network.dropout=0",
             "--model.network.l2=0.1", "--data.batch_size=50")  # fmt: skip
     last = tmp_path / "lightning_logs/baseline/version_0/checkpoints/last.ckpt"
-    code, _, err = in_process(monkeypatch, capfd, "test", f"--data.data_dir={data_dir}", f"--ckpt_path={last}")
+    code, _, err = in_process(capfd, "test", f"--data.data_dir={data_dir}", f"--ckpt_path={last}")
     assert code == 0, err
     assert "is used, not the one given" not in err
     network = Classifier.load_from_checkpoint(last, weights_only=True).network
@@ -482,7 +460,7 @@ def test_a_checkpoint_brings_its_network(command, monkeypatch, capfd, data_dir, 
     monkeypatch.chdir(tmp_path)
     with pytest.warns(UserWarning) as warned:  # noqa: PT030
         code, _, err = in_process(
-            monkeypatch, capfd, "fit", f"--data.data_dir={data_dir}", "--ckpt_path=last", "--trainer.max_epochs=2",
+            capfd, "fit", f"--data.data_dir={data_dir}", "--ckpt_path=last", "--trainer.max_epochs=2",
             "--trainer.logger=false", "--model.network.units=[9,9]", "--data.batch_size=60",
         )  # fmt: skip
     assert code == 0, err
@@ -537,7 +515,7 @@ def test_a_mistake_ends_in_one_or_two_lines(fitted, monkeypatch, capfd, tmp_path
     }
     before = sorted(tmp_path.iterdir())
     data = f"--data.data_dir={data_dir}"
-    code, out, err = in_process(monkeypatch, capfd, "fit", data, *[text.format(**files) for text in arguments])
+    code, out, err = in_process(capfd, "fit", data, *[text.format(**files) for text in arguments])
     noise = re.compile(r"Seed set|GPU available|TPU available|^$")
     lines = [line for line in err.splitlines() if not noise.search(line)]
     assert code in (1, 2)
@@ -550,7 +528,7 @@ def test_a_mistake_ends_in_one_or_two_lines(fitted, monkeypatch, capfd, tmp_path
 
 def test_a_missing_run_says_which_command_makes_one(monkeypatch, capfd, tmp_path):
     monkeypatch.chdir(tmp_path)
-    code, _, err = in_process(monkeypatch, capfd, "test", "--name=mine")
+    code, _, err = in_process(capfd, "test", "--name=mine")
     assert code == 1
     assert "No run in lightning_logs/mine has a last.ckpt. Train one with `python -m mnist_lightning fit`" in err
 
@@ -559,9 +537,7 @@ def test_a_checkpoint_of_another_network_is_said(fitted, monkeypatch, capfd, dat
     checkpoint = torch.load(fitted[0] / "checkpoints/last.ckpt", weights_only=True)
     checkpoint["state_dict"] = {f"{name}_": tensor for name, tensor in checkpoint["state_dict"].items()}
     torch.save(checkpoint, tmp_path / "other.ckpt")
-    code, _, err = in_process(
-        monkeypatch, capfd, "test", f"--data.data_dir={data_dir}", f"--ckpt_path={tmp_path / 'other.ckpt'}"
-    )
+    code, _, err = in_process(capfd, "test", f"--data.data_dir={data_dir}", f"--ckpt_path={tmp_path / 'other.ckpt'}")
     assert code == 1
     assert "its weights are not those of its network" in err
 
@@ -599,7 +575,7 @@ def test_a_run_folder_that_is_deleted_ends_the_run(monkeypatch, capfd, data_dir,
     monkeypatch.setattr(checkpoints, "write_csv", delete)
     monkeypatch.chdir(tmp_path)
     options = [f"--data.data_dir={data_dir}", "--trainer.max_epochs=9"]
-    code, output, errors = in_process(monkeypatch, capfd, "fit", *options)
+    code, output, errors = in_process(capfd, "fit", *options)
     assert code == 1
     assert "Epoch 3/9" not in output
     assert re.search(
@@ -614,7 +590,7 @@ def test_a_folder_that_cannot_be_written_is_named(monkeypatch, capfd, data_dir, 
     else:
         tmp_path.chmod(0o500)
     monkeypatch.chdir(tmp_path)
-    code, _, errors = in_process(monkeypatch, capfd, "fit", f"--data.data_dir={data_dir}", "--trainer.max_epochs=1")
+    code, _, errors = in_process(capfd, "fit", f"--data.data_dir={data_dir}", "--trainer.max_epochs=1")
     tmp_path.chmod(0o700)
     assert code == 1
     assert "error: lightning_logs/baseline/version_0: " in errors

@@ -19,7 +19,8 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from optuna.distributions import IntDistribution
 from optuna.storages.journal._storage import JournalOperation
 
-from mnist_lightning import cli, data, report, tuning
+from mnist_lightning import data, tuning
+from mnist_lightning.__main__ import main
 from mnist_lightning.data import MNISTDataModule
 from mnist_lightning.report import page
 from mnist_lightning.study import process_name
@@ -40,15 +41,10 @@ def spec(class_path, **arguments):
 INTEGER = spec("IntDistribution", low=8, high=32)
 
 
-def main(name, *options):
+def run_command(*arguments):
     """Run a command in this process; gives exit code or message."""
     try:
-        if name == "report":
-            report.main("", "", list(options))
-        else:
-            with pytest.MonkeyPatch.context() as patch:
-                patch.setattr(sys, "argv", ["", name, *options])
-                cli.main(name, "")
+        main(arguments)
     except SystemExit as exit:
         return exit.code or 0
     return 0
@@ -71,8 +67,8 @@ def made(data_dir, tmp_path_factory):
     (cwd / "space.yaml").write_text(yaml.safe_dump({"search_space": {UNITS: INTEGER}}))
     with contextlib.chdir(cwd), pytest.MonkeyPatch.context() as patch:
         patch.setattr(tuning.Search, "run", one_trial)
-        assert main("fit", f"--data.data_dir={data_dir}", "--trainer.max_epochs=1") == 0
-        assert main(*TUNE, f"--data.data_dir={data_dir}") == 0
+        assert run_command("fit", f"--data.data_dir={data_dir}", "--trainer.max_epochs=1") == 0
+        assert run_command(*TUNE, f"--data.data_dir={data_dir}") == 0
     return cwd
 
 
@@ -95,7 +91,7 @@ def run(cwd, monkeypatch, capfd, data_dir):
 
     def command(name, *options):
         before = {path: path.read_bytes() for path in cwd.rglob("*") if path.is_file()}
-        code = main(name, *options, *([] if name == "report" else [f"--data.data_dir={data_dir}"]))
+        code = run_command(name, *options, *([] if name == "report" else [f"--data.data_dir={data_dir}"]))
         out, err = capfd.readouterr()
         assert "Traceback" not in out + err
         assert not (cwd / "hacked").exists()

@@ -14,13 +14,13 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+from conftest import tune_options
 from PIL import Image
 from scipy import stats
 from sklearn.metrics import accuracy_score, confusion_matrix, log_loss, precision_recall_fscore_support
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from test_tuning import options
 
-from mnist_lightning import cli, report, workers
+from mnist_lightning.__main__ import main
 from mnist_lightning.report import page
 from mnist_lightning.report.statistics import calibration_error, compare, reliability, seeds_p_value, verdict
 
@@ -30,8 +30,7 @@ def made(data_dir, tmp_path_factory):
     """A folder in which ``fit`` (two seeds), ``tune`` and ``report`` were run, and what ``report`` printed."""
     cwd = tmp_path_factory.mktemp("made")
     small, output = f"--data.data_dir={data_dir}", io.StringIO()
-    tune = options(data_dir, "--n_trials=3", "--executions_per_trial=1", "--refit_epochs=2")
-    workers.start_server()
+    tune = tune_options(data_dir, "--n_trials=3", "--executions_per_trial=1", "--refit_epochs=2")
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(output):
         patch.chdir(cwd)
         for arguments in (
@@ -41,12 +40,11 @@ def made(data_dir, tmp_path_factory):
             ["predict", small, "--name=baseline", "--output=baseline.csv"],
             ["predict", small, "--name=tuned", "--output=tuned.csv"],
         ):
-            patch.setattr("sys.argv", ["mnist_lightning", *arguments])
-            cli.main(arguments[0], "")
+            main(arguments)
         shutil.copytree(cwd / "lightning_logs", cwd / "before")
         output.seek(0)
         output.truncate()
-        report.main("python -m mnist_lightning", "Compare.", [])
+        main(["report"])
     return cwd, output.getvalue()
 
 
@@ -64,7 +62,7 @@ def run(made, tmp_path, monkeypatch, capfd):
     def command(*arguments):
         code = 0
         try:
-            report.main("python -m mnist_lightning", "Compare.", list(arguments))
+            main(["report", *arguments])
         except SystemExit as exit:
             code = exit.code
         captured = capfd.readouterr()
@@ -147,7 +145,7 @@ class Page(HTMLParser):
         self.images, self.references, self.open, self.problems = [], [], [], []
         self.feed(text)
 
-    def handle_starttag(self, tag, attributes):  # noqa: D102
+    def handle_starttag(self, tag, attributes):
         attributes = dict(attributes)
         if tag == "img":
             self.images.append(attributes)
@@ -155,7 +153,7 @@ class Page(HTMLParser):
         if tag not in ("img", "meta", "link", "br"):
             self.open.append(tag)
 
-    def handle_endtag(self, tag):  # noqa: D102
+    def handle_endtag(self, tag):
         if self.open.pop() != tag:
             self.problems.append(tag)
 

@@ -14,44 +14,20 @@ from pathlib import Path
 import optuna
 import pytest
 import yaml
+from conftest import ROOT, in_process, tune_options
 from optuna.trial import TrialState
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from test_cli import in_process
 
-from mnist_lightning import tuning, workers
+from mnist_lightning import tuning
 from mnist_lightning.storage import open_storage
 from mnist_lightning.study import counts, put_back
 from mnist_lightning.tuning import Search
-
-ROOT = Path(__file__).parents[1]
-SMALL = {
-    "model.network.init_args.units.0": {"class_path": "IntDistribution", "init_args": {"low": 8, "high": 32}},
-    "model.network.init_args.l2.1": {"class_path": "CategoricalDistribution", "init_args": {"choices": [0.01, 0.1]}},
-    "model.optimizer.class_path": {
-        "class_path": "CategoricalDistribution",
-        "init_args": {"choices": ["KerasAdam", "KerasSGD", "mnist_lightning.optimizers.KerasRMSprop"]},
-    },
-}
 
 
 def choices(**values):
     """A search space of choices."""
     space = {key: {"class_path": "CategoricalDistribution", "init_args": {"choices": v}} for key, v in values.items()}
     return f"--search_space={json.dumps(space)}"
-
-
-def options(data_dir, *more, epochs=2):
-    space = (
-        [] if any(option.startswith("--search_space") for option in more) else [f"--search_space={json.dumps(SMALL)}"]
-    )
-    return [
-        "tune", f"--data.data_dir={data_dir}", f"--trainer.max_epochs={epochs}", "--refit=false", *space, *more,
-    ]  # fmt: skip
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _server():
-    workers.start_server()
 
 
 @pytest.fixture
@@ -61,7 +37,7 @@ def tune(data_dir, tmp_path, monkeypatch, capfd):
     def run(*more, folder="here", **keywords):
         (tmp_path / folder).mkdir(exist_ok=True)
         monkeypatch.chdir(tmp_path / folder)
-        return in_process(monkeypatch, capfd, *options(data_dir, *more, **keywords))
+        return in_process(capfd, *tune_options(data_dir, *more, **keywords))
 
     return run
 
@@ -81,7 +57,7 @@ def outcome(study):
 def whole(data_dir, tmp_path_factory):
     """An uninterrupted study of five trials, by one worker."""
     cwd = tmp_path_factory.mktemp("whole")
-    command = [sys.executable, "-m", "mnist_lightning", *options(data_dir, "--n_trials=5", "--workers=1")]
+    command = [sys.executable, "-m", "mnist_lightning", *tune_options(data_dir, "--n_trials=5", "--workers=1")]
     result = subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=120)
     assert result.returncode == 0, result.stderr
     return cwd, result.stdout
@@ -207,7 +183,7 @@ def test_a_trial_that_kills_its_workers_fails_and_the_study_goes_on(tune, tmp_pa
 
 
 def start(data_dir, cwd, *more, epochs=2):
-    command = [sys.executable, "-m", "mnist_lightning", *options(data_dir, *more, epochs=epochs)]
+    command = [sys.executable, "-m", "mnist_lightning", *tune_options(data_dir, *more, epochs=epochs)]
     return subprocess.Popen(
         command, cwd=cwd, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
     )
@@ -495,8 +471,8 @@ def test_another_space_is_refused(tune):
 
 def test_tune_yaml_spells_out_the_defaults(monkeypatch, capfd):
     config = ROOT / "configs/tune.yaml"
-    _, defaults, _ = in_process(monkeypatch, capfd, "tune", "--print_config")
-    _, with_file, _ = in_process(monkeypatch, capfd, "tune", f"--config={config}", "--print_config")
+    _, defaults, _ = in_process(capfd, "tune", "--print_config")
+    _, with_file, _ = in_process(capfd, "tune", f"--config={config}", "--print_config")
     assert yaml.safe_load(with_file) == yaml.safe_load(defaults)
     spelled, default = yaml.safe_load(config.read_text()), yaml.safe_load(defaults)
     for key in set(default) - {"trainer", "search_space", "sampler", "pruner", "storage", "workers"}:

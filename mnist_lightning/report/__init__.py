@@ -4,9 +4,9 @@ import argparse
 from pathlib import Path
 
 
-def main(prog: str, description: str, arguments: list[str]) -> None:
+def main(command: str, description: str, arguments: list[str]) -> None:
     """Run the command; what takes long to import waits until the arguments are right."""
-    parser = argparse.ArgumentParser(prog=f"{prog} report", description=description)
+    parser = argparse.ArgumentParser(prog=f"python -m mnist_lightning {command}", description=description)
     parser.add_argument(
         "models",
         nargs="*",
@@ -29,8 +29,8 @@ def main(prog: str, description: str, arguments: list[str]) -> None:
     if len(options.models) != 2:
         parser.error(f"two models are compared, not {len(options.models)}: {' '.join(options.models)}")
 
-    from mnist_lightning.cli import plain_errors
     from mnist_lightning.report.page import write
+    from mnist_lightning.runs import user_errors
 
-    with plain_errors():
+    with user_errors():
         write(**vars(options))

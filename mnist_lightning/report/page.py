@@ -24,7 +24,7 @@ from torch.utils.tensorboard import SummaryWriter
 from mnist_lightning.figures import confusion_matrix as confusion_figure
 from mnist_lightning.figures import curves, render
 from mnist_lightning.report import figures
-from mnist_lightning.report.runs import Run, check_same_data, find, load
+from mnist_lightning.report.runs import Run, check_same_data, load
 from mnist_lightning.report.statistics import (
     calibration_error,
     compare,
@@ -32,6 +32,7 @@ from mnist_lightning.report.statistics import (
     seeds_p_value,
     verdict,
 )
+from mnist_lightning.runs import newest_complete_run
 from mnist_lightning.storage import open_storage
 from mnist_lightning.study import bounds, check_trials, results, short_key, short_value
 
@@ -123,7 +124,7 @@ def write(
 
 def _paths(model: str, logs: Path) -> tuple[str, list[Path]]:
     name, _, paths = model.partition("=")
-    return name, [Path(path) for path in paths.split(",")] if paths else [find(logs, name)]
+    return name, [Path(path) for path in paths.split(",")] if paths else [newest_complete_run(logs / name)]
 
 
 def _numbers(sides: dict[str, list[Run]], weights: str) -> dict[str, Any]:

@@ -12,9 +12,8 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from numpy.typing import NDArray
 from torch.nn import functional as F
 
-from mnist_lightning.checkpoints import INSTANTIATOR, read_history, reading
+from mnist_lightning.checkpoints import INSTANTIATOR, checkpoint_errors, read_history
 from mnist_lightning.classifier import Classifier
-from mnist_lightning.cli import PROG, newest_file
 from mnist_lightning.data import MNISTDataModule, Split
 
 BATCH = 1000
@@ -73,26 +72,6 @@ class Run:
         return 1 + int(max(self.history, key=lambda row: row.get("val/accuracy", 0.0))["epoch"])
 
 
-def find(logs: Path, name: str) -> Path:
-    """The newest complete run by a name.
-
-    Raises:
-        MisconfigurationException: There is none.
-    """
-    complete = newest_file((logs / name).glob("version_*/test.csv"))
-    if complete is not None:
-        return complete.parent
-    command = {"baseline": "fit", "tuned": "tune"}.get(name, f"fit --name {name}")
-    newest = newest_file((logs / name).glob("version_*"))
-    if newest is None:
-        raise MisconfigurationException(f"No run in {logs / name} yet. Make one: {PROG} {command}")
-    last = newest / "checkpoints/last.ckpt"
-    remedy = f"Continue it: {PROG} fit --config {newest / 'config.yaml'} --ckpt_path {last}"
-    if not last.is_file():
-        remedy = f"It has no checkpoint either. Make a new one: {PROG} {command}"
-    raise MisconfigurationException(f"{newest} was stopped before its end. {remedy}")
-
-
 def load(path: Path) -> Run:
     """Read a run from its folder, or from one of its checkpoints, and evaluate it.
 
@@ -111,7 +90,7 @@ def load(path: Path) -> Run:
     models = {}
     for name, file in checkpoints.items():
         if file.is_file():
-            with reading(file):
+            with checkpoint_errors(file):
                 models[name] = Classifier.load_from_checkpoint(
                     file, map_location="cpu", weights_only=True, _instantiator=INSTANTIATOR
                 ).eval()
@@ -120,7 +99,7 @@ def load(path: Path) -> Run:
                     state = checkpoint["callbacks"]["RunCheckpoint"]
                     history, seconds = read_history(state), float(state["seconds"])
                     arguments = checkpoint["datamodule_hyper_parameters"]
-    with reading(checkpoints["last"]):
+    with checkpoint_errors(checkpoints["last"]):
         data = MNISTDataModule(**{key: value for key, value in arguments.items() if not key.startswith("_")})
         data.setup("fit")
         data.setup("test")

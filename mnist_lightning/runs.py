@@ -1,0 +1,137 @@
+"""Runs on disk: found, numbered and written whole; and what a person is told when that cannot be done."""
+
+import csv
+import os
+import sys
+import threading
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities.rank_zero import rank_zero_only
+
+PROG = "python -m mnist_lightning"
+LOGS = "lightning_logs"
+"""Folder of all runs, studies and reports."""
+
+
+def newest_file(paths: Iterable[Path]) -> Path | None:
+    """The one that was written last, or None if there is none."""
+    return max(paths, key=lambda path: path.stat().st_mtime, default=None)
+
+
+def newest_checkpoint(folder: Path, kind: str) -> Path:
+    """The ``last`` or ``best`` checkpoint that was written last, of the runs in a folder.
+
+    Raises:
+        MisconfigurationException: There is none.
+    """
+    newest = newest_file(folder.glob(f"version_*/checkpoints/{kind}.ckpt"))
+    if newest is None:
+        raise MisconfigurationException(
+            f"No run in {folder} has a {kind}.ckpt. Train one with `{PROG} fit`, "
+            "or name another with --name or --ckpt_path."
+        )
+    return newest
+
+
+def newest_complete_run(folder: Path) -> Path:
+    """The run in a folder that was evaluated last.
+
+    Raises:
+        MisconfigurationException: There is none.
+    """
+    complete = newest_file(folder.glob("version_*/test.csv"))
+    if complete is not None:
+        return complete.parent
+    command = {"baseline": "fit", "tuned": "tune"}.get(folder.name, f"fit --name {folder.name}")
+    newest = newest_file(folder.glob("version_*"))
+    if newest is None:
+        raise MisconfigurationException(f"No run in {folder} yet. Make one: {PROG} {command}")
+    last = newest / "checkpoints/last.ckpt"
+    remedy = f"Continue it: {PROG} fit --config {newest / 'config.yaml'} --ckpt_path {last}"
+    if not last.is_file():
+        remedy = f"It has no checkpoint either. Make a new one: {PROG} {command}"
+    raise MisconfigurationException(f"{newest} was stopped before its end. {remedy}")
+
+
+def new_version(folder: Path) -> int:
+    """Make the next ``version_N`` in a folder.
+
+    Safe among processes: making a folder succeeds in one of them only.
+
+    Args:
+        folder: Where the versions are; made if it does not exist.
+
+    Returns:
+        N.
+    """
+    versions = [int(path.name[8:]) for path in folder.glob("version_*") if path.name[8:].isdigit()]
+    version = max(versions, default=-1) + 1
+    if rank_zero_only.rank == 0:  # type: ignore[attr-defined]
+        try:
+            (folder / f"version_{version}").mkdir(parents=True)
+        except FileExistsError:
+            return new_version(folder)
+    return version
+
+
+@contextmanager
+def atomic_write(path: Path) -> Iterator[Path]:
+    """Give another path to write to, which then replaces ``path``: a reader finds the old file or the new one, whole.
+
+    Raises:
+        OSError: It could not be written; what there was before is there still.
+    """
+    partial = path.with_name(f"{path.name}.partial")
+    try:
+        yield partial
+        partial.replace(path)
+    except OSError as error:
+        with suppress(OSError):
+            partial.unlink()
+        raise OSError(error.errno, error.strerror, str(path)) from error  # a full disk is reported without a name
+
+
+def write_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Write rows, whose columns are all that any of them has."""
+    with atomic_write(path) as partial, partial.open("w", newline="") as file:
+        writer = csv.DictWriter(file, fieldnames=list(dict.fromkeys(name for row in rows for name in row)))
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def format_table(rows: Sequence[Sequence[str]]) -> str:
+    """Rows of cells, the header first, as lines of text: the first column to the left, the others to the right."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = []
+    for first, *cells in rows:
+        right = (f"  {cell:>{width}}" for cell, width in zip(cells, widths[1:], strict=True))
+        lines.append(f"{first:{widths[0]}}{''.join(right)}")
+    return "\n".join(lines)
+
+
+def describe_os_error(error: OSError) -> str:
+    """What the system refused, and where."""
+    return f"{os.fsdecode(error.filename)}: {error.strerror}" if error.filename else str(error)
+
+
+@contextmanager
+def user_errors() -> Iterator[None]:
+    """End the process with a message instead of a traceback where the user can do something about it."""
+    silence_os_errors_of_threads()
+    try:
+        yield
+    except (MisconfigurationException, ModuleNotFoundError) as error:  # a module that an option needs
+        sys.exit(f"error: {error}")
+    except OSError as error:
+        sys.exit(f"error: {describe_os_error(error)}")
+
+
+def silence_os_errors_of_threads() -> None:
+    """Let threads end silently where the system refuses something: TensorBoard's writer raises it again elsewhere."""
+    threading.excepthook = lambda failure: (
+        None if issubclass(failure.exc_type, OSError) else threading.__excepthook__(failure)
+    )
