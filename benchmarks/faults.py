@@ -28,8 +28,8 @@ import optuna
 import torch
 from optuna.trial import TrialState
 
-from mnist_lightning.storage import open_storage
-from mnist_lightning.study import counts
+from mnist_lightning.tune.storage import open_storage
+from mnist_lightning.tune.study import is_counted
 
 SHORT = ["--trainer.limit_train_batches=60", "--trainer.limit_val_batches=10"]
 FIT = ["fit", "--trainer.max_epochs=60", *SHORT]
@@ -172,7 +172,7 @@ def searches(killed: Path, whole: Path, draw: random.Random) -> Counter[str]:
     study = load(killed)
     assert all(trial.state.is_finished() for trial in study.trials)
     expected = {str(trial.params): trial.value for trial in load(whole).trials}
-    counted = [trial for trial in study.trials if counts(trial)]
+    counted = [trial for trial in study.trials if is_counted(trial)]
     assert sorted(str(trial.params) for trial in counted) == sorted(expected)
     for trial in counted:
         if "died that ran it" in trial.user_attrs.get("error", ""):

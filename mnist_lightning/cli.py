@@ -1,26 +1,18 @@
-"""The commands and their options: a LightningCLI whose defaults are the notebook's."""
+"""``fit``, ``validate``, ``test`` and ``predict``: a LightningCLI whose defaults are the notebook's."""
 
-import importlib
-import inspect
 import json
 import logging
-import os
-import signal
-import subprocess
-import sys
 import warnings
-import zlib
-from collections.abc import Callable
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
-import yaml
-from jsonargparse import ArgumentError, Namespace, _typehints, set_parsing_settings
+from jsonargparse import ArgumentError, Namespace
 from jsonargparse.typing import restricted_number_type
 from lightning.fabric.plugins.environments import SLURMEnvironment
-from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
+from lightning.pytorch import Trainer
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.model_summary import summarize
@@ -37,6 +29,7 @@ from mnist_lightning.checkpoints import (
 from mnist_lightning.classifier import Classifier
 from mnist_lightning.data import MNISTDataModule
 from mnist_lightning.loops import FitLoop, NoProfiler
+from mnist_lightning.parsing import Parser, corrected
 from mnist_lightning.runs import (
     LOGS,
     PROG,
@@ -44,190 +37,127 @@ from mnist_lightning.runs import (
     format_table,
     new_version,
     newest_checkpoint,
-    newest_file,
     user_errors,
     write_csv,
 )
+from mnist_lightning.slurm import SlurmJob
 
-
-class Parser(LightningArgumentParser):
-    """Says what is wrong in one line instead of a page of usage."""
-
-    def parse_path(self, cfg_path: Any, **kwargs: Any) -> Namespace:
-        """Parse a config file, once it is known to be one that can be parsed."""
-        try:
-            nodes = [yaml.safe_load(Path(cfg_path).read_text(encoding="utf-8"))]
-            for count, node in enumerate(nodes):  # grows; aliases may stand for billions of nodes, or for themselves
-                nodes += node.values() if isinstance(node, dict) else node if isinstance(node, list) else []
-                if count > 10_000:
-                    raise ValueError("it has too many values")
-        except (yaml.YAMLError, ValueError, RecursionError) as error:
-            self.error(f"{cfg_path} is no config: {error}", error)
-        config: Namespace = super().parse_path(cfg_path, **kwargs)
-        return config
-
-    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        """Print the message and end with exit code 2."""
-        if not self.exit_on_error:
-            super().error(message, ex)
-        print(f"error: {' '.join(message.split())}\nAll options: add --help", file=sys.stderr)
-        self.exit(2)
-
-
-def _discard_defaults(original: Callable[..., None]) -> Callable[..., None]:
-    """Make a class that is exchanged for another take its defaults along.
-
-    jsonargparse hands every argument that both classes have to the new one, even one that nobody gave: SGD would train
-    with Adam's default learning rate. Here only values other than the old class's defaults are handed on.
-    """
-
-    def discard(parser: Any, previous: Any, value: Any) -> None:
-        if isinstance(previous, Namespace) and "init_args" in previous and previous.class_path != value["class_path"]:
-            module, _, name = previous.class_path.rpartition(".")
-            parameters = inspect.signature(getattr(importlib.import_module(module), name)).parameters
-            for key, given in list(previous.init_args.items(branches=True, nested=False)):
-                default = parameters[key].default if key in parameters else None
-                if given == (list(default) if isinstance(given, list) and isinstance(default, tuple) else default):
-                    previous.init_args.pop(key)
-        original(parser, previous, value)
-
-    return discard
-
-
-def _require_class(original: Callable[..., tuple[Any, Any]]) -> Callable[..., tuple[Any, Any]]:
-    """Refuse a function as the class path of a callable: jsonargparse would call any, with arguments of the config."""
-
-    def adapt(callable_type: Any, spec: Any) -> tuple[Any, Any]:
-        spec, skipped = original(callable_type, spec)
-        if not inspect.isclass(_typehints.import_object(spec["class_path"])):
-            raise ImportError(f"{spec['class_path']} is no class")
-        return spec, skipped
-
-    return adapt
-
-
-_typehints.discard_init_args_on_class_path_change = _discard_defaults(_typehints.discard_init_args_on_class_path_change)
-_typehints.adapt_partial_callable_class = _require_class(_typehints.adapt_partial_callable_class)
-# a config or checkpoint may be anybody's: only classes of the type that a key wants are made, none of os or subprocess
-set_parsing_settings(instantiate_subclass_spec_in_any=False, import_path_denylist=[])
+DEFAULTS = {
+    "name": "baseline",
+    "trainer.max_epochs": 20,
+    "trainer.devices": 1,  # the notebook's network is too small to share
+    "trainer.num_sanity_val_steps": 0,
+    "model.network": {"class_path": "mnist_lightning.networks.MLP"},
+}
+"""Where the commands differ from Lightning, and what has no default of its own."""
 
 
 class RunCLI(LightningCLI):
-    """``fit``, ``validate``, ``test`` and ``predict``, of which only the chosen command's options are built.
+    """Parses the options of a command and makes model, data and trainer of them; the command's function does the rest.
 
     Args:
-        command: The chosen command.
+        command: Its name.
+        arguments: Command-line arguments, or a config.
         description: What it does, for its ``--help``.
-        args: Command-line arguments including the command, by default those of the process.
+
+    Attributes:
+        logs: Folder of all runs.
+        checkpoint: Keeps the run of a ``fit`` on disk; None where nothing is kept.
+        keeps_run: Whether a ``fit`` leaves a run folder.
     """
 
-    run_trainer: type[Trainer] = Trainer
-    run_epochs = 20
-    run_name = "baseline"
-
-    def __init__(self, command: str, description: str, args: ArgsType = None) -> None:
+    def __init__(self, command: str, arguments: Sequence[str] | dict[str, Any], description: str = "") -> None:
         self.command = command
         super().__init__(
             Classifier,
             MNISTDataModule,
-            trainer_class=self.run_trainer,
-            # the notebook's network is too small to share: one device, unless asked for more
-            trainer_defaults={"max_epochs": self.run_epochs, "devices": 1, "num_sanity_val_steps": 0},
             seed_everything_default=42,
             parser_class=Parser,
-            parser_kwargs={"prog": PROG, command: {"description": description}},
+            parser_kwargs={"prog": f"{PROG} {command}", "description": description},
             auto_configure_optimizers=False,
-            args=args,
+            run=False,
+            args=arguments if isinstance(arguments, dict) else list(arguments),
         )
-
-    def subcommands(self) -> dict[str, set[str]]:  # type: ignore[override]
-        """The chosen command, with the arguments of its Trainer method that are no options."""
-        skip = super().subcommands().get(self.command, {"model", "datamodule"})
-        return {self.command: {*skip, "weights_only", "return_predictions"}}
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Add the options that are neither the trainer's nor the model's nor the data's."""
-        parser.add_argument("--name", type=str, default=self.run_name, help=f"Folder of the run, in {LOGS}.")
+        parser.add_argument("--name", type=str, help=f"Folder of the run, in {LOGS}.")
         parser.add_argument(
             "--num_threads",
             type=restricted_number_type("Threads", int, [(">", 0), ("<=", 1024)]),
             default=1,
             help="CPU threads of one process; more only pay for large networks.",
         )
-        parser.set_defaults({"model.network": {"class_path": "mnist_lightning.networks.MLP"}})
         if self.command == "predict":
-            parser.add_argument(
-                "--output", type=str, default="predictions.csv", help="CSV file to write; must not exist yet."
-            )
+            parser.add_argument("--output", default="predictions.csv", help="CSV file to write; must not exist yet.")
+        if hasattr(Trainer, self.command):
+            skip = {"model", "datamodule", "weights_only", "return_predictions"}
+            skip |= {f"{prefix}dataloaders" for prefix in ("", "train_", "val_")}
+            self.method_options = parser.add_method_arguments(Trainer, self.command, as_group=False, skip=skip)
+        parser.set_defaults(DEFAULTS)
 
-    def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
-        """Parse, and find and check the checkpoint."""
-        self.config = parser.parse_object(args) if isinstance(args, dict | Namespace) else parser.parse_args(args)
-        options = self.config[self.command]
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        """Parse, and take the network's hyper-parameters from the checkpoint."""
+        self.config = parser.parse_object(args) if isinstance(args, dict) else parser.parse_args(args)
         for group in ("trainer", "model", "data"):
-            if not isinstance(options[group], Namespace):
-                raise MisconfigurationException(f"{group} must have keys of its own, and is not just {options[group]}.")
-        if not 0 <= options.seed_everything < 2**32:
-            raise MisconfigurationException(f"seed_everything {options.seed_everything} is not from 0 to 2^32 - 1.")
-        self.logs = Path(options.trainer.default_root_dir or ".", LOGS)
-        if "ckpt_path" not in options:
-            return
-        if self.command == "fit" and SLURMEnvironment.detect():
-            array = [os.environ[key] for key in ("SLURM_ARRAY_JOB_ID", "SLURM_ARRAY_TASK_ID") if key in os.environ]
-            self.job = "_".join(array or [os.environ["SLURM_JOB_ID"]])
-            # a job may run several commands; when it is requeued, each goes on from its own last epoch
-            self.mark = f"slurm_{self.job}_{zlib.crc32(' '.join(map(str, args or ())).encode()):08x}"
-            runs = [path.parent for path in (self.logs / options.name).glob(f"version_*/{self.mark}")]
-            last = newest_file(path for run in runs if (path := run / "checkpoints/last.ckpt").is_file())
-            if last is not None and os.environ.get("SLURM_RESTART_COUNT", "0") != "0":
-                options.ckpt_path = str(last)
-        if options.ckpt_path is None and self.command != "fit":
-            options.ckpt_path = "last"
-        if options.ckpt_path in ("last", "best"):
-            options.ckpt_path = str(newest_checkpoint(self.logs / options.name, options.ckpt_path))
-        if options.ckpt_path is not None:
-            self._check_checkpoint(options.ckpt_path)
+            if not isinstance(self.config[group], Namespace):
+                raise MisconfigurationException(
+                    f"{group} must have keys of its own, and is not just {self.config[group]}."
+                )
+        if not 0 <= self.config.seed_everything < 2**32:
+            raise MisconfigurationException(f"seed_everything {self.config.seed_everything} is not from 0 to 2^32 - 1.")
+        self.logs = Path(self.config.trainer.default_root_dir or ".", LOGS)
+        self.job = SlurmJob(args) if SLURMEnvironment.detect() and self.command == "fit" and args else None
+        if "ckpt_path" in self.config:
+            self._find_checkpoint()
+            if self.config.ckpt_path is not None:
+                self._use_checkpoint(Path(self.config.ckpt_path))
 
-    def _check_checkpoint(self, path: str) -> None:
-        """Refuse what is no checkpoint, and say what it will override."""
-        if not Path(path).is_file():
+    def _find_checkpoint(self) -> None:
+        folder = self.logs / self.config.name
+        if self.job is not None and (path := self.job.checkpoint(folder)):
+            self.config.ckpt_path = str(path)
+        if self.config.ckpt_path is None and self.command != "fit":
+            self.config.ckpt_path = "last"
+        if self.config.ckpt_path in ("last", "best"):
+            self.config.ckpt_path = str(newest_checkpoint(folder, self.config.ckpt_path))
+
+    def _use_checkpoint(self, path: Path) -> None:
+        """Refuse what is no checkpoint, say what it overrides, and let it."""
+        if not path.is_file():
             raise MisconfigurationException(f"No checkpoint at {path}; `last` and `best` mean the newest run's.")
         with checkpoint_errors(path):
             checkpoint = torch.load(path, map_location="cpu", weights_only=True)
             names = {"model": "hyper_parameters", "data": "datamodule_hyper_parameters"}
             saved = {group: {**checkpoint.get(name, {})} for group, name in names.items()}
             checkpoint["state_dict"].keys()
-        parser = self._parser(self.command)
-        given, default = (
-            json.loads(parser.dump(config, skip_none=False, format="json"))
-            for config in (self.config[self.command], parser.get_defaults())
-        )
-        for group in ("model", "data") if self.command == "fit" else ("model",):
-            for key, value in given[group].items():
-                if value == saved[group].get(key, value):
-                    continue
-                if group == "data":
-                    rank_zero_warn(
-                        f"Continuing with data.{key} {value}, but {path} was trained with {saved[group][key]}. "
-                        f"To continue exactly, add --config {Path(path).absolute().parent.parent / 'config.yaml'}"
-                    )
-                elif value != default[group][key]:
-                    rank_zero_warn(f"The checkpoint's model.{key} is used, not the one given: {saved[group][key]}")
-
-    def _parse_ckpt_path(self) -> None:
+        given, default = self.plain_config(), self.plain_config(self.parser.get_defaults())
+        for key, value in given["model"].items():
+            if value not in (saved["model"].get(key, value), default["model"][key]):
+                rank_zero_warn(f"The checkpoint's model.{key} is used, not the one given: {saved['model'][key]}")
+        for key, value in given["data"].items():
+            if self.command == "fit" and value != saved["data"].get(key, value):
+                rank_zero_warn(
+                    f"Continuing with data.{key} {value}, but {path} was trained with {saved['data'][key]}. "
+                    f"To continue exactly, add --config {path.absolute().parent.parent / 'config.yaml'}"
+                )
+        saved["model"].pop("_instantiator", None)
         self.parser.exit_on_error = False
         try:
-            super()._parse_ckpt_path()
+            self.config = self.parser.parse_object({"model": saved["model"]}, self.config)
         except ArgumentError as error:
             raise MisconfigurationException(
-                f"{self.config[self.command].ckpt_path} cannot be used: its hyper-parameters are refused. "
-                f"{' '.join(str(error).split())}"
+                f"{path} cannot be used: its hyper-parameters are refused. {' '.join(str(error).split())}"
             ) from error
         self.parser.exit_on_error = True
 
+    def plain_config(self, config: Namespace | None = None) -> dict[str, Any]:
+        """A config, by default the command's own, complete and in types that YAML and JSON have."""
+        plain: dict[str, Any] = json.loads(self.parser.dump(config or self.config, skip_none=False, format="json"))
+        return plain
+
     def before_instantiate_classes(self) -> None:
-        """Set up this process."""
-        torch.set_num_threads(self.config[self.command].num_threads)
+        torch.set_num_threads(self.config.num_threads)
 
     def instantiate_classes(self) -> None:
         """Make model, data and trainer; a value that one of them refuses is the user's mistake."""
@@ -235,15 +165,14 @@ class RunCLI(LightningCLI):
             super().instantiate_classes()
             self.model.configure_optimizers()  # only to see now whether it can be done
         except (TypeError, ValueError, RuntimeError) as error:
-            path = self.config[self.command].get("ckpt_path")
+            path = self.config.get("ckpt_path")
             raise MisconfigurationException(f"{path} cannot be used: {error}" if path else str(error)) from error
         # only a model made from a config has hyper-parameters that can be stored as plain types
-        config = json.loads(self._parser(self.command).dump(self.config[self.command], skip_none=False, format="json"))
-        self.model.save_hyperparameters({**config["model"], "_instantiator": INSTANTIATOR})
+        self.model.save_hyperparameters({**self.plain_config()["model"], "_instantiator": INSTANTIATOR})
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Make the trainer; a ``fit`` with a logger also gets all that a run folder holds."""
-        options = self.config_init[self.command].trainer
+        options = self.config_init.trainer
         callbacks: list[Any] = []
         if options.enable_progress_bar is not False:
             callbacks.append(EpochProgressBar())
@@ -270,93 +199,95 @@ class RunCLI(LightningCLI):
         trainer.fit_loop = FitLoop(trainer)
         return trainer
 
-    def fit(self, model: LightningModule, datamodule: MNISTDataModule, ckpt_path: str | None) -> None:
-        """Train, then evaluate on the test images: the weights of the last epoch and those of the best."""
-        for stage in ("fit", "test"):  # all data is checked before anything is trained
-            datamodule.setup(stage)
-        if self.trainer.is_global_zero:
-            source = datamodule.data_dir or "the package's own MNIST"
-            print(f"Data: {source}, scaled to [0, 1]")
-            for name in ("train", "val", "test"):
-                split = getattr(datamodule, name)
-                shapes = [tuple(tensor.shape) for tensor in (split.images, split.labels)]
-                dtypes = [tensor.dtype for tensor in split.__getitems__([0])]
-                print(f"  {name:5}  images {shapes[0]} {dtypes[0]}, labels {shapes[1]} {dtypes[1]}")
-            if self.config[self.command].trainer.enable_model_summary is not False:
-                print(summarize(model, max_depth=2))
-        if self.keeps_run and self.config[self.command].trainer.logger is None:
-            name = self.config[self.command].name
-            version = new_version(self.logs / name)
-            self.trainer.loggers = [TensorBoardLogger(self.logs, name, version, default_hp_metric=False)]
-            environment = self.trainer._accelerator_connector.cluster_environment
-            if isinstance(environment, SLURMEnvironment) and environment.auto_requeue and self.checkpoint:
-                # Lightning's own handler saves in the middle of a step, where processes may block each other for ever,
-                # and every other job in the folder would continue from that file
-                signal.signal(environment.requeue_signal or signal.SIGUSR1, self._requeue)
-                if self.trainer.is_global_zero:
-                    (self.logs / name / f"version_{version}" / self.mark).touch()
-        try:
-            self.trainer.fit(model, datamodule=datamodule, ckpt_path=ckpt_path)
-        except (SystemExit, OSError):  # Ctrl-C, a full disk
-            if self.trainer.is_global_zero and self.checkpoint and Path(self.checkpoint.last_model_path).is_file():
-                config = self.checkpoint.run_dir / "config.yaml"
-                print(f"Continue: {PROG} fit --config {config} --ckpt_path {self.checkpoint.last_model_path}")
-            raise
-        self._evaluate(model, datamodule)
 
-    def _requeue(self, *_: Any) -> None:
-        if self.trainer.is_global_zero:
-            subprocess.run(["scontrol", "requeue", self.job], check=False)  # noqa: S607
-
-    def _evaluate(self, model: LightningModule, datamodule: MNISTDataModule) -> None:
-        loggers, self.trainer.loggers = self.trainer.loggers, []
-        (results,) = self.trainer.test(model, datamodule=datamodule, verbose=False)
-        for logger in loggers:
-            logger.log_metrics(dict(results), step=self.trainer.global_step)
-        rows: dict[str, dict[str, float]] = {f"last epoch ({self.trainer.current_epoch})": dict(results)}
-        if self.checkpoint is not None and self.checkpoint.best_model_path:
-            best = max(self.checkpoint.history, key=lambda row: row.get("val/accuracy", 0.0))
-            weights = torch.load(self.checkpoint.best_model_path, map_location="cpu", weights_only=True)["state_dict"]
-            model.load_state_dict(weights)
-            (results,) = self.trainer.test(model, datamodule=datamodule, verbose=False)
-            rows[f"best val/accuracy (epoch {best['epoch'] + 1})"] = dict(results)
-        if not self.trainer.is_global_zero:
-            return
-        if self.checkpoint is not None:
-            write_csv(
-                self.checkpoint.run_dir / "test.csv", [{"weights": name, **metrics} for name, metrics in rows.items()]
-            )
-        names = list(results)
-        cells = [[weights, *(f"{metrics[name]:.4f}" for name in names)] for weights, metrics in rows.items()]
-        print(
-            "\n"
-            + format_table(
-                [["weights after the", *(name.replace("/", " ").replace("_", " ") for name in names)], *cells]
-            )
-        )
-        if loggers:
-            print(f"\nRun: {loggers[0].log_dir}    Look at it: tensorboard --logdir {self.logs}")
-
-    def predict(self, model: LightningModule, datamodule: MNISTDataModule, ckpt_path: str) -> None:
-        """Write true label, predicted label and the ten probabilities of each test image."""
-        output = Path(self.config[self.command].output)
-        if output.exists():
-            raise MisconfigurationException(f"{output} exists and is not overwritten: choose another --output.")
-        import pandas as pd  # takes a while, and only this command needs it
-
-        batches: Any = self.trainer.predict(model, datamodule=datamodule, ckpt_path=ckpt_path)
-        probabilities = torch.cat(batches).numpy()
-        table = pd.DataFrame(probabilities).add_prefix("probability_")
-        assert datamodule.test is not None
-        table.insert(0, "label", datamodule.test.labels[: len(table)].numpy())
-        table.insert(1, "predicted", probabilities.argmax(axis=1))
-        with atomic_write(output) as partial:
-            table.to_csv(partial, index_label="index")
-        print(f"{len(table)} predictions of {ckpt_path} in {output}")
+def fit(run: RunCLI) -> None:
+    """Train, then evaluate on the test images: the weights of the last epoch and those of the best."""
+    trainer, model, data, config = run.trainer, run.model, run.datamodule, run.config
+    for stage in ("fit", "test"):  # all data is checked before anything is trained
+        data.setup(stage)
+    if trainer.is_global_zero:
+        source = data.data_dir or "the package's own MNIST"
+        print(f"Data: {source}, scaled to [0, 1]")
+        for name in ("train", "val", "test"):
+            split = getattr(data, name)
+            shapes = [tuple(tensor.shape) for tensor in (split.images, split.labels)]
+            dtypes = [tensor.dtype for tensor in split.__getitems__([0])]
+            print(f"  {name:5}  images {shapes[0]} {dtypes[0]}, labels {shapes[1]} {dtypes[1]}")
+        if config.trainer.enable_model_summary is not False:
+            print(summarize(model, max_depth=2))
+    if run.keeps_run and config.trainer.logger is None:
+        version = new_version(run.logs / config.name)
+        trainer.loggers = [TensorBoardLogger(run.logs, config.name, version, default_hp_metric=False)]
+        if run.job is not None and run.checkpoint is not None:
+            run.job.watch(trainer, run.logs / config.name / f"version_{version}")
+    try:
+        trainer.fit(model, datamodule=data, ckpt_path=config.ckpt_path)
+    except (SystemExit, OSError):  # Ctrl-C, a full disk
+        if trainer.is_global_zero and run.checkpoint and Path(run.checkpoint.last_model_path).is_file():
+            config_file = run.checkpoint.run_dir / "config.yaml"
+            print(f"Continue: {PROG} fit --config {config_file} --ckpt_path {run.checkpoint.last_model_path}")
+        raise
+    _test(run)
 
 
-def main(command: str, description: str, arguments: list[str]) -> None:
-    """Run a command that has a trainer."""
+def _test(run: RunCLI) -> None:
+    """Evaluate what was trained, in the run's folder and as a table."""
+    trainer, checkpoint = run.trainer, run.checkpoint
+    loggers, trainer.loggers = trainer.loggers, []
+    (results,) = trainer.test(run.model, datamodule=run.datamodule, verbose=False)
+    for logger in loggers:
+        logger.log_metrics(dict(results), step=trainer.global_step)
+    rows: dict[str, dict[str, float]] = {f"last epoch ({trainer.current_epoch})": dict(results)}
+    if checkpoint is not None and checkpoint.best_model_path:
+        best = max(checkpoint.history, key=lambda row: row.get("val/accuracy", 0.0))
+        weights = torch.load(checkpoint.best_model_path, map_location="cpu", weights_only=True)["state_dict"]
+        run.model.load_state_dict(weights)
+        (results,) = trainer.test(run.model, datamodule=run.datamodule, verbose=False)
+        rows[f"best val/accuracy (epoch {best['epoch'] + 1})"] = dict(results)
+    if not trainer.is_global_zero:
+        return
+    if checkpoint is not None:
+        write_csv(checkpoint.run_dir / "test.csv", [{"weights": name, **metrics} for name, metrics in rows.items()])
+    titles = ["weights after the", *(name.replace("/", " ").replace("_", " ") for name in results)]
+    cells = [[weights, *(f"{value:.4f}" for value in metrics.values())] for weights, metrics in rows.items()]
+    print(f"\n{format_table([titles, *cells])}")
+    if loggers:
+        print(f"\nRun: {loggers[0].log_dir}    Look at it: tensorboard --logdir {run.logs}")
+
+
+def predict(run: RunCLI) -> None:
+    """Write true label, predicted label and the probabilities of each test image."""
+    output = Path(run.config.output)
+    if output.exists():
+        raise MisconfigurationException(f"{output} exists and is not overwritten: choose another --output.")
+    import pandas as pd  # takes a while, and only this command needs it
+
+    batches: Any = run.trainer.predict(run.model, datamodule=run.datamodule, ckpt_path=run.config.ckpt_path)
+    probabilities = torch.cat(batches).numpy()
+    table = pd.DataFrame(probabilities).add_prefix("probability_")
+    table.insert(0, "label", run.datamodule.test.labels[: len(table)].numpy())
+    table.insert(1, "predicted", probabilities.argmax(axis=1))
+    with atomic_write(output) as partial:
+        table.to_csv(partial, index_label="index")
+    print(f"{len(table)} predictions of {run.config.ckpt_path} in {output}")
+
+
+def main(command: str, description: str, arguments: Sequence[str]) -> None:
+    """Run a command."""
+    quieten_lightning()
+    with user_errors(), corrected():
+        run = RunCLI(command, arguments, description)
+        if command == "fit":
+            fit(run)
+        elif command == "predict":
+            predict(run)
+        else:
+            options = {name: run.config[name] for name in run.method_options}
+            getattr(run.trainer, command)(run.model, datamodule=run.datamodule, **options)
+
+
+def quieten_lightning() -> None:
+    """Leave out Lightning's tips, and its warnings of what is meant."""
     logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(lambda record: "Tip:" not in record.msg)
     for message in (
         ".*does not have many workers",  # the data is in memory
@@ -367,10 +298,3 @@ def main(command: str, description: str, arguments: list[str]) -> None:
         ".*GrpcStorageProxy is experimental",
     ):
         warnings.filterwarnings("ignore", message)
-    with user_errors():
-        if command == "tune":
-            from mnist_lightning.tuning import TuneCLI  # takes a while, and only this command needs it
-
-            TuneCLI(command, description, [command, *arguments])
-        else:
-            RunCLI(command, description, [command, *arguments])

@@ -16,7 +16,7 @@ import pytest
 
 from mnist_lightning.__main__ import main
 from mnist_lightning.data import MNISTDataModule
-from mnist_lightning.workers import start_server
+from mnist_lightning.tune.worker import start_server
 
 ROOT = Path(__file__).parents[1]
 SPACE = {

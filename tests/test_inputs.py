@@ -19,11 +19,11 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from optuna.distributions import IntDistribution
 from optuna.storages.journal._storage import JournalOperation
 
-from mnist_lightning import data, tuning
+from mnist_lightning import data
 from mnist_lightning.__main__ import main
 from mnist_lightning.data import MNISTDataModule
 from mnist_lightning.report import page
-from mnist_lightning.study import process_name
+from mnist_lightning.tune.command import Workers
 
 LAST = "lightning_logs/baseline/version_0/checkpoints/last.ckpt"
 JOURNAL = "lightning_logs/tune/journal.log"
@@ -50,14 +50,15 @@ def run_command(*arguments):
     return 0
 
 
-def one_trial(search):
+def one_trial(workers):
     """Stand in for the search: a finished trial without the time that workers take."""
-    trial = search.study.ask({UNITS: IntDistribution(8, 32)})
-    trial.set_user_attr("owner", process_name())
+    trial = workers.study.ask({UNITS: IntDistribution(8, 32)})
+    trial.set_user_attr("owner", workers.search.owner)
+    trial.set_user_attr("workers", {})
     trial.set_user_attr(
         "executions", [{"execution": 0, "seed": 42, "score": 0.5, "seconds": 1.0, "values": [[0, 0.5]]}]
     )
-    search.study.tell(trial, 0.5)
+    workers.study.tell(trial, 0.5)
 
 
 @pytest.fixture(scope="module")
@@ -66,7 +67,7 @@ def made(data_dir, tmp_path_factory):
     cwd = tmp_path_factory.mktemp("made")
     (cwd / "space.yaml").write_text(yaml.safe_dump({"search_space": {UNITS: INTEGER}}))
     with contextlib.chdir(cwd), pytest.MonkeyPatch.context() as patch:
-        patch.setattr(tuning.Search, "run", one_trial)
+        patch.setattr(Workers, "run", one_trial)
         assert run_command("fit", f"--data.data_dir={data_dir}", "--trainer.max_epochs=1") == 0
         assert run_command(*TUNE, f"--data.data_dir={data_dir}") == 0
     return cwd
@@ -438,6 +439,7 @@ def test_a_study_with_odd_settings_is_refused(refused, cwd, settings):
         *[("executions", value) for value in (5, [{}])],
         *[("executions", [{"execution": "x", "score": 1, "values": v}]) for v in ([[0, "x"]], [[0, 0.5]])],
         ("owner", 5),
+        ("workers", {"x": "y"}),
     ],
 )
 def test_trials_with_odd_attributes_are_refused(refused, cwd, name, value, finished):

@@ -10,8 +10,8 @@ import pytest
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from optuna.storages import BaseStorage
 
-from mnist_lightning import storage as storages
-from mnist_lightning.storage import PatientStorage, open_storage
+from mnist_lightning.tune import storage as storages
+from mnist_lightning.tune.storage import PatientStorage, open_storage
 
 
 @pytest.fixture

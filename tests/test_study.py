@@ -1,5 +1,6 @@
 """The study: draws, owners, totals, and what is refused; without any training."""
 
+import math
 import multiprocessing
 import os
 import time
@@ -11,12 +12,22 @@ import pytest
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
 from optuna.pruners import HyperbandPruner
-from optuna.samplers import GridSampler, RandomSampler, TPESampler
+from optuna.samplers import BruteForceSampler, GridSampler, RandomSampler, TPESampler
 from optuna.trial import TrialState
 
-from mnist_lightning import study as studies
-from mnist_lightning.storage import open_storage
-from mnist_lightning.study import SWEEPS, TrialSampler, ask, counts, describe, open_study, put_back, sweep
+from mnist_lightning.tune import study as studies
+from mnist_lightning.tune.storage import open_storage
+from mnist_lightning.tune.study import (
+    SWEEPS,
+    TrialSampler,
+    give_back,
+    is_complete,
+    is_counted,
+    open_study,
+    process_name,
+    set_attributes,
+    sweep,
+)
 
 SPACE = {"a": IntDistribution(1, 1000), "b": CategoricalDistribution(["x", "y"])}
 
@@ -30,10 +41,20 @@ def seeded(number):
     return RandomSampler(int(np.random.SeedSequence([42, number]).generate_state(1)[0]))
 
 
-def make(journal, space=SPACE, sampler=seeded, name="study", **settings):
+def make(journal, space=SPACE, sampler=seeded, name="study", combinations=math.inf, **settings):
     study, _ = open_study(open_storage(journal), name, "maximize", settings, space)
-    study.sampler = TrialSampler(study, sampler)
+    study.sampler = TrialSampler(study, sampler, combinations)
     return study
+
+
+def ask(study, space, n_trials):
+    """Take a trial as a command of its own."""
+    number = studies.ask(study, space, n_trials, process_name())
+    return None if number is None else study.trials[number]
+
+
+def set_attribute(study, number, **attributes):
+    set_attributes(study, study.trials[number], **attributes)
 
 
 def in_process(target, *args):
@@ -86,13 +107,24 @@ def test_a_sampler_that_learns_sees_the_trials_before(journal, sampler):
     assert (late > 700) == (sampler is not seeded)
 
 
-def test_a_grid_is_known_to_be_exhausted(journal):
+@pytest.mark.parametrize("sampler", [lambda grid: GridSampler(grid, seed=0), lambda _: BruteForceSampler(seed=0)])
+def test_a_finite_space_is_known_to_be_exhausted_by_all_who_draw(journal, sampler):
     grid = {"a": [1, 2], "b": ["x", "y"]}
-    study = make(journal, sampler=lambda number: GridSampler(grid, seed=0))
-    while not study.sampler.exhausted:
-        study.tell(study.ask(SPACE), 0.0)
-    assert len(study.trials) == 4
-    assert len({tuple(params.values()) for params in values(study)}) == 4
+    space = {"a": IntDistribution(1, 2), "b": SPACE["b"]}
+    first, second = (make(journal, space, lambda number: sampler(grid), combinations=4) for _ in range(2))
+    assert not is_complete(first, 99)
+    trials = [ask(study, space, 99) for study in (first, second, first)]
+    assert trials[2] is not None
+    first.tell(trials[0].number, 0.0)
+    last = ask(second, space, 99)
+    assert [ask(study, space, 99) for study in (first, second)] == [None, None]
+    assert len(first.trials) == 4
+    assert not is_complete(first, 99)  # some are at work
+    for trial in (*trials[1:], last):
+        second.tell(trial.number, 0.0)
+    assert is_complete(first, 99)
+    counted = [trial for trial in first.trials if is_counted(trial)]
+    assert len({tuple(trial.params.values()) for trial in counted}) == len(counted) == 4
 
 
 def test_the_same_settings_continue_a_study(journal):
@@ -134,9 +166,9 @@ def test_the_total_counts_every_process(journal):
     trials = [ask(study, SPACE, 3) for _ in range(3)]
     assert [trial.number for trial in trials] == [0, 1, 2]
     assert ask(make(journal), SPACE, 3) is None
-    study.tell(trials[0], state=TrialState.PRUNED)
-    trials[1].set_user_attr("error", "it diverged")
-    study.tell(trials[1], state=TrialState.FAIL)
+    study.tell(0, state=TrialState.PRUNED)
+    set_attribute(study, 1, error="it diverged")
+    study.tell(1, state=TrialState.FAIL)
     assert ask(study, SPACE, 3) is None  # pruned and failed trials count
     assert ask(study, SPACE, 4).number == 3
 
@@ -151,7 +183,7 @@ def test_the_last_place_is_taken_once(journal, monkeypatch):
     monkeypatch.setattr(second, "get_trials", lambda **options: next(answers, None) or real(**options))
     assert ask(second, SPACE, 2) is None
     monkeypatch.undo()
-    assert [counts(trial) for trial in second.trials] == [True, True, False]
+    assert [is_counted(trial) for trial in second.trials] == [True, True, False]
 
 
 def test_processes_share_a_study_exactly(journal):
@@ -161,96 +193,84 @@ def test_processes_share_a_study_exactly(journal):
         study = make(journal)
         while (trial := ask(study, SPACE, 25)) is not None:
             time.sleep(0.002)
-            study.tell(trial, trial.params["a"])
+            study.tell(trial.number, trial.params["a"])
 
     processes = [in_process(run) for _ in range(4)]
     for process in processes:
         process.join(60)
     study = make(journal)
-    counted = [trial for trial in study.trials if counts(trial)]
+    counted = [trial for trial in study.trials if is_counted(trial)]
     assert [trial.state for trial in counted] == [TrialState.COMPLETE] * 25
     assert len({trial.user_attrs["owner"] for trial in counted}) > 1
     drawn = Counter(trial.params["a"] for trial in study.trials)
     assert len(drawn) > 20  # no process repeats what another has drawn
 
 
-def test_trials_of_a_dead_process_are_tried_again(journal):
+def test_a_trial_of_a_dead_process_waits_for_another_with_what_it_has(journal):
     study = make(journal)
     own = ask(study, SPACE, 3)
 
     def die():
-        trial = ask(make(journal), SPACE, 3)
-        trial.set_user_attr("executions", [{"score": 0.5}])
+        other = make(journal)
+        trial = ask(other, SPACE, 3)
+        set_attribute(other, trial.number, executions=[{"score": 0.5}], workers={"1": "worker"})
 
     in_process(die).join(30)
     (dead,) = [trial for trial in study.trials if trial.number != own.number]
-    sweep(study, SPACE, {})
-    sweep(study, SPACE, {})  # the second time there is nothing to do
-    assert [trial.state.name for trial in study.trials] == ["RUNNING", "FAIL", "WAITING"]
+    assert sweep(study, SPACE, {}) == [dead.number]
+    assert sweep(study, SPACE, {}) == []  # the second time there is nothing to do
+    assert [trial.state.name for trial in study.trials] == ["RUNNING", "WAITING"]
     again = ask(study, SPACE, 3)
-    assert again.params == dead.params
-    assert {key: value for key, value in again.user_attrs.items() if key != "owner"} == {
-        "executions": [{"score": 0.5}], "attempts": 1, "continues": dead.number,
+    assert (again.number, again.params) == (dead.number, dead.params)
+    assert again.user_attrs == {
+        "executions": [{"score": 0.5}], "attempts": 1, "workers": {}, "owner": process_name(),
     }  # fmt: skip
-    assert ask(study, SPACE, 3).number == 3
+    assert ask(study, SPACE, 3).number == 2
+    assert ask(study, SPACE, 3) is None
 
 
 def test_a_trial_whose_process_died_when_its_error_was_known_has_failed(journal):
     study = make(journal)
-    in_process(lambda: ask(make(journal), SPACE, 1).set_user_attr("error", "it diverged")).join(30)
+
+    def die():
+        other = make(journal)
+        set_attribute(other, ask(other, SPACE, 1).number, error="it diverged")
+
+    in_process(die).join(30)
     sweep(study, SPACE, {})
-    assert [(trial.state.name, counts(trial)) for trial in study.trials] == [("FAIL", True)]
+    assert [(trial.state.name, is_counted(trial)) for trial in study.trials] == [("FAIL", True)]
 
 
-def test_dead_trials_do_not_count_and_shift_no_draw(journal):
-    study = make(journal)
-    in_process(lambda: ask(make(journal), SPACE, 3)).join(30)
+@pytest.mark.parametrize("sampler", [seeded, lambda _: GridSampler({"a": [1, 2, 3], "b": ["x"]}, seed=0)])
+def test_dead_trials_shift_no_draw(journal, sampler):
+    study, whole = make(journal, sampler=sampler), make(journal, sampler=sampler, name="whole")
+    in_process(lambda: ask(make(journal, sampler=sampler), SPACE, 3)).join(30)
     sweep(study, SPACE, {})
-    assert [ask(study, SPACE, 3).number for _ in range(3)] == [1, 2, 3]
+    for expected in range(3):
+        assert ask(study, SPACE, 3).number == expected
+        whole.ask(SPACE)
     assert ask(study, SPACE, 3) is None
-    whole = make(journal, name="whole")
-    assert values(study)[1:] == [whole.ask(SPACE).params for _ in range(3)]
+    assert values(study) == values(whole)
 
 
 def test_a_trial_whose_process_died_while_drawing_is_no_trial(journal):
-    study, heard = make(journal), {}
+    study, heartbeats = make(journal), {}
     in_process(lambda: make(journal).ask({"a": SPACE["a"]})).join(30)
     for _ in range(SWEEPS):
-        sweep(study, SPACE, heard)
+        sweep(study, SPACE, heartbeats)
     assert study.trials[0].state == TrialState.RUNNING  # it may still be at it
-    sweep(study, SPACE, heard)
+    sweep(study, SPACE, heartbeats)
     assert [trial.state for trial in study.trials] == [TrialState.FAIL]
-    assert not counts(study.trials[0])
+    assert not is_counted(study.trials[0])
 
 
-def test_a_trial_is_put_back_once(journal):
+def test_a_trial_that_was_finished_meanwhile_is_not_given_back(journal):
     study, other = make(journal), make(journal)
-    ask(study, SPACE, 2)
-    (trial,) = study.trials
-    for process in (study, other):
-        put_back(process, trial, SPACE, blame=False)
-    assert [trial.state.name for trial in study.trials] == ["FAIL", "WAITING"]
-    assert study.trials[1].user_attrs["attempts"] == 0
-
-
-def test_a_trial_given_up_by_a_process_that_died_at_it_is_not_lost(journal, monkeypatch):
-    study = make(journal)
-    ask(study, SPACE, 1)
-    with monkeypatch.context() as patch:
-        patch.setattr(studies, "_enqueue_again", lambda *_, **__: None)  # dies between the two
-        put_back(study, study.trials[0], SPACE, blame=True)
-    assert ask(study, SPACE, 1) is None  # no other trial takes its place
-    stale = study.get_trials()
-    with monkeypatch.context() as patch:
-        patch.setattr(study, "get_trials", lambda **_: stale)
-        sweep(study, SPACE, {})  # two at once
-        sweep(study, SPACE, {})
-    sweep(study, SPACE, {})
-    assert [trial.state.name for trial in study.trials] == ["FAIL", "WAITING", "WAITING"]
-    again = ask(study, SPACE, 1)
-    assert (again.number, again.params) == (1, stale[0].params)
-    assert ask(study, SPACE, 1) is None
-    assert [counts(trial) for trial in study.trials] == [False, True, False]
+    trial = ask(study, SPACE, 2)
+    other.tell(trial.number, 1.0)
+    give_back(study, trial, SPACE, attempts=1)
+    assert study.trials[0].state == TrialState.COMPLETE
+    assert "attempts" not in study.trials[0].user_attrs
 
 
 def test_a_machine_that_is_silent_for_the_grace_period_has_vanished(journal, monkeypatch):
@@ -258,12 +278,18 @@ def test_a_machine_that_is_silent_for_the_grace_period_has_vanished(journal, mon
     with monkeypatch.context() as patch:
         patch.setattr(studies.socket, "gethostname", lambda: "elsewhere")
         silent, alive = ask(other, SPACE, 2), ask(other, SPACE, 2)
-    heard = {}
+    heartbeats = {}
     for beat in range(SWEEPS + 1):
         assert study.trials[silent.number].state == TrialState.RUNNING
-        alive.set_user_attr("heartbeat", -beat)  # whatever its clock says
-        sweep(study, SPACE, heard)
-    assert [trial.state.name for trial in study.trials] == ["FAIL", "RUNNING", "WAITING"]
+        set_attribute(other, alive.number, heartbeat=-beat)  # whatever its clock says
+        sweep(study, SPACE, heartbeats)
+    assert [trial.state.name for trial in study.trials] == ["WAITING", "RUNNING"]
+    with monkeypatch.context() as patch:  # another machine has it now, which has not spoken yet
+        patch.setattr(studies.socket, "gethostname", lambda: "a third")
+        ask(other, SPACE, 2)
+    for beat in range(SWEEPS):
+        set_attribute(other, alive.number, heartbeat=beat + 1)
+        assert sweep(study, SPACE, heartbeats) == []
 
 
 def test_a_process_elsewhere_with_the_number_of_one_here_is_another(journal, monkeypatch):
@@ -272,16 +298,3 @@ def test_a_process_elsewhere_with_the_number_of_one_here_is_another(journal, mon
     monkeypatch.setattr(studies, "_machine", lambda: "another container of this host")
     sweep(study, SPACE, {})
     assert study.trials[0].state == TrialState.RUNNING
-
-
-def test_distributions_in_words():
-    assert describe(IntDistribution(32, 512, step=32)) == "32 to 512, step 32"
-    assert describe(FloatDistribution(1e-4, 0.1, log=True)) == "0.0001 to 0.1, logarithmic"
-    assert describe(CategoricalDistribution([None, True, 0.1, "torch.optim.Adam"])) == "one of None, True, 0.1, Adam"
-
-
-def test_short_keys_are_what_the_config_s_nesting_leaves():
-    keys = ["model.network.init_args.units.0", "model.optimizer.class_path", "data.batch_size", "model.optimizer"]
-    assert list(map(studies.short_key, keys)) == ["units.0", "optimizer", "batch_size", "optimizer"]
-    assert studies.short_key("model.network.class_path") == "network"
-    assert studies.short_key("model.optimizer.init_args.lr") == "optimizer.lr"

@@ -29,8 +29,9 @@ def main(command: str, description: str, arguments: list[str]) -> None:
     if len(options.models) != 2:
         parser.error(f"two models are compared, not {len(options.models)}: {' '.join(options.models)}")
 
+    from mnist_lightning.parsing import corrected
     from mnist_lightning.report.page import write
     from mnist_lightning.runs import user_errors
 
-    with user_errors():
+    with user_errors(), corrected():
         write(**vars(options))

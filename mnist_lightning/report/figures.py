@@ -16,7 +16,7 @@ from optuna.trial import FrozenTrial, TrialState
 from mnist_lightning.figures import RIGHT, WRONG, digits
 from mnist_lightning.report.runs import Run
 from mnist_lightning.report.statistics import reliability
-from mnist_lightning.study import short_value
+from mnist_lightning.tune.space import short_value
 
 COLORS = ("tab:blue", "tab:green")
 

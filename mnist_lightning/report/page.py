@@ -33,8 +33,9 @@ from mnist_lightning.report.statistics import (
     verdict,
 )
 from mnist_lightning.runs import newest_complete_run
-from mnist_lightning.storage import open_storage
-from mnist_lightning.study import bounds, check_trials, results, short_key, short_value
+from mnist_lightning.tune.space import bounds, short_key, short_value
+from mnist_lightning.tune.storage import open_storage
+from mnist_lightning.tune.study import check_trials, results
 
 METRICS = ("accuracy", "loss", "penalized_loss")
 CMAPS = ("Blues", "Greens")
@@ -317,8 +318,8 @@ def _study(
             f"In study {name}, the best {listed} lie{'s' * (len(on_edge) == 1)} at the edge of what was searched: "
             "better values may lie beyond."
         )
-    parts["rows"] = results(study, list(space))
-    parts["columns"] = ["trial", "value", "executions", *names.values()]
+    table = results(study, list(space))
+    parts["rows"], parts["columns"] = table.to_numpy().tolist(), list(table.columns)
     parts["name"] = name
     report["study"] = {
         "name": name,

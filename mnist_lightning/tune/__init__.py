@@ -1,12 +1,14 @@
 """``tune``: searches hyper-parameters with an Optuna study and refits the best."""
 
+from collections.abc import Sequence
 
-def main(command: str, description: str, arguments: list[str]) -> None:
+from mnist_lightning.tune.worker import start_server
+
+
+def main(name: str, description: str, arguments: Sequence[str]) -> None:
     """Run the command; a process beside this one imports what the workers need."""
     if not {"-h", "--help"} & set(arguments):
-        from mnist_lightning import workers
+        start_server()
+    from mnist_lightning.tune import command
 
-        workers.start_server()
-    from mnist_lightning import cli
-
-    cli.main(command, description, arguments)
+    command.main(name, description, arguments)

@@ -5,77 +5,78 @@ import os
 import socket
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from operator import index
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import optuna
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from optuna.distributions import (
-    BaseDistribution,
-    CategoricalDistribution,
-    FloatDistribution,
-    IntDistribution,
-    distribution_to_json,
-    json_to_distribution,
-)
-from optuna.samplers import BaseSampler
+from optuna.distributions import BaseDistribution, distribution_to_json, json_to_distribution
+from optuna.exceptions import UpdateFinishedTrialError
+from optuna.samplers import BaseSampler, GridSampler
 from optuna.storages import BaseStorage
 from optuna.study import Study, StudyDirection
-from optuna.trial import FrozenTrial, Trial, TrialState
+from optuna.trial import FrozenTrial, TrialState
 
-SearchSpace = dict[str, BaseDistribution]
-"""From a key of the config, with dots and the indices of lists, to the distribution of its values."""
+from mnist_lightning.tune.space import SearchSpace, describe, short_key, short_value
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 ATTEMPTS = 3
-"""How often a trial is started whose process dies."""
+"""How often a trial is begun whose process dies."""
+
+SWEEPS = 6
+"""Sweeps in a grace period: a process on another machine that is silent for so many has vanished."""
 
 
 class TrialSampler(BaseSampler):
-    """Draws each trial with a sampler of its own, seeded for the trial's place in the study.
+    """Draws each trial with a sampler of its own, seeded for the trial's number.
 
-    So what a trial gets depends on the seed and its place (and, if the sampler learns, on the trials before), not on
+    So what a trial gets depends on the seed and its number (and, if the sampler learns, on the trials before), not on
     how often the study was interrupted, and processes that share a study never repeat each other's draws.
 
     Args:
         study: The study. (Some pruners show a sampler only a part of it.)
-        make: Makes the sampler for a trial from its place: the number of trials drawn before it.
+        make: Makes the sampler of a trial from its number.
+        combinations: How many there are, of which the sampler draws each once; infinite for most samplers.
     """
 
-    def __init__(self, study: Study, make: Callable[[int], BaseSampler]) -> None:
+    def __init__(self, study: Study, make: Callable[[int], BaseSampler], combinations: float = math.inf) -> None:
         self._study = study
         self._make = make
         self._sampler = make(0)
-        self.exhausted = False
-        """Whether the sampler has nothing left to draw, as that of a grid."""
+        self.combinations = combinations
 
     def before_trial(self, study: Study, trial: FrozenTrial) -> None:
-        """Take the sampler of this trial."""
-        others = self._study.get_trials(deepcopy=False)
-        place = sum("continues" not in other.user_attrs for other in others if other.number < trial.number)
-        self._sampler = self._make(place)
+        self._sampler = self._make(trial.number)
         self._sampler.before_trial(study, trial)
 
     def infer_relative_search_space(self, study: Study, trial: FrozenTrial) -> dict[str, BaseDistribution]:
-        """What the trial's sampler draws together."""
         return self._sampler.infer_relative_search_space(study, trial)
 
     def sample_relative(self, study: Study, trial: FrozenTrial, search_space: SearchSpace) -> dict[str, Any]:
-        """Draw parameters together."""
         return self._sampler.sample_relative(study, trial, search_space)
 
     def sample_independent(self, study: Study, trial: FrozenTrial, name: str, distribution: BaseDistribution) -> Any:
-        """Draw one parameter."""
         return self._sampler.sample_independent(study, trial, name, distribution)
 
     def after_trial(self, study: Study, trial: FrozenTrial, state: TrialState, values: Sequence[float] | None) -> None:
-        """Let the sampler know, and learn whether it is done."""
         try:
-            self._sampler.after_trial(study, trial, state, values)
+            self._make(trial.number).after_trial(study, trial, state, values)  # another process may have drawn it
         except RuntimeError as error:  # samplers of finite spaces stop Study.optimize, which is not used here
             if "Study.stop" not in str(error):
                 raise
-            self.exhausted = True
+
+    def is_exhausted(self) -> bool:
+        """Whether there is nothing left to draw."""
+        if self.combinations == math.inf:
+            return False
+        counted = [trial for trial in self._study.get_trials(deepcopy=False) if is_counted(trial)]
+        if isinstance(self._sampler, GridSampler):  # what is enqueued may lie beside the grid
+            return len({trial.system_attrs.get("grid_id") for trial in counted} - {None}) >= self.combinations
+        return len({tuple(sorted(trial.params.items())) for trial in counted}) >= self.combinations
 
 
 def open_study(
@@ -141,6 +142,7 @@ def check_trials(study: Study, space: SearchSpace) -> None:
                 index(execution["execution"])
             index(attributes.get("attempts", 0))
             attributes.get("owner", "").partition(":")
+            [int(execution) for execution in attributes.get("workers", {})]
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise MisconfigurationException(
                 f"Trial {trial.number} of the study {study.study_name} is damaged or was not made by tune: {error!r}. "
@@ -169,50 +171,23 @@ def _describe(value: Any, is_there: bool) -> str:
         return str(value)
 
 
-def bounds(distribution: BaseDistribution) -> list[Any]:
-    """The lowest and the highest value of a distribution, or all of its choices."""
-    if isinstance(distribution, CategoricalDistribution):
-        return list(distribution.choices)
-    assert isinstance(distribution, FloatDistribution | IntDistribution)
-    return [distribution.low, distribution.high]
-
-
-def describe(distribution: BaseDistribution) -> str:
-    """A distribution in words."""
-    if isinstance(distribution, CategoricalDistribution):
-        return "one of " + ", ".join(short_value(choice) for choice in distribution.choices)
-    assert isinstance(distribution, FloatDistribution | IntDistribution)
-    step = "" if distribution.step is None or distribution.log else f", step {distribution.step:g}"
-    return f"{distribution.low:g} to {distribution.high:g}{step}{', logarithmic' if distribution.log else ''}"
-
-
-def short_key(key: str) -> str:
-    """A config key without what only the config's nesting needs: ``units.0``, ``optimizer``."""
-    parts = [part for part in key.split(".") if part not in ("init_args", "class_path")]
-    return ".".join(parts[2:] if parts[:2] == ["model", "network"] and len(parts) > 2 else parts[1:] or parts)
-
-
-def short_value(value: Any) -> str:
-    """A value of a parameter: numbers in few digits, class paths by their last name."""
-    if isinstance(value, float):
-        return f"{value:.4g}"
-    return value.rpartition(".")[2] if isinstance(value, str) else str(value)
-
-
-def results(study: Study, keys: Sequence[str]) -> list[list[str]]:
+def results(study: Study, keys: Sequence[str]) -> "pd.DataFrame":
     """The completed trials, the best first, as text: number, value, scores of the executions, values of ``keys``."""
+    import pandas as pd  # takes a while
+
     trials = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
     sign = -1 if study.direction == StudyDirection.MAXIMIZE else 1
     rows = []
     for trial in sorted(trials, key=lambda trial: sign * (trial.value or 0.0)):
         scores = " ".join(f"{execution['score']:.4f}" for execution in trial.user_attrs.get("executions", []))
         rows.append([str(trial.number), f"{trial.value:.4f}", scores, *(short_value(trial.params[k]) for k in keys)])
-    return rows
+    return pd.DataFrame(rows, columns=["trial", "value", "executions", *map(short_key, keys)])
 
 
-def process_name() -> str:
-    """Machine, number and start time of this process: it is never given to another."""
-    return f"{_machine()}:{os.getpid()}:{_start_time(os.getpid())}"
+def process_name(pid: int | None = None) -> str:
+    """Machine, number and start time of a process, by default of this one: it is never given to another."""
+    pid = pid or os.getpid()
+    return f"{_machine()}:{pid}:{_start_time(pid)}"
 
 
 def _machine() -> str:
@@ -238,76 +213,79 @@ def _start_time(pid: int) -> str | None:
         return ""
 
 
-def counts(trial: FrozenTrial) -> bool:
-    """Whether a trial is one of ``n_trials``: all are but those whose work was given to another trial."""
+def set_attributes(study: Study, trial: FrozenTrial, **attributes: Any) -> None:
+    """Change attributes of a trial that is not finished.
+
+    Raises:
+        UpdateFinishedTrialError: It is finished.
+    """
+    for name, value in attributes.items():
+        study._storage.set_trial_user_attr(trial._trial_id, name, value)
+
+
+def is_counted(trial: FrozenTrial) -> bool:
+    """Whether a trial is one of ``n_trials``: all are but those that were given up before they were begun."""
     return trial.state != TrialState.FAIL or "error" in trial.user_attrs
 
 
-def _lost(trials: Sequence[FrozenTrial], space: SearchSpace) -> list[FrozenTrial]:
-    """Trials that were given up but not yet enqueued anew: whoever did the one died before the other."""
-    continued = {trial.user_attrs.get("continues") for trial in trials}
-    return [
-        trial
-        for trial in trials
-        if not counts(trial)
-        and "owner" in trial.user_attrs
-        and trial.number not in continued
-        and trial.params.keys() == space.keys()
-    ]
+def ask(study: Study, space: SearchSpace, n_trials: int, owner: str) -> int | None:
+    """Take a trial: one that waits, or a new one if the study has less than ``n_trials``.
 
+    Args:
+        study: The study, with a :class:`TrialSampler`.
+        space: Its search space.
+        n_trials: Trials of the study in all.
+        owner: Name of the process that answers for the trial.
 
-def ask(study: Study, space: SearchSpace, n_trials: int) -> Trial | None:
-    """Take a trial: one that waits, or a new one if the study has less than ``n_trials``."""
-    while True:
+    Returns:
+        The trial's number, or None if there is none to take.
+    """
+    sampler: Any = study.sampler
+    for _ in range(100):
         trials = study.get_trials(deepcopy=False)
         is_waiting = any(trial.state == TrialState.WAITING for trial in trials)
-        if sum(map(counts, trials)) + len(_lost(trials, space)) >= n_trials and not is_waiting:
-            return None
+        if (sum(map(is_counted, trials)) >= n_trials or sampler.is_exhausted()) and not is_waiting:
+            break
         trial = study.ask(space)
-        before = [other for other in study.get_trials(deepcopy=False) if other.number < trial.number]
-        # two processes may take the last place at once, or enqueue the same trial anew: the lowest number has it
-        is_surplus = sum(map(counts, before)) >= n_trials
-        continues = trial.user_attrs.get("continues")
-        is_twin = continues is not None and any(other.user_attrs.get("continues") == continues for other in before)
-        if not is_surplus and not is_twin:
-            trial.set_user_attr("owner", process_name())
-            return trial
+        before = [other for other in study.get_trials(deepcopy=False)[: trial.number] if is_counted(other)]
+        # two machines may take the last place at once, or draw the same combination: the lowest number has it
+        is_repeat = math.isfinite(sampler.combinations) and any(other.params == trial.params for other in before)
+        if len(before) < n_trials and not is_repeat:
+            trial.set_user_attr("owner", owner)
+            return trial.number
         study.tell(trial, state=TrialState.FAIL, skip_if_finished=True)
+    return None
 
 
-def put_back(study: Study, trial: FrozenTrial, space: SearchSpace, *, blame: bool) -> None:
-    """Give up a running trial: it is enqueued anew, with its parameters and the executions that it has finished.
+def is_complete(study: Study, n_trials: int) -> bool:
+    """Whether all trials are finished that the study, with its :class:`TrialSampler`, shall have or can draw."""
+    trials = study.get_trials(deepcopy=False)
+    if sum(is_counted(trial) for trial in trials if trial.state.is_finished()) >= n_trials:
+        return True
+    sampler: Any = study.sampler
+    return sampler.is_exhausted() and all(trial.state.is_finished() for trial in trials)
+
+
+def give_back(study: Study, trial: FrozenTrial, space: SearchSpace, *, attempts: int) -> None:
+    """Let a running trial wait for another process, with the executions that it has finished.
 
     Args:
         study: The study.
         trial: The trial.
         space: The study's search space.
-        blame: Whether this counts as one of the trial's attempts.
+        attempts: How often a process has died that ran it.
     """
-    try:
-        study.tell(trial.number, state=TrialState.FAIL)
-    except (ValueError, optuna.exceptions.UpdateFinishedTrialError):
-        return  # another process was faster
-    # one whose error is known has failed; one whose owner died while it was drawn is replaced by another
-    if "error" not in trial.user_attrs and trial.params.keys() == space.keys():
-        _enqueue_again(study, trial, blame=blame)
+    with suppress(UpdateFinishedTrialError, ValueError):  # another process was faster
+        if "error" in trial.user_attrs or trial.params.keys() != space.keys():
+            # it has failed; or its owner died while it was drawn, and another is drawn in its place
+            study.tell(trial.number, state=TrialState.FAIL)
+        else:
+            set_attributes(study, trial, workers={}, attempts=attempts, owner="")
+            study._storage.set_trial_state_values(trial._trial_id, TrialState.WAITING)
 
 
-def _enqueue_again(study: Study, trial: FrozenTrial, *, blame: bool) -> None:
-    attributes = {
-        "executions": trial.user_attrs.get("executions", []),
-        "attempts": trial.user_attrs.get("attempts", 0) + blame,
-        "continues": trial.number,
-    }
-    study.enqueue_trial(trial.params, user_attrs=attributes)
-
-
-SWEEPS = 6
-"""Sweeps in a grace period: a process on another machine that is silent for so many has vanished."""
-
-
-def sweep(study: Study, space: SearchSpace, heard: dict[int, tuple[float | None, int]]) -> None:
-    """Put back the running trials whose process is dead, or whose machine has vanished.
+def sweep(study: Study, space: SearchSpace, heartbeats: dict[int, tuple[float | None, int]]) -> list[int]:
+    """Give back the running trials whose process is dead, or whose machine has vanished.
 
     Processes of this machine can be looked at. Those of others let their trials' ``heartbeat`` change while they live;
     that it does not is counted in sweeps, so clocks need not agree, and a storage that was away accuses nobody.
@@ -315,23 +293,27 @@ def sweep(study: Study, space: SearchSpace, heard: dict[int, tuple[float | None,
     Args:
         study: The study.
         space: Its search space.
-        heard: What the sweeps before heard of each trial: its heartbeat, and how many have heard the same; brought up
+        heartbeats: From the number of a trial to its last heartbeat and in how many sweeps it was the same; brought up
             to date.
+
+    Returns:
+        The numbers of the trials that were given back.
     """
-    trials = study.get_trials(deepcopy=False)
-    for trial in _lost(trials, space):
-        _enqueue_again(study, trial, blame=True)
-    for trial in trials:
+    dead = []
+    for trial in study.get_trials(deepcopy=False):
         if trial.state != TrialState.RUNNING:
+            heartbeats.pop(trial.number, None)
             continue
         machine, _, process = trial.user_attrs.get("owner", "").partition(":")
         heartbeat = trial.user_attrs.get("heartbeat")
-        before, silent = heard.get(trial.number, (heartbeat, -1))
-        heard[trial.number] = heartbeat, silent + 1 if heartbeat == before else 0
+        before, silent = heartbeats.get(trial.number, (heartbeat, -1))
+        heartbeats[trial.number] = heartbeat, silent + 1 if heartbeat == before else 0
         if machine == _machine():
             pid, start = process.split(":")
             is_dead = _start_time(int(pid)) not in (start, "")
         else:  # or without an owner: it is about to write its name, or died before
-            is_dead = heard[trial.number][1] >= SWEEPS
+            is_dead = heartbeats[trial.number][1] >= SWEEPS
         if is_dead:
-            put_back(study, trial, space, blame=True)
+            give_back(study, trial, space, attempts=trial.user_attrs.get("attempts", 0) + 1)
+            dead.append(trial.number)
+    return dead

@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import time
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import optuna
@@ -18,10 +18,9 @@ from conftest import ROOT, in_process, tune_options
 from optuna.trial import TrialState
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from mnist_lightning import tuning
-from mnist_lightning.storage import open_storage
-from mnist_lightning.study import counts, put_back
-from mnist_lightning.tuning import Search
+from mnist_lightning.tune.space import NOTEBOOK_SPACE
+from mnist_lightning.tune.storage import open_storage
+from mnist_lightning.tune.study import give_back, is_counted, set_attributes
 
 
 def choices(**values):
@@ -49,7 +48,7 @@ def load(folder, name="tune"):
 
 def outcome(study):
     """What must not depend on workers, interruptions and processes: parameters and value of each trial that counts."""
-    trials = [trial for trial in study.trials if counts(trial)]
+    trials = [trial for trial in study.trials if is_counted(trial)]
     return sorted((tuple(trial.params.values()), trial.value) for trial in trials)
 
 
@@ -148,40 +147,6 @@ def test_the_refit_is_a_run_beside_the_baseline(tune, command, tmp_path):
     assert not run.with_name("version_1").exists()
 
 
-def test_a_killed_worker_loses_only_its_execution(whole, tune, tmp_path, monkeypatch):
-    killed = []
-    original = Search._show_progress
-
-    def kill_once(self):
-        for slot in self.slots:
-            if not killed and slot.running is not None and slot.execution == 1 and slot.running.curves[1]:
-                killed.append(slot.running.trial.number)
-                os.kill(slot.worker._process.pid, signal.SIGKILL)
-        original(self)
-
-    monkeypatch.setattr(Search, "_show_progress", kill_once)
-    code, _, _ = tune("--n_trials=5", "--workers=1")
-    assert (code, len(killed)) == (0, 1)
-    study = load(tmp_path / "here")
-    assert outcome(study) == outcome(load(whole[0]))
-    assert len(study.trials) == 5
-    folder = tmp_path / f"here/lightning_logs/tune/trial_{killed[0]:03}"
-    assert sorted(path.name for path in folder.iterdir()) == ["execution_0", "execution_1", "execution_1_again_1"]
-
-
-def test_a_trial_that_kills_its_workers_fails_and_the_study_goes_on(tune, tmp_path, monkeypatch):
-    def kill(self):
-        for slot in self.slots:
-            if slot.running is not None and slot.running.trial.number == 0 and slot.worker is not None:
-                os.kill(slot.worker._process.pid, signal.SIGKILL)
-
-    monkeypatch.setattr(Search, "_show_progress", kill)
-    code, output, _ = tune("--n_trials=2", "--workers=1")
-    assert code == 0
-    assert "1 completed, 0 pruned, 1 failed" in output
-    assert load(tmp_path / "here").trials[0].user_attrs["error"].startswith("3 workers died that ran it")
-
-
 def start(data_dir, cwd, *more, epochs=2):
     command = [sys.executable, "-m", "mnist_lightning", *tune_options(data_dir, *more, epochs=epochs)]
     return subprocess.Popen(
@@ -219,6 +184,81 @@ def session(leader):
     return left
 
 
+@contextmanager
+def stopped_worker(cwd, execution):
+    """Stop a worker while it is at an execution with this number; gives its process and the number of the trial."""
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline:
+        journal = cwd / "lightning_logs/tune/journal.log"
+        for trial in load(cwd).trials if journal.exists() and b'"workers"' in journal.read_bytes() else []:
+            name = trial.user_attrs.get("workers", {}).get(str(execution))
+            if name and trial.state == TrialState.RUNNING:
+                pid = int(name.split(":")[-2])
+                os.kill(pid, signal.SIGSTOP)
+                try:
+                    now = load(cwd).trials[trial.number]
+                    is_at_it = now.state == TrialState.RUNNING and name in now.user_attrs["workers"].values()
+                    if is_at_it and not journal.with_name("journal.log.lock").is_symlink():
+                        yield pid, trial.number
+                        return
+                finally:
+                    os.kill(pid, signal.SIGCONT)
+    raise AssertionError("no worker was caught")
+
+
+def test_a_killed_worker_loses_only_its_execution(whole, data_dir, tmp_path):
+    parent = start(data_dir, tmp_path, "--n_trials=5", "--workers=1")
+    with stopped_worker(tmp_path, execution=1) as (pid, number):
+        os.kill(pid, signal.SIGKILL)
+    output, _ = parent.communicate(timeout=60)
+    assert parent.returncode == 0, output
+    study = load(tmp_path)
+    assert outcome(study) == outcome(load(whole[0]))
+    assert len(study.trials) == 5
+    assert study.trials[number].user_attrs["attempts"] == 1
+    assert [execution["execution"] for execution in study.trials[number].user_attrs["executions"]] == [0, 1]
+
+
+def test_a_trial_that_kills_its_workers_fails_and_the_study_goes_on(command, monkeypatch, tmp_path):
+    (tmp_path / "mine.py").write_text(
+        "import os, signal\n"
+        "from mnist_lightning.networks import MLP\n"
+        "class Net(MLP):\n"
+        "    def __init__(self, deadly: bool = False):\n"
+        "        super().__init__(units=[8], dropout=0, l2=0)\n"
+        "        if deadly:\n"
+        "            os.kill(os.getpid(), signal.SIGKILL)\n"
+    )
+    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}{os.pathsep}{os.environ.get('PYTHONPATH', '')}")
+    result = command(
+        tmp_path, "tune", choices(**{"model.network.init_args.deadly": [True, False]}), "--model.network=mine.Net",
+        "--sampler=BruteForceSampler", "--workers=1", "--refit=false", "--trainer.max_epochs=1",
+    )  # fmt: skip
+    assert "1 completed, 0 pruned, 1 failed" in result.stdout
+    errors = [trial.user_attrs["error"] for trial in load(tmp_path).trials if "error" in trial.user_attrs]
+    assert errors == ["3 processes died that ran it"]
+
+
+def test_the_executions_of_the_last_trials_are_shared_out(data_dir, tmp_path):
+    parent = start(data_dir, tmp_path, "--n_trials=1", "--workers=2", epochs=30)
+    together = []
+
+    def are_together():
+        journal = tmp_path / "lightning_logs/tune/journal.log"
+        if journal.exists() and b'"workers"' in journal.read_bytes():
+            together.extend(t for t in load(tmp_path).trials if len(set(t.user_attrs.get("workers", {}).values())) == 2)
+        return together or parent.poll() is not None
+
+    wait_for(are_together)
+    output, _ = parent.communicate(timeout=60)
+    assert parent.returncode == 0, output
+    assert together
+    (trial,) = load(tmp_path).trials
+    assert [execution["seed"] for execution in trial.user_attrs["executions"]] == [42, 43]
+    assert sorted(trial.intermediate_values) == [*range(60)]
+    assert trial.intermediate_values[59] == trial.value
+
+
 def test_a_killed_parent_leaves_no_process_and_no_trial_behind(whole, data_dir, tune, tmp_path):
     cwd = tmp_path / "here"
     cwd.mkdir()
@@ -234,7 +274,7 @@ def test_a_killed_parent_leaves_no_process_and_no_trial_behind(whole, data_dir, 
     assert code == 0, errors
     study = load(cwd)
     assert outcome(study) == outcome(load(whole[0]))
-    assert all(trial.state in (TrialState.COMPLETE, TrialState.FAIL) for trial in study.trials)
+    assert all(trial.state == TrialState.COMPLETE for trial in study.trials)
     assert finished.items() <= {trial.number: trial.value for trial in study.trials}.items()
 
 
@@ -274,6 +314,8 @@ def test_machines_share_a_database_that_is_restarted_while_some_of_them_vanish(w
     wait_for(all_are_at_it)
     for parent in parents[:2]:
         parent.kill()
+    names = [f":{parent.pid}:" for parent in parents[:2]]
+    killed = sorted(number for owner, number in owners.items() if any(name in owner for name in names))
     postgresql("restart", "-m", "immediate")
     outputs = [parent.communicate(timeout=120)[0] for parent in parents]
     for parent, output in zip(parents[2:], outputs[2:], strict=True):
@@ -283,38 +325,30 @@ def test_machines_share_a_database_that_is_restarted_while_some_of_them_vanish(w
     assert sum("Refit: left to" in output for output in outputs) == 1
     assert len([*tmp_path.glob("lightning_logs/tuned/version_*")]) == 1
     study = optuna.load_study(storage=open_storage(url), study_name="tune")
-    counted = [trial for trial in study.trials if counts(trial)]
+    counted = [trial for trial in study.trials if is_counted(trial)]
     assert [trial.state for trial in counted] == [TrialState.COMPLETE] * 14
     assert all(trial.state.is_finished() for trial in study.trials)
     assert study.best_value == max(trial.value for trial in counted)
     drawn = [list(trial.params.values()) for trial in counted]
     for trial in load(whole[0]).trials:  # the draws of one process, undisturbed
         assert list(trial.params.values()) in drawn
-    given_back = [trial for trial in counted if "continues" in trial.user_attrs]
-    assert given_back
-    for trial in given_back:
-        before = study.trials[trial.user_attrs["continues"]]
-        assert before.params == trial.params
-        finished = before.user_attrs.get("executions", [])
-        assert trial.user_attrs["executions"][: len(finished)] == finished
+    assert [trial.number for trial in counted if trial.user_attrs.get("attempts")] == killed
+    for trial in counted:
+        assert [execution["execution"] for execution in trial.user_attrs["executions"]] == [0, 1]
 
 
-def test_a_trial_that_others_have_taken_is_left_to_them(whole, tune, tmp_path, monkeypatch):
-    receive, taken = Search._receive, []
-
-    def robbed(search, slot):
-        if not taken and slot.running.curves[slot.execution]:
-            taken.append(slot.running.trial.number)
-            put_back(load(tmp_path / "here"), search._frozen(slot.running), search.space, blame=True)
-        receive(search, slot)
-
-    monkeypatch.setattr(Search, "_receive", robbed)
-    code, output, errors = tune("--n_trials=5")
-    assert code == 0, errors
-    assert "another process runs it anew" in output
-    study = load(tmp_path / "here")
-    assert [trial.number for trial in study.trials if not counts(trial)] == taken
-    assert outcome(study) == outcome(load(whole[0]))
+def test_a_trial_that_others_have_taken_is_left_to_them(whole, data_dir, tmp_path):
+    parent = start(data_dir, tmp_path, "--n_trials=5", "--workers=1")
+    with stopped_worker(tmp_path, execution=0) as (_, number):
+        study = load(tmp_path)
+        set_attributes(study, study.trials[number], owner="another command")
+    wait_for(lambda: sum(trial.state == TrialState.COMPLETE for trial in load(tmp_path).trials) == 4)
+    study = load(tmp_path)
+    assert study.trials[number].state == TrialState.RUNNING
+    give_back(study, study.trials[number], study.trials[number].distributions, attempts=1)
+    output, _ = parent.communicate(timeout=60)
+    assert parent.returncode == 0, output
+    assert outcome(load(tmp_path)) == outcome(load(whole[0]))
 
 
 def test_a_fault_of_the_machine_ends_the_search_and_is_no_trial_s(whole, tune, tmp_path):
@@ -339,6 +373,7 @@ def test_a_trial_that_diverges_or_raises_is_recorded_with_its_reason(tune, tmp_p
     assert code == 0
     trials = {tuple(trial.params.values()): trial for trial in load(tmp_path / "here").trials}
     assert len(trials) == 4  # and then the sampler has nothing left
+    assert sum(map(is_counted, load(tmp_path / "here").trials)) == 4
     assert trials[1e-3, "ReLU"].state == TrialState.COMPLETE
     diverged = trials[1e30, "ReLU"].user_attrs["error"]
     assert diverged.startswith("ArithmeticError: ")
@@ -448,7 +483,8 @@ def test_no_trial_touches_the_test_images(data_dir, tune, tmp_path):
             "data.batch_size has no valid distribution",
         ),
         (["--sampler=NoSampler"], "NoSampler"),
-        (["--metric=test/accuracy"], "val/accuracy"),
+        (["--metric=test/accuracy"], "These are: val/loss, val/penalized_loss, val/accuracy"),
+        (["--trainer.accelerator=cpu", "--trainer.devices=2"], "leave --trainer.devices at 1"),
         (["--n_trials=0"], "n_trials"),
         (["--storage=postgresql://nobody@127.0.0.1:1/x"], "The storage postgresql://nobody@127.0.0.1:1/x cannot be"),
     ],
@@ -481,7 +517,7 @@ def test_tune_yaml_spells_out_the_defaults(monkeypatch, capfd):
         if key == "data":
             default["data"].pop("data_dir")
         assert spelled[key] == default[key]
-    assert spelled["search_space"].keys() == default["search_space"].keys() == tuning.NOTEBOOK_SPACE.keys()
+    assert spelled["search_space"].keys() == default["search_space"].keys() == NOTEBOOK_SPACE.keys()
 
 
 @pytest.mark.parametrize(("options", "best"), [([], min), (["--direction=maximize"], max)])

@@ -4,11 +4,12 @@ import json
 import os
 import re
 import sys
+import threading
 import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import optuna
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
@@ -49,12 +50,16 @@ class PatientStorage:
 
     Attributes:
         patience: Seconds for which it is asked again.
+        quiet: Whether nothing is said of it.
+        in_use: Held while the storage works: a process that ends then may leave a lock for which others wait.
     """
 
     def __init__(self, storage: BaseStorage, name: str) -> None:
         self._storage = storage
         self._name = name
         self.patience = PATIENCE
+        self.quiet = False
+        self.in_use = threading.Lock()
 
     def __getattr__(self, name: str) -> Any:
         """The storage's own attribute; a method is patient."""
@@ -65,7 +70,8 @@ class PatientStorage:
         since, delay = None, 0.1
         while True:
             try:
-                answer = method(*args, **kwargs)
+                with self.in_use:
+                    answer = method(*args, **kwargs)
             except Exception as error:
                 if not _is_outage(error):
                     raise
@@ -78,10 +84,10 @@ class PatientStorage:
                     ) from error
                 if delay == 0.1:
                     message = f"The storage does not answer, asking again for {self.patience / 60:.0f} minutes: "
-                    tqdm.write(message + _reason(error), file=sys.stderr)
+                    self._say(message + _reason(error))
             else:
                 if since is not None:
-                    tqdm.write("The storage answers again.", file=sys.stderr)
+                    self._say("The storage answers again.")
                 return answer
             try:
                 time.sleep(delay)
@@ -89,6 +95,10 @@ class PatientStorage:
                 self.patience = 0.0  # nobody wants to wait any more
                 raise
             delay = min(2 * delay, 5.0)
+
+    def _say(self, message: str) -> None:
+        if not self.quiet:
+            tqdm.write(message, file=sys.stderr)
 
 
 def _cause(error: Exception) -> BaseException:
@@ -111,11 +121,14 @@ def _reason(error: Exception) -> str:
     return (str(text).strip() or repr(error)).partition("\n")[0]
 
 
-def open_storage(storage: str) -> BaseStorage:
+def open_storage(storage: str) -> Any:
     """Open a storage by its URL or, for a journal file, by its path.
 
     Args:
         storage: A path, ``grpc://host:port`` of Optuna's proxy, or a URL of a database as SQLAlchemy writes it.
+
+    Returns:
+        A :class:`PatientStorage`, which does whatever an Optuna storage does.
 
     Raises:
         MisconfigurationException: It cannot be opened.
@@ -149,7 +162,7 @@ def open_storage(storage: str) -> BaseStorage:
             f"The storage {name} cannot be opened: {_reason(error)}. It must be the path of a journal file, "
             "grpc://host:port of Optuna's proxy, or a database's URL such as postgresql://user@host/database."
         ) from error
-    return cast(BaseStorage, PatientStorage(opened, name))
+    return PatientStorage(opened, name)
 
 
 def _open_database(url: str) -> BaseStorage:

@@ -1,0 +1,135 @@
+"""What LightningCLI's parser is taught: errors in one line, files checked before they are read, and corrections.
+
+The corrections wrap private functions of jsonargparse (4.53). They hold within :func:`corrected`, which every command
+enters, so importing the package changes nothing for others.
+"""
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NoReturn
+
+import yaml
+from jsonargparse import Namespace, _typehints, set_parsing_settings
+from jsonargparse._common import parsing_settings
+from lightning.pytorch.cli import LightningArgumentParser
+
+MAX_NODES = 10_000
+"""Values in a config file; aliases in a few lines of YAML may stand for billions."""
+
+typed: set[str] = set()
+"""Options on the command line that is parsed, without their dashes."""
+
+
+class Parser(LightningArgumentParser):
+    """Says what is wrong in one line instead of a page of usage."""
+
+    def parse_args(self, args: Any = None, *arguments: Any, **kwargs: Any) -> Namespace:  # type: ignore[override]
+        args = sys.argv[1:] if args is None else args
+        typed.clear()
+        typed.update(word.partition("=")[0].lstrip("-") for word in args if word.startswith("--"))
+        # jsonargparse prints only the file of a --config that stands behind
+        ordered = sorted(args, key=lambda word: word.startswith("--print_config"))
+        config: Namespace = super().parse_args(ordered, *arguments, **kwargs)
+        return config
+
+    def parse_path(self, cfg_path: Any, **kwargs: Any) -> Namespace:
+        """Parse a config file, once it is known to be one that can be parsed."""
+        try:
+            nodes = [yaml.safe_load(Path(cfg_path).read_text(encoding="utf-8"))]
+            for count, node in enumerate(nodes):  # grows; an alias may stand for itself
+                nodes += node.values() if isinstance(node, dict) else node if isinstance(node, list) else []
+                if count > MAX_NODES:
+                    raise ValueError("it has too many values")
+        except (yaml.YAMLError, ValueError, RecursionError) as error:
+            self.error(f"{cfg_path} is no config: {error}", error)
+        config: Namespace = super().parse_path(cfg_path, **kwargs)
+        return config
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        """Print the message and end with exit code 2."""
+        if not self.exit_on_error:
+            super().error(message, ex)
+        print(f"error: {' '.join(message.split())}\nAll options: add --help", file=sys.stderr)
+        self.exit(2)
+
+
+@contextmanager
+def corrected() -> Iterator[None]:
+    """Let jsonargparse resolve, exchange and call classes as this package documents it."""
+    corrections: dict[str, Callable[[Callable[..., Any]], Callable[..., Any]]] = {
+        "resolve_class_path_by_name": _prefer_own,
+        "discard_init_args_on_class_path_change": _discard_defaults,
+        "adapt_partial_callable_class": _require_class,
+    }
+    originals = {name: getattr(_typehints, name) for name in corrections}
+    settings = dict(parsing_settings)
+    try:
+        for name, correct in corrections.items():
+            setattr(_typehints, name, correct(originals[name]))
+        # A config or checkpoint may be anybody's: only classes of the type that a key wants are made, and none of os,
+        # subprocess, ... (as jsonargparse 5 will do by itself, see its pull request 959).
+        set_parsing_settings(instantiate_subclass_spec_in_any=False, import_path_denylist=[])
+        yield
+    finally:
+        for name, original in originals.items():
+            setattr(_typehints, name, original)
+        parsing_settings.update(settings)
+
+
+def _prefer_own(original: Callable[..., str]) -> Callable[..., str]:
+    """Let a short name mean the package's own class where torchvision, say, has one of the same name.
+
+    jsonargparse refuses a name that several classes have; MLP is one of torchvision's as well.
+    """
+
+    def resolve(class_type: Any, name: str) -> str:
+        try:
+            return original(class_type, name)
+        except ValueError:
+            paths = [path for path in _typehints.get_all_subclass_paths(class_type) if path.endswith(f".{name}")]
+            own = [path for path in paths if path.startswith(f"{__package__}.")]
+            if len(own) != 1:
+                raise
+            return own[0]
+
+    return resolve
+
+
+def _discard_defaults(original: Callable[..., Any]) -> Callable[..., Any]:
+    """Make a class that is exchanged for another take its defaults along.
+
+    jsonargparse hands every argument that both classes have to the new one, even one that nobody gave (its issue 460):
+    SGD would train with Adam's default learning rate. Here only what was typed on the command line, and what is not
+    the old class's default, is handed on.
+    """
+
+    def discard(action: Any, previous: Any, value: Any) -> None:
+        if isinstance(previous, Namespace) and "init_args" in previous and previous.class_path != value["class_path"]:
+            defaults = _typehints.ActionTypeHint.get_class_parser(
+                previous.class_path, getattr(action, "sub_add_kwargs", {})
+            ).get_defaults()
+            for name, given in list(previous.init_args.items(branches=True, nested=False)):
+                default = defaults.get(name)
+                is_default = given == (list(default) if isinstance(given, list) and default else default)
+                if is_default and not any({f"{key}.{name}", f"{key}.init_args.{name}"} & typed for key in typed):
+                    previous.init_args.pop(name)
+        original(action, previous, value)
+
+    return discard
+
+
+def _require_class(original: Callable[..., tuple[Any, Any]]) -> Callable[..., tuple[Any, Any]]:
+    """Refuse a function as the class path of a callable.
+
+    jsonargparse calls any that its denylist does not name (pull request 959), with arguments of the config.
+    """
+
+    def adapt(callable_type: Any, spec: Any) -> tuple[Any, Any]:
+        spec, skipped = original(callable_type, spec)
+        if not isinstance(_typehints.import_object(spec["class_path"]), type):
+            raise ImportError(f"{spec['class_path']} is no class")
+        return spec, skipped
+
+    return adapt

@@ -1,0 +1,372 @@
+"""The command ``tune``: starts workers, watches the study, and refits the best."""
+
+import csv
+import os
+import shlex
+import signal
+import sys
+import time
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field, fields
+from multiprocessing.connection import wait
+from pathlib import Path
+from typing import Any, Literal
+
+import optuna
+import torch
+import yaml
+from jsonargparse import Namespace, lazy_instance
+from jsonargparse.typing import PositiveFloat, PositiveInt
+from lightning.pytorch.cli import LightningArgumentParser
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from optuna.exceptions import UpdateFinishedTrialError
+from optuna.pruners import BasePruner, NopPruner, WilcoxonPruner
+from optuna.samplers import BaseSampler, RandomSampler
+from optuna.study import Study
+from optuna.trial import FrozenTrial, TrialState
+from tqdm import tqdm
+
+from mnist_lightning.cli import RunCLI, fit, quieten_lightning
+from mnist_lightning.parsing import corrected
+from mnist_lightning.runs import PROG, atomic_write, format_table, newest_file, user_errors
+from mnist_lightning.tune.search import Search
+from mnist_lightning.tune.space import (
+    NOTEBOOK_SPACE,
+    RUN_KEYS,
+    bounds,
+    check_values,
+    config_with,
+    describe,
+    get_value,
+    make_space,
+    short_key,
+    short_value,
+)
+from mnist_lightning.tune.storage import open_storage
+from mnist_lightning.tune.study import (
+    ATTEMPTS,
+    SWEEPS,
+    give_back,
+    is_complete,
+    is_counted,
+    open_study,
+    process_name,
+    results,
+    set_attributes,
+    sweep,
+)
+from mnist_lightning.tune.worker import Worker
+
+
+@dataclass
+class SearchOptions:
+    """Options of ``tune``.
+
+    Args:
+        search_space: From a key of this config (an item of a list by its index) to class path and arguments of the
+            Optuna distribution of its values.
+        metric: A trial's value is this metric at its best epoch, averaged over the trial's executions.
+        direction: Whether a good value is high or low; by default low for a loss or an error, else high.
+        sampler: Draws the trials. Its seed is seed_everything, unless given.
+        pruner: Ends bad trials early, after an epoch or an execution.
+        n_trials: Trials of the study in all, those of earlier commands and of other processes included.
+        executions_per_trial: Trainings of a trial, with the seeds seed_everything, seed_everything + 1, ...
+        study_name: Name of the study, and of its folder in lightning_logs.
+        storage: Path of a journal file or URL of an Optuna storage; by default journal.log in the study's folder.
+        workers: Processes that train; by default one for each GPU or, without any, each CPU core.
+        grace_period: Seconds after which the trials of a machine that has vanished are run by others.
+        enqueue_baseline: Whether a new study starts with the values that the config has.
+        refit: Whether the best is trained anew at the end, as a run of its own.
+        refit_epochs: Epochs of that.
+    """
+
+    search_space: dict[str, dict[str, Any]] = field(default_factory=lambda: NOTEBOOK_SPACE)
+    metric: str = "val/accuracy"
+    direction: Literal["maximize", "minimize"] | None = None
+    sampler: BaseSampler = lazy_instance(RandomSampler)  # noqa: RUF009
+    pruner: BasePruner = lazy_instance(NopPruner)  # noqa: RUF009
+    n_trials: PositiveInt = 10
+    executions_per_trial: PositiveInt = 2
+    study_name: str = "tune"
+    storage: str | None = None
+    workers: PositiveInt | None = None
+    grace_period: PositiveFloat = 60.0
+    enqueue_baseline: bool = False
+    refit: bool = True
+    refit_epochs: PositiveInt = 20
+
+
+class SearchCLI(RunCLI):
+    """Parses the options of a search beside those of a run, with the notebook's epochs and batch size."""
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        super().add_arguments_to_parser(parser)
+        parser.add_class_arguments(SearchOptions, as_group=False)
+        parser.set_defaults({"name": "tuned", "trainer.max_epochs": 10, "data.batch_size": 32})
+
+    def before_instantiate_classes(self) -> None:
+        super().before_instantiate_classes()
+        is_loss = any(word in self.config.metric for word in ("loss", "error"))
+        self.config.direction = self.config.direction or ("minimize" if is_loss else "maximize")
+        for key in ("sampler", "pruner"):
+            arguments = self.config[key].get("init_args", {})
+            for name, value in arguments.items():  # a number is taken for text where both may stand: max_resource
+                arguments[name] = int(value) if isinstance(value, str) and value.isdecimal() else value
+
+
+def main(command: str, description: str, arguments: Sequence[str]) -> None:
+    """Run the command."""
+    quieten_lightning()
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    with user_errors(), corrected():
+        tune(SearchCLI(command, arguments, description), f"{PROG} {command} {shlex.join(arguments)}")
+
+
+def tune(run: SearchCLI, command: str) -> None:
+    """Search, print the results, refit the best.
+
+    Args:
+        run: Gives the options, and the config of a run.
+        command: What was typed, to be typed again.
+    """
+    options = Namespace(**{field.name: run.config[field.name] for field in fields(SearchOptions)})
+    base = {key: value for key, value in run.plain_config().items() if key in RUN_KEYS}
+    space = make_space(options.search_space, base)
+    check_values(space, base, run.parser)  # type: ignore[arg-type]
+    _check_training(run)
+    print("Search space:")
+    width = max(map(len, space))
+    for key, distribution in space.items():
+        print(f"  {key:{width}}  {describe(distribution)}")
+
+    folder = run.logs / options.study_name
+    search = Search(options, base, space, options.storage or str(folder / "journal.log"), folder, process_name())
+    storage = open_storage(search.storage)
+    study, is_new = open_study(storage, options.study_name, options.direction, _settings(search), space)
+    search.use_sampler(study)
+    study.pruner = run.config_init.pruner
+    if is_new and options.enqueue_baseline:
+        study.enqueue_trial({key: get_value(base, key) for key in space})
+    took_part = not is_complete(study, options.n_trials)
+    interrupted = took_part and Workers(search, study, _devices(run.config)).run()
+    _print_results(study, search)
+    if interrupted:
+        print(f"\nStopped. Continue: {command}")
+        sys.exit(130)
+    if not study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,)):
+        failed = [trial for trial in study.trials if "error" in trial.user_attrs]
+        reason = f" The first failed: {failed[0].user_attrs['error']}" if failed else ""
+        raise MisconfigurationException(f"No trial was completed, so there is nothing to refit.{reason}")
+    best = run.plain_config(run.parser.parse_object(config_with(base, study.best_params)))
+    best = {"name": run.config.name, **{key: best[key] for key in RUN_KEYS}}
+    best["trainer"]["max_epochs"] = int(options.refit_epochs)
+    path = folder / "best.yaml"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with atomic_write(path) as partial:
+        partial.write_text(yaml.safe_dump(best, sort_keys=False))
+    print(f"\nBest config: {path}    Train it: {PROG} fit --config {path}")
+    if not options.refit:
+        return
+    # several commands that share the study end together
+    finished = [t for t in study.get_trials(deepcopy=False) if t.datetime_complete is not None and is_counted(t)]
+    last = max(finished, key=lambda trial: (trial.datetime_complete, trial.number)).user_attrs.get("owner")
+    if took_part and last != search.owner:
+        print(f"Refit: left to {last}, which ended the last trial. The same command, given again, does it here.")
+    else:
+        _refit(path, best, run.logs)
+
+
+def _check_training(run: SearchCLI) -> None:
+    """See that data, network and metric fit together, before anything is trained."""
+    if run.trainer.world_size > 1:
+        raise MisconfigurationException(
+            "A trial trains on one device, and the workers share the devices out: leave --trainer.devices at 1, and "
+            "say --workers N for another number of workers."
+        )
+    run.datamodule.setup("fit")
+    run.trainer.limit_val_batches = 1
+    (metrics,) = run.trainer.validate(run.model, datamodule=run.datamodule, verbose=False)
+    if run.config.metric not in metrics:
+        raise MisconfigurationException(
+            f"The metric {run.config.metric} is not logged in validation. These are: {', '.join(metrics)}"
+        )
+
+
+def _settings(search: Search) -> dict[str, Any]:
+    """What a value of the study depends on, beside its space."""
+    settings = config_with(search.base, {key: bounds(values)[0] for key, values in search.space.items()})
+    del settings["num_threads"], settings["data"]["data_dir"]
+    settings["trainer"] = {"max_epochs": settings["trainer"]["max_epochs"]}
+    return {**settings, **{key: search.options[key] for key in ("metric", "executions_per_trial")}}
+
+
+def _devices(options: Any) -> list[str | None]:
+    """For each worker the GPU that it may see, or None."""
+    gpus: list[str] = []
+    if options.trainer.devices == 1 and options.trainer.accelerator in ("auto", "gpu", "cuda"):
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+        gpus = visible.split(",") if visible else [str(i) for i in range(torch.cuda.device_count())]
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    count = options.workers or len(gpus) or cores
+    return [gpus[i % len(gpus)] if gpus else None for i in range(count)]
+
+
+class Workers:
+    """The processes of a search, and what the command does while they work.
+
+    Args:
+        search: The search.
+        study: Its study.
+        devices: For each worker the GPU that it may see, or None.
+    """
+
+    def __init__(self, search: Search, study: Study, devices: Sequence[str | None]) -> None:
+        self.search = search
+        self.study = study
+        self.devices = devices
+        self._workers: list[Worker] = []
+        self._shown = {trial.number for trial in study.get_trials(deepcopy=False) if trial.state.is_finished()}
+
+    def run(self) -> bool:
+        """Search until the study is complete; gives whether it was interrupted."""
+        options = self.search.options
+        total = options.n_trials * options.executions_per_trial * self.search.epochs
+        shape = "{desc} |{bar}| {percentage:3.0f} % [{elapsed} < {remaining}]"
+        self.bar: tqdm[Any] = tqdm(total=total, bar_format=shape, leave=False, disable=None)
+        terminate = signal.signal(signal.SIGTERM, signal.default_int_handler)  # what a cluster sends before it kills
+        try:
+            self._watch()
+        except KeyboardInterrupt:
+            return True
+        finally:
+            interrupt = signal.signal(signal.SIGINT, signal.SIG_IGN)
+            for worker in self._workers:
+                worker.process.terminate()  # all at once
+            for worker in self._workers:
+                worker.end()
+            storage: Any = self.study._storage
+            storage.patience = 0.0
+            with suppress(MisconfigurationException):  # the storage is away: whoever comes next will notice
+                for trial in self._own_trials():
+                    give_back(self.study, trial, self.search.space, attempts=trial.user_attrs.get("attempts", 0))
+            self.bar.close()
+            signal.signal(signal.SIGTERM, terminate)
+            signal.signal(signal.SIGINT, interrupt)
+        return False
+
+    def _watch(self) -> None:
+        """Keep the workers at work, and show how far the study is."""
+        self._workers = [Worker(self.search, device) for device in self.devices]
+        heartbeats: dict[int, tuple[float | None, int]] = {}
+        next_sweep, early_deaths = 0.0, 0
+        while self._workers:
+            if time.monotonic() > next_sweep:
+                for trial in self._own_trials():
+                    with suppress(UpdateFinishedTrialError):
+                        set_attributes(self.study, trial, heartbeat=time.time())
+                for number in sweep(self.study, self.search.space, heartbeats):
+                    self._print(f"Trial {number:3} is run again: its process died, or was silent for too long")
+                next_sweep = time.monotonic() + self.search.options.grace_period / SWEEPS
+            ended = wait([worker.process.sentinel for worker in self._workers], timeout=1)
+            self._show_progress()
+            for worker in [worker for worker in self._workers if worker.process.sentinel in ended]:
+                self._workers.remove(worker)
+                words, code = worker.last_words(), worker.end()
+                if words is not None:
+                    raise MisconfigurationException(words)
+                if code == 0:
+                    continue
+                early_deaths = 0 if self._free(worker, code) else early_deaths + 1
+                if early_deaths == ATTEMPTS:
+                    raise MisconfigurationException(
+                        f"{ATTEMPTS} workers died before they had begun, the last with exit code {code}. "
+                        f"Is there enough memory for {len(self.devices)} workers?"
+                    )
+                self._workers.append(Worker(self.search, worker.device))
+        self._show_progress()
+
+    def _free(self, worker: Worker, code: int) -> bool:
+        """Free the execution that a dead worker was at; gives whether it was at one."""
+        with self.search.lock:
+            for trial in self._own_trials():
+                workers = trial.user_attrs.get("workers", {})
+                left = {execution: name for execution, name in workers.items() if name != worker.name}
+                if left != workers:
+                    attempts = trial.user_attrs.get("attempts", 0) + 1
+                    set_attributes(self.study, trial, workers=left, attempts=attempts)
+                    self._print(f"Trial {trial.number:3} goes on with another worker: one died (exit code {code})")
+                    return True
+        return False
+
+    def _own_trials(self) -> list[FrozenTrial]:
+        running = self.study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
+        return [trial for trial in running if trial.user_attrs.get("owner") == self.search.owner]
+
+    def _show_progress(self) -> None:
+        trials = [trial for trial in self.study.get_trials(deepcopy=False) if is_counted(trial)]
+        finished = [trial for trial in trials if trial.state.is_finished()]
+        for trial in finished:
+            if trial.number not in self._shown:
+                self._shown.add(trial.number)
+                result = f"{trial.value:.4f}" if trial.value is not None else trial.user_attrs.get("error")
+                params = ", ".join(f"{short_key(key)} {short_value(value)}" for key, value in trial.params.items())
+                self._print(f"Trial {trial.number:3} {trial.state.name.lower():8} {result}  {params}")
+        states = [trial.state for trial in trials]
+        self.bar.desc = f"Trials {len(finished)}/{self.search.options.n_trials}"
+        for name, state in (("pruned", TrialState.PRUNED), ("failed", TrialState.FAIL)):
+            if state in states:
+                self.bar.desc += f", {states.count(state)} {name}"
+        if TrialState.COMPLETE in states:
+            best = self.search.best(trial.value for trial in finished if trial.state == TrialState.COMPLETE)
+            self.bar.desc += f", best {best:.4f}"
+        epochs = 1 if not isinstance(self.study.pruner, WilcoxonPruner) else self.search.epochs  # to a reported step
+        steps = sum(len(trial.intermediate_values) for trial in trials if not trial.state.is_finished())
+        of_trial = self.search.options.executions_per_trial * self.search.epochs
+        self.bar.n = len(finished) * of_trial + steps * epochs
+        self.bar.refresh()
+
+    def _print(self, line: str) -> None:
+        with self.bar.external_write_mode():
+            print(line, flush=True)
+
+
+def _print_results(study: Study, search: Search) -> None:
+    trials = study.get_trials(deepcopy=False)
+    complete = [trial for trial in trials if trial.state == TrialState.COMPLETE]
+    states = [("completed", TrialState.COMPLETE), ("pruned", TrialState.PRUNED), ("failed", TrialState.FAIL)]
+    numbers = [f"{sum(t.state == state and is_counted(t) for t in trials)} {name}" for name, state in states]
+    print(f"\nTrials of study {study.study_name}: {', '.join(numbers)}")
+    if not complete:
+        return
+    metric = search.options.metric
+    print(results(study, list(search.space)).head(10).rename(columns={"value": metric}).to_string(index=False))
+    print(f"\nBest: trial {study.best_trial.number}, {metric} {study.best_value:.4f}")
+    for key in search.space:
+        print(f"  {key}: {study.best_params[key]}")
+    if len({trial.value for trial in complete}) > 1:
+        evaluator = optuna.importance.FanovaImportanceEvaluator(seed=0)
+        importances = optuna.importance.get_param_importances(study, evaluator=evaluator)
+        shown = ", ".join(f"{short_key(key)} {importance:.2f}" for key, importance in importances.items())
+        print(f"Importance (fANOVA): {shown}")
+
+
+def _refit(path: Path, config: dict[str, Any], logs: Path) -> None:
+    """Train a config as an ordinary run, unless there is one already, and show it beside the baseline."""
+    for run in sorted((logs / config["name"]).glob("version_*")):
+        if (run / "test.csv").exists() and config.items() <= yaml.safe_load((run / "config.yaml").read_text()).items():
+            print(f"Refit: it is there already, {run}")
+            break
+    else:
+        print(f"\nRefit: {PROG} fit --config {path}")
+        fit(RunCLI("fit", ["--config", str(path)]))
+    tests = {}
+    for name in ("baseline", config["name"]):
+        newest = newest_file((logs / name).glob("version_*/test.csv"))
+        if newest is not None:
+            with newest.open(newline="") as file:
+                tests[str(newest.parent)] = next(csv.DictReader(file))
+    metrics = [key for key in list(tests.values())[-1] if key.startswith("test/")]
+    rows = [[run, *(f"{float(test.get(key, 'nan')):.4f}" for key in metrics)] for run, test in tests.items()]
+    titles = ["test, weights of the last epoch", *(key.removeprefix("test/").replace("_", " ") for key in metrics)]
+    print(f"\n{format_table([titles, *rows])}\n\nCompare them: {PROG} report")

@@ -1,0 +1,284 @@
+"""The search as its command and its workers share it, and what a worker does: take, train, report and tell.
+
+All state is in the study, where other machines see it too. Attributes of a trial: ``owner``, the command that answers
+for it while it runs; ``workers``, from the number of an execution to the worker that is at it; ``executions``, those
+that are finished; ``attempts``, how often a process died that ran it; ``error``, why it failed.
+"""
+
+import copy
+import inspect
+import math
+import time
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+import numpy as np
+import optuna
+from filelock import FileLock
+from jsonargparse import Namespace
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.loggers import TensorBoardLogger
+from optuna.exceptions import UpdateFinishedTrialError
+from optuna.pruners import BasePruner, NopPruner, WilcoxonPruner
+from optuna.samplers import BaseSampler, GridSampler, QMCSampler
+from optuna.study import Study
+from optuna.trial import FrozenTrial, TrialState
+
+from mnist_lightning.cli import RunCLI
+from mnist_lightning.tune.space import SearchSpace, config_with, instantiate, max_epochs, size
+from mnist_lightning.tune.storage import open_storage
+from mnist_lightning.tune.study import ATTEMPTS, TrialSampler, ask, is_complete, process_name, set_attributes
+
+
+@dataclass
+class Search:
+    """What is searched, and how.
+
+    Attributes:
+        options: The command's own options.
+        base: Config of a run, whose keys the space changes.
+        space: The search space.
+        storage: Path or URL of the study's storage.
+        folder: Of the study, for the logs of the executions.
+        owner: Name of the command's process.
+    """
+
+    options: Namespace
+    base: dict[str, Any]
+    space: SearchSpace
+    storage: str
+    folder: Path
+    owner: str
+
+    @property
+    def epochs(self) -> int:
+        """Epochs of the longest execution."""
+        return int(max_epochs(self.space, self.base))
+
+    @property
+    def lock(self) -> FileLock:
+        """Held while a process of this command changes who is at what."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        return FileLock(self.folder / ".lock")
+
+    def best(self, values: Any) -> Any:
+        """The best of several values of the metric."""
+        return (max if self.options.direction == "maximize" else min)(values)
+
+    def use_sampler(self, study: Study) -> None:
+        """Let the study draw as this search does."""
+        sampler, combinations = self.options.sampler, math.inf
+        if sampler.class_path.endswith(".GridSampler"):
+            combinations = math.prod(map(len, sampler.init_args.search_space.values()))
+        elif sampler.class_path.endswith(".BruteForceSampler"):
+            combinations = size(self.space)
+        study.sampler = TrialSampler(study, self._make_sampler, combinations)
+
+    def _make_sampler(self, number: int) -> BaseSampler:
+        config = copy.deepcopy(self.options.sampler)
+        sampler_class = type(instantiate(BaseSampler, config))
+        if "seed" in inspect.signature(sampler_class).parameters:
+            seed = config.init_args.get("seed")
+            seed = self.base["seed_everything"] if seed is None else seed
+            if sampler_class in (GridSampler, QMCSampler):  # the points of a grid or sequence belong together
+                config.init_args["seed"] = int(seed)
+            elif seed is not False:
+                config.init_args["seed"] = int(np.random.SeedSequence([seed, number]).generate_state(1)[0])
+        sampler: BaseSampler = instantiate(BaseSampler, config)
+        return sampler
+
+
+class TrialRunner:
+    """Runs executions of trials until the study is complete.
+
+    Args:
+        search: The search.
+    """
+
+    def __init__(self, search: Search) -> None:
+        self.search = search
+        self.name = process_name()
+        self.storage = open_storage(search.storage)
+        self.storage.quiet = True  # the command says it
+        pruner = instantiate(BasePruner, search.options.pruner)
+        self.study = optuna.load_study(storage=self.storage, study_name=search.options.study_name, pruner=pruner)
+        search.use_sampler(self.study)
+
+    def run(self) -> None:
+        """Take and train, and wait where all that is left is with others, who may die."""
+        while True:
+            with self.search.lock:
+                taken = self._take()
+            if taken is not None:
+                with suppress(UpdateFinishedTrialError):  # others took this machine for dead, and have the trial now
+                    self._train(*taken)
+            elif is_complete(self.study, self.search.options.n_trials):
+                return
+            else:
+                time.sleep(1)
+
+    def _take(self) -> tuple[FrozenTrial, int] | None:
+        """Claim an execution: of a trial that nobody is at, of a new one, or else one of those that others are at."""
+        while True:
+            running = self.study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
+            own = [trial for trial in running if self._is_own(trial)]
+            number = next((trial.number for trial in own if not trial.user_attrs.get("workers")), None)
+            if number is None:
+                number = ask(self.study, self.search.space, self.search.options.n_trials, self.search.owner)
+            if number is None and isinstance(self.study.pruner, NopPruner):  # others look at one after the other
+                number = next((trial.number for trial in own if self._free(trial)), None)
+            if number is None:
+                return None
+            trial = self._trial(number)
+            free = self._free(trial)
+            if trial.user_attrs.get("attempts", 0) >= ATTEMPTS:
+                self._fail(trial, f"{ATTEMPTS} processes died that ran it")
+            elif free:
+                workers = {**trial.user_attrs.get("workers", {}), str(free[0]): self.name}
+                set_attributes(self.study, trial, workers=workers)
+                return trial, free[0]
+            else:  # whoever finished its last execution died before saying so
+                self._end(trial)
+
+    def _train(self, trial: FrozenTrial, execution: int) -> None:
+        """Run an execution, and record it."""
+        search, start = self.search, time.perf_counter()
+        config = config_with(search.base, trial.params)
+        if config["seed_everything"] is not False:  # the same seeds in all trials, so that they compare
+            config["seed_everything"] += execution
+        config["trainer"].update(enable_progress_bar=False, enable_checkpointing=False, logger=None)
+        progress = Progress(self, trial, execution)
+        try:
+            run = RunCLI("fit", config)
+            folder, name, lost = search.folder / f"trial_{trial.number:03}", f"execution_{execution}", 0
+            while (folder / name).exists():  # the log of a lost execution stays
+                lost += 1
+                name = f"execution_{execution}_again_{lost}"
+            run.trainer.loggers = [TensorBoardLogger(search.folder, folder.name, name, default_hp_metric=False)]
+            run.trainer.callbacks.append(progress)  # type: ignore[attr-defined]
+            run.trainer.fit(run.model, datamodule=run.datamodule)
+        except (OSError, UpdateFinishedTrialError):  # the machine is at fault, or the trial is another's
+            raise
+        except (Exception, SystemExit) as error:  # whatever a combination of values makes go wrong
+            if self.is_own(trial):
+                self._fail(trial, f"{type(error).__name__}: {' '.join(str(error).split())}")
+            return
+        result = {
+            "execution": execution,
+            "seed": None if config["seed_everything"] is False else config["seed_everything"],
+            "score": search.best(progress.curve.values()),
+            "seconds": round(time.perf_counter() - start, 2),
+            "values": list(progress.curve.items()),
+        }
+        with search.lock:
+            trial = self._trial(trial.number)
+            if not self._is_own(trial):
+                return
+            if progress.pruned:
+                self.study.tell(trial.number, state=TrialState.PRUNED)
+                return
+            results = sorted([*_executions(trial), result], key=lambda each: each["execution"])
+            workers = {e: name for e, name in trial.user_attrs["workers"].items() if e != str(execution)}
+            set_attributes(self.study, trial, executions=results, workers=workers)
+            pruned = self.report(trial, {})
+            if len(results) == search.options.executions_per_trial:
+                self._end(self._trial(trial.number))
+            elif pruned:
+                self.study.tell(trial.number, state=TrialState.PRUNED)
+
+    def report(self, trial: FrozenTrial, running: dict[int, dict[int, float]]) -> bool:
+        """Report what is known of a trial's executions, in their order.
+
+        A value is an estimate of the trial's: the mean of the best epochs so far, of the executions so far. Its step
+        counts epochs, those of earlier executions included. For Wilcoxon's test, which compares pairs, it is an
+        execution and its score.
+
+        Args:
+            trial: The trial.
+            running: From the number of an execution to the values of its epochs so far.
+
+        Returns:
+            Whether the trial shall end here.
+        """
+        trial, is_wilcoxon = self._trial(trial.number), isinstance(self.study.pruner, WilcoxonPruner)
+        finished = {result["execution"]: dict(result["values"]) for result in _executions(trial)}
+        scores: list[float] = []
+        for execution, curve in sorted({**running, **finished}.items()):
+            if execution > len(scores):
+                break
+            score = self.search.best(curve.values())
+            values = {execution: score} if execution in finished else {}
+            if not is_wilcoxon:
+                values = {
+                    execution * self.search.epochs + epoch: mean(
+                        [*scores, self.search.best(value for e, value in curve.items() if e <= epoch)]
+                    )
+                    for epoch in curve
+                }
+            for step in values.keys() - trial.intermediate_values.keys():
+                self.study._storage.set_trial_intermediate_value(trial._trial_id, step, values[step])
+            if execution in finished:
+                scores.append(score)
+        return self.study.pruner.prune(self.study, self._trial(trial.number))
+
+    def is_own(self, trial: FrozenTrial) -> bool:
+        """Whether a trial is still this command's: others may have taken it for dead, or given it up."""
+        return self._is_own(self._trial(trial.number))
+
+    def _is_own(self, trial: FrozenTrial) -> bool:
+        return trial.state == TrialState.RUNNING and trial.user_attrs.get("owner") == self.search.owner
+
+    def _free(self, trial: FrozenTrial) -> list[int]:
+        """The executions that are neither finished nor run by anybody."""
+        taken = {result["execution"] for result in _executions(trial)}
+        taken |= set(map(int, trial.user_attrs.get("workers", {})))
+        return [e for e in range(self.search.options.executions_per_trial) if e not in taken]
+
+    def _end(self, trial: FrozenTrial) -> None:
+        self.study.tell(trial.number, mean(result["score"] for result in _executions(trial)))
+
+    def _fail(self, trial: FrozenTrial, error: str) -> None:
+        set_attributes(self.study, trial, error=error)
+        self.study.tell(trial.number, state=TrialState.FAIL, skip_if_finished=True)
+
+    def _trial(self, number: int) -> FrozenTrial:
+        return self.study.get_trials(deepcopy=False)[number]
+
+
+def _executions(trial: FrozenTrial) -> list[dict[str, Any]]:
+    executions: list[dict[str, Any]] = trial.user_attrs.get("executions", [])
+    return executions
+
+
+class Progress(Callback):
+    """Reports the metric after each epoch, and ends the training where it shall not go on; logs the score.
+
+    Attributes:
+        curve: From the epoch to the value of the metric.
+        pruned: Whether the pruner ended the trial.
+    """
+
+    def __init__(self, runner: TrialRunner, trial: FrozenTrial, execution: int) -> None:
+        self._runner = runner
+        self._trial = trial
+        self._execution = execution
+        self.curve: dict[int, float] = {}
+        self.pruned = False
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        for name, metric in trainer.callback_metrics.items():
+            if not math.isfinite(metric):
+                raise ArithmeticError(f"{name} is {metric.item()} after epoch {trainer.current_epoch + 1}")
+        self.curve[trainer.current_epoch] = trainer.callback_metrics[self._runner.search.options.metric].item()
+        self.pruned = self._runner.report(self._trial, {self._execution: self.curve})
+        if self.pruned or not self._runner.is_own(self._trial):
+            trainer.should_stop = True  # Lightning finishes the epoch and its logs
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Log hyper-parameters and score for TensorBoard's page "HParams"."""
+        score = self._runner.search.best(self.curve.values())
+        for logger in trainer.loggers:
+            logger.log_hyperparams(self._trial.params, {"score": score})

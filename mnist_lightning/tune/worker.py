@@ -1,0 +1,111 @@
+"""Processes that run executions; they end with their parent. Imports nothing that takes long."""
+
+import logging
+import multiprocessing
+import os
+import signal
+import sys
+import threading
+import warnings
+from collections.abc import Callable
+from multiprocessing.connection import Connection, wait
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from mnist_lightning.tune.search import Search
+
+# Forked copies of a server process that has imported everything: they start at once, share its memory, and hold no GPU.
+_METHOD = "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"
+_CONTEXT: Any = multiprocessing.get_context(_METHOD)
+
+
+def start_server() -> None:
+    """Start to import what workers need, in a process beside this one."""
+    if _METHOD == "forkserver":
+        from multiprocessing import forkserver
+
+        _CONTEXT.set_forkserver_preload(["mnist_lightning.tune.search"])
+        forkserver.ensure_running()
+
+
+class Worker:
+    """A process that works on a search until it is complete.
+
+    Args:
+        search: The search.
+        device: The GPU that it may see, as ``CUDA_VISIBLE_DEVICES`` names it; None hides none.
+
+    Attributes:
+        process: The process.
+        name: What the study knows it by.
+    """
+
+    def __init__(self, search: "Search", device: str | None) -> None:
+        from mnist_lightning.tune.study import process_name
+
+        self.device = device
+        self._last_words, sender = multiprocessing.Pipe(duplex=False)
+        self.process = _CONTEXT.Process(target=_work, args=(search, device, sender), daemon=True)
+        self.process.start()
+        sender.close()
+        self.name = process_name(self.process.pid)
+
+    def last_words(self) -> str | None:
+        """Why it could not go on, if it said so before it ended."""
+        try:
+            words: str = self._last_words.recv()
+        except (EOFError, ConnectionError):
+            return None
+        return words
+
+    def end(self) -> int:
+        """End the process, if it is not dead already; gives its exit code, negative for a signal."""
+        self.process.terminate()
+        self.process.join(timeout=3)
+        self.process.kill()  # it does not answer
+        self.process.join()
+        self._last_words.close()
+        code: int = self.process.exitcode
+        return code
+
+
+def _work(search: "Search", device: str | None, last_words: "Connection[str, str]") -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches every process of a terminal; the parent decides
+    if device is not None:
+        os.environ["CUDA_VISIBLE_DEVICES"] = device
+    warnings.simplefilter("ignore")
+    logging.disable(logging.WARNING)
+    from mnist_lightning.parsing import corrected
+    from mnist_lightning.runs import describe_os_error, silence_os_errors_of_threads
+    from mnist_lightning.tune.search import TrialRunner
+
+    silence_os_errors_of_threads()
+    try:
+        with corrected():
+            runner = TrialRunner(search)
+            for end in (_end_of_parent, _termination()):
+                threading.Thread(target=_leave, args=(end, runner.storage.in_use), daemon=True).start()
+            runner.run()
+    except Exception as error:  # the machine is at fault, as with a full disk
+        reason = describe_os_error(error) if isinstance(error, OSError) else str(error) or repr(error)
+        last_words.send(f"{reason}. What is finished is kept: after a remedy, give the command again.")
+        sys.exit(1)
+
+
+def _leave(wait_for_end: Callable[[], object], in_use: threading.Lock) -> None:
+    wait_for_end()
+    with in_use:  # so that no lock of the storage is left behind
+        os._exit(1)
+
+
+def _end_of_parent() -> None:
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    wait([parent.sentinel])
+
+
+def _termination() -> Callable[[], object]:
+    """What waits for SIGTERM, which the parent sends."""
+    terminated = threading.Event()
+    signal.signal(signal.SIGTERM, lambda *_: terminated.set())
+    return terminated.wait
