@@ -109,7 +109,9 @@ class Figures(Callback):
                 rank_zero_warn(f"TensorBoard gets no graph, since the network cannot be traced: {error}")
 
     def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._confusion = torch.zeros(10, 10, dtype=torch.long, device=pl_module.device)
+        image, _ = trainer.datamodule.val.__getitems__([0])  # type: ignore[attr-defined]
+        classes = pl_module(image.to(pl_module.device, pl_module.dtype)).shape[1]
+        self._confusion = torch.zeros(classes, classes, dtype=torch.long, device=pl_module.device)
 
     def on_validation_batch_end(
         self,
