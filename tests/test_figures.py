@@ -19,6 +19,16 @@ def test_sample_grid_shows_the_first_25_digits_under_their_labels(mnist):
         assert np.array_equal(mosaic[y + 2 : y + 30, x - 14 : x + 14], images[index])
 
 
+def test_a_last_row_of_images_need_not_be_full():
+    images = np.ones((3, 8, 6))  # of any size
+    (axes,) = figures.digits(images, ["a", "b", "c"], columns=2).axes
+    height, width = axes.images[0].get_array().shape
+    assert [text.get_text() for text in axes.texts] == ["a", "b", "c"]
+    corner = axes.images[0].get_array()[height // 2 :, width // 2 :]
+    assert axes.images[0].get_array().sum() == images.sum()
+    assert corner.sum() == 0
+
+
 def test_predictions_are_green_where_right_and_red_where_wrong(mnist):
     labels = mnist.test.labels[:12].numpy()
     predicted = labels.copy()

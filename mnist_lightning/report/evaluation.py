@@ -12,7 +12,7 @@ import yaml
 from lightning.pytorch.cli import instantiate_module
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from numpy.typing import NDArray
-from sklearn import metrics as sklearn_metrics
+from sklearn.metrics import confusion_matrix, precision_recall_fscore_support
 from torch.nn import functional as F
 
 from mnist_lightning.checkpoints import checkpoint_errors, read_history
@@ -27,12 +27,12 @@ WEIGHTS = ("last", "best")
 
 @dataclass
 class Evaluation:
-    """What a network predicts for the n images of a split.
+    """What a classifier predicts for a split of n images.
 
     Attributes:
-        split: The images and labels.
         probabilities: float32 of shape (n, classes).
         metrics: Means of :meth:`Classifier.metrics`, by their names.
+        mistakes: Indices of the images that it gets wrong.
     """
 
     split: Split
@@ -42,6 +42,7 @@ class Evaluation:
     def __post_init__(self) -> None:
         self.labels: NDArray[np.int64] = self.split.labels.numpy()
         self.predicted = self.probabilities.argmax(axis=1)
+        self._classes = range(self.probabilities.shape[1])  # of which the labels may lack one
         self.correct = self.predicted == self.labels
         self.mistakes = np.flatnonzero(~self.correct)
         self.accuracy = float(self.correct.mean(dtype=np.float32))  # rounds as the metric does
@@ -54,15 +55,12 @@ class Evaluation:
     @property
     def confusion_matrix(self) -> NDArray[np.int64]:
         """Counts of shape (classes, classes): rows are true, columns predicted classes."""
-        classes = range(self.probabilities.shape[1])
-        return np.asarray(sklearn_metrics.confusion_matrix(self.labels, self.predicted, labels=classes))
+        return np.asarray(confusion_matrix(self.labels, self.predicted, labels=self._classes))
 
     @property
     def scores(self) -> pd.DataFrame:
         """``precision``, ``recall``, ``f1`` and ``support``, with a row for each class."""
-        scores = sklearn_metrics.precision_recall_fscore_support(
-            self.labels, self.predicted, labels=range(self.probabilities.shape[1]), zero_division=0
-        )
+        scores = precision_recall_fscore_support(self.labels, self.predicted, labels=self._classes, zero_division=0)
         return pd.DataFrame(np.transpose(scores), columns=["precision", "recall", "f1", "support"])
 
 

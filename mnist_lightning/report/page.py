@@ -16,7 +16,7 @@ from optuna.trial import TrialState
 from torch.utils.tensorboard import SummaryWriter
 
 from mnist_lightning.report import plots
-from mnist_lightning.report.comparison import Comparison, compare, format_p, seeds_p_value, verdict
+from mnist_lightning.report.comparison import compare, format_p, seeds_p_value, verdict
 from mnist_lightning.report.evaluation import Model, check_same_data, load_run
 from mnist_lightning.runs import newest_complete_run
 from mnist_lightning.storage import open_storage
@@ -24,40 +24,14 @@ from mnist_lightning.study import bounds, check_trials, results, short_key, shor
 
 
 @dataclass
-class Report:
-    """The results that page and files share.
-
-    Attributes:
-        models: The two.
-        comparison: Of their first runs.
-        seeds_p_value: Of the accuracies of all their runs; None with fewer than two on a side.
-        verdict: Both in plain words.
-        quantities: Text, with a column for each model.
-        study: None if there is none with a complete trial.
-        edges: Which of its best values lie at the edge of what was searched, in plain words.
-    """
-
-    models: list[Model]
-    comparison: Comparison
-    seeds_p_value: float | None
-    verdict: str
-    quantities: pd.DataFrame
-    study: optuna.Study | None
-    edges: str
-
-
-@dataclass
 class Section:
-    """A section of the page, in this order.
+    """A heading with a paragraph, a table and pictures below it, as far as there are any.
 
     Attributes:
-        title: Its heading.
         level: Of the heading, 2 or 3.
-        text: A paragraph.
         table: Its index is the first column.
-        is_code: Whether the cells are code.
-        marked: Of each row, whether it stands out.
-        pictures: Side by side where there is room.
+        is_code: Whether the table's cells are code.
+        marked: For each row of the table, whether it stands out.
     """
 
     title: str
@@ -67,6 +41,65 @@ class Section:
     is_code: bool = False
     marked: Sequence[bool] = ()
     pictures: Sequence[plots.Picture] = ()
+
+
+class Report:
+    """The results that the page and the other files share.
+
+    Args:
+        models: The two; where only one run of each can be compared or shown, it is the first.
+        study: The study, if there is one with a complete trial.
+    """
+
+    def __init__(self, models: Sequence[Model], study: optuna.Study | None) -> None:
+        first, second = self.models = models
+        self.study = study
+        self.edges = describe_edges(study) if study else ""
+        self.quantities = pd.DataFrame({model.name: _quantities(model) for model in models}).rename_axis("quantity")
+        self.comparison = compare(first.test.correct, second.test.correct)
+        self.seeds_p_value = seeds_p_value(first.accuracies, second.accuracies)
+        text = verdict(second.name, first.name, self.comparison, len(first.test.labels))
+        if self.seeds_p_value is not None:
+            text += (
+                f" Over {len(first.runs)} and {len(second.runs)} seeds, the mean accuracies are "
+                f"{statistics.mean(first.accuracies):.4f} and {statistics.mean(second.accuracies):.4f} "
+                f"(Welch's t-test: p {format_p(self.seeds_p_value)})."
+            )
+        self.verdict = text[0].upper() + text[1:]
+
+    def to_json(self) -> dict[str, Any]:
+        """The content of ``report.json``."""
+        study = self.study and {
+            "name": self.study.study_name,
+            "trials": {state.name.lower(): len(self.study.get_trials(states=(state,))) for state in TrialState},
+            "best_trial": self.study.best_trial.number,
+            "best_value": self.study.best_value,
+            "best_params": self.study.best_params,
+            "edges": self.edges,
+        }
+        models = {
+            model.name: {
+                "runs": [str(run.path) for run in model.runs],
+                "parameters": model.runs[0].parameters,
+                "training_seconds": [round(run.seconds, 1) for run in model.runs],
+                "epochs": [len(run.history) for run in model.runs],
+                "best_epoch": [run.best_epoch for run in model.runs],
+                "metrics": {metric: values for metric, values in model.metrics.items() if values},
+                "calibration_error": model.test.calibration_error,
+                "confusion_matrix": model.test.confusion_matrix.tolist(),
+                "per_class": model.test.scores.to_dict("list"),
+            }
+            for model in self.models
+        }
+        return {
+            "weights": self.models[0].weights,
+            "images": len(self.models[0].test.labels),
+            "models": models,
+            "difference": {**asdict(self.comparison), "seeds_p_value": self.seeds_p_value},
+            "verdict": self.verdict,
+            "comparison": [{"name": name, "values": values} for name, *values in self.quantities.itertuples()],
+            "study": study,
+        }
 
 
 def write(
@@ -88,8 +121,9 @@ def write(
     output = output or logs / "report"
     if output.exists() and any(output.iterdir()) and not (output / "report.json").is_file():
         raise MisconfigurationException(f"{output} holds something else than a report: choose another --output.")
-    report = compare_models(load_models(models, weights, logs), load_study(study, storage, logs))
-    save(report, [*model_sections(report), *study_sections(report)], output)
+    report = Report(load_models(models, weights, logs), load_study(study, storage, logs))
+    sections = [*model_sections(report), *study_sections(report)]
+    save(report, sections, output)
     print(report.quantities.rename_axis(None).to_string())
     print(f"\n{report.verdict}\n\nReport: {output / 'report.html'}")
 
@@ -127,23 +161,6 @@ def load_study(name: str, storage: str | None, logs: Path) -> optuna.Study | Non
     return study
 
 
-def compare_models(models: list[Model], study: optuna.Study | None) -> Report:
-    """Compute the results."""
-    first, second = models
-    comparison = compare(first.test.correct, second.test.correct)
-    p_value = seeds_p_value(first.accuracies, second.accuracies)
-    sentences = verdict(second.name, first.name, comparison, len(first.test.labels))
-    if p_value is not None:
-        sentences += (
-            f" Over {len(first.runs)} and {len(second.runs)} seeds, the mean accuracies are "
-            f"{statistics.mean(first.accuracies):.4f} and {statistics.mean(second.accuracies):.4f} "
-            f"(Welch's t-test: p {format_p(p_value)})."
-        )
-    quantities = pd.DataFrame({model.name: _quantities(model) for model in models}).rename_axis("quantity")
-    edges = describe_edges(study) if study else ""
-    return Report(models, comparison, p_value, sentences[0].upper() + sentences[1:], quantities, study, edges)
-
-
 def _quantities(model: Model) -> pd.Series:
     quantities: dict[str, Sequence[float]] = {
         **model.metrics,
@@ -168,9 +185,9 @@ def _format(values: Sequence[float]) -> str:
 
 
 def model_sections(report: Report) -> list[Section]:
-    """The sections of the two models. The page shows whatever is added here."""
-    models, metrics = report.models, report.models[0].test.metrics
-    first, second = models
+    """The sections of the two models; what is added to them here is on the page."""
+    models = first, second = report.models
+    metrics = [name for name in first.test.metrics if f"train/{name}" in first.runs[0].history[-1]]
     scores = {
         f"{title}, {model.name}": model.test.scores[title.lower()].map("{:.4f}".format)
         for title in ("precision", "recall", "F1")
@@ -182,6 +199,7 @@ def model_sections(report: Report) -> list[Section]:
     }
     config = pd.DataFrame(configs).fillna("-").rename_axis("key")
     config = config[(config != "None").any(axis=1)]
+    differs = [*(config[first.name] != config[second.name])]
     loss = "loss is the cross-entropy; penalized_loss adds the L2 penalty and is what Keras calls loss."
     calibration = (
         "Of the images that a well-calibrated model is 90 % sure of, it gets 90 % right. The calibration error is the "
@@ -189,6 +207,7 @@ def model_sections(report: Report) -> list[Section]:
     )
     curves = [plots.comparison_curves(models, stage, metric) for metric in metrics for stage in ("val", "train")]
     history = [plots.training_curves(second, metric) for metric in metrics]
+    trust_and_cost = [plots.reliability_diagram(models), plots.costs(models)]
     differing = [plots.right_in_one(first, second), plots.right_in_one(second, first)]
     return [
         Section("Comparison", text=loss, table=report.quantities),
@@ -200,16 +219,8 @@ def model_sections(report: Report) -> list[Section]:
         Section("Most confident mistakes", level=3, pictures=[*map(plots.confident_mistakes, models)]),
         Section("Where they differ", level=3, pictures=differing),
         Section("Classes", table=pd.DataFrame(scores).rename_axis("digit")),
-        Section(
-            "Calibration and cost", text=calibration, pictures=[plots.reliability_diagram(models), plots.costs(models)]
-        ),
-        Section(
-            "Hyper-parameters",
-            text="Marked where they differ.",
-            table=config,
-            is_code=True,
-            marked=[*(config[first.name] != config[second.name])],
-        ),
+        Section("Calibration and cost", text=calibration, pictures=trust_and_cost),
+        Section("Hyper-parameters", text="Marked where they differ.", table=config, is_code=True, marked=differs),
     ]
 
 
@@ -250,11 +261,9 @@ def save(report: Report, sections: Sequence[Section], output: Path) -> None:
     with tempfile.TemporaryDirectory(prefix=".report-", dir=output.parent) as temporary:
         new = Path(temporary, "new")
         (new / "figures").mkdir(parents=True)
-        (new / "report.json").write_text(json.dumps(to_json(report), indent=2) + "\n")
+        (new / "report.json").write_text(json.dumps(report.to_json(), indent=2) + "\n")
         report.quantities.to_csv(new / "comparison.csv")
-        environment = jinja2.Environment(
-            autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
-        )
+        environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
         template = environment.from_string(Path(__file__).with_name("page.html").read_text(encoding="utf-8"))
         (new / "report.html").write_text(template.render(report=report, sections=sections), encoding="utf-8")
         with SummaryWriter(str(new)) as tensorboard:
@@ -264,38 +273,3 @@ def save(report: Report, sections: Sequence[Section], output: Path) -> None:
         if output.exists():
             output.rename(Path(temporary, "old"))
         new.rename(output)
-
-
-def to_json(report: Report) -> dict[str, Any]:
-    """The content of ``report.json``."""
-    study = report.study and {
-        "name": report.study.study_name,
-        "trials": {state.name.lower(): len(report.study.get_trials(states=(state,))) for state in TrialState},
-        "best_trial": report.study.best_trial.number,
-        "best_value": report.study.best_value,
-        "best_params": report.study.best_params,
-        "edges": report.edges,
-    }
-    models = {
-        model.name: {
-            "runs": [str(run.path) for run in model.runs],
-            "parameters": model.runs[0].parameters,
-            "training_seconds": [round(run.seconds, 1) for run in model.runs],
-            "epochs": [len(run.history) for run in model.runs],
-            "best_epoch": [run.best_epoch for run in model.runs],
-            "metrics": {metric: values for metric, values in model.metrics.items() if values},
-            "calibration_error": model.test.calibration_error,
-            "confusion_matrix": model.test.confusion_matrix.tolist(),
-            "per_class": model.test.scores.to_dict("list"),
-        }
-        for model in report.models
-    }
-    return {
-        "weights": report.models[0].weights,
-        "images": len(report.models[0].test.labels),
-        "models": models,
-        "difference": {**asdict(report.comparison), "seeds_p_value": report.seeds_p_value},
-        "verdict": report.verdict,
-        "comparison": [{"name": name, "values": values} for name, *values in report.quantities.itertuples()],
-        "study": study,
-    }

@@ -34,27 +34,18 @@ class Picture:
 
     Args:
         name: Of its file, without the suffix.
-        figure: The figure, or None if there is nothing to show below the caption.
+        figure: None if there is nothing to show but the caption.
         alt: What it shows, for those who cannot see it.
         caption: Stands above it.
-
-    Attributes:
-        pixels: uint8 of shape (height, width, 3).
-        png: The content of its file; empty without a figure.
     """
 
     def __init__(self, name: str, figure: Figure | None, alt: str, caption: str = "") -> None:
         self.name, self.alt, self.caption, self.png = name, alt, caption, b""
         if figure is not None:
-            self.pixels = figures.render(figure)
-            file = io.BytesIO()
+            self.pixels, file = figures.render(figure), io.BytesIO()
             Image.fromarray(self.pixels).quantize(128, dither=Image.Dither.NONE).save(file, "png", optimize=True)
             self.png = file.getvalue()
-
-    @property
-    def src(self) -> str:
-        """The file as a URI that carries its content."""
-        return f"data:image/png;base64,{base64.b64encode(self.png).decode()}"
+            self.src = f"data:image/png;base64,{base64.b64encode(self.png).decode()}"
 
 
 def comparison_curves(models: Sequence[Model], stage: str, metric: str) -> Picture:
@@ -70,7 +61,7 @@ def comparison_curves(models: Sequence[Model], stage: str, metric: str) -> Pictu
             label = model.name if number == 0 else None
             axes.plot(epochs, values, color=COLORS[model.side], marker=".", label=label, alpha=alpha)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    _grid_and_legend(axes)
+    _add_grid_and_legend(axes)
     word = {"train": "training", "val": "validation"}[stage]
     last = ", ".join(f"{model.name} {model.runs[0].history[-1].get(key, math.nan):.4f}" for model in models)
     alt = f"{word} {metric.replace('_', ' ')} of {_names(models)} over the epochs, at the end {last}"
@@ -116,8 +107,9 @@ def right_in_one(model: Model, other: Model) -> Picture:
     """The first test images that a model gets right and the other wrong."""
     indices = np.flatnonzero(model.test.correct & ~other.test.correct)
     count = f"the first of {len(indices)}" if len(indices) > SAMPLES else len(indices)
+    caption = f"{model.name} right, {other.name} wrong: {count}"
     alt = f"digits that {model.name} gets right and {other.name} wrong"
-    return _predictions(f"only_{model.side}", [model, other], indices, alt, f"{model.name} right, {other.name} wrong: {count}")
+    return _predictions(f"only_{model.side}", [model, other], indices, alt, caption)
 
 
 def _predictions(name: str, models: Sequence[Model], indices: NDArray[np.intp], alt: str, caption: str) -> Picture:
@@ -126,16 +118,15 @@ def _predictions(name: str, models: Sequence[Model], indices: NDArray[np.intp], 
     if not len(shown):
         return Picture(name, None, alt, caption)
     test = models[0].test
-    labels, images = test.labels[shown], test.split.images[shown, 0].numpy() / 255
-    predicted = {model.name: model.test.predicted[shown] for model in models}
     titles = [
-        "\n".join([f"true {label}", *(f"{name} {guess}" for name, guess in zip(predicted, guesses, strict=True))])
-        for label, *guesses in zip(labels, *predicted.values(), strict=True)
+        "\n".join([f"true {test.labels[index]}", *(f"{model.name} {model.test.predicted[index]}" for model in models)])
+        for index in shown
     ]
     all_right = np.all([model.test.correct[shown] for model in models], axis=0)
     colors = [figures.RIGHT if right else figures.WRONG for right in all_right]
+    images = test.split.images[shown, 0].numpy() / 255
     figure = figures.digits(images, titles, min(5, len(shown)), colors, scale=1.5)
-    return Picture(name, figure, f"{alt}; true digits: {', '.join(map(str, labels))}", caption)
+    return Picture(name, figure, f"{alt}; true digits: {', '.join(map(str, test.labels[shown]))}", caption)
 
 
 def reliability_diagram(models: Sequence[Model]) -> Picture:
@@ -147,7 +138,7 @@ def reliability_diagram(models: Sequence[Model]) -> Picture:
         confidence, accuracy, share = reliability(model.test.probabilities, model.test.labels)
         axes.plot(confidence, accuracy, color=COLORS[model.side], label=model.name)
         axes.scatter(confidence, accuracy, 10 + 400 * share, color=COLORS[model.side], alpha=0.6)
-    _grid_and_legend(axes)
+    _add_grid_and_legend(axes)
     errors = ", ".join(f"{model.name} {model.test.calibration_error:.4f}" for model in models)
     return Picture("reliability", figure, f"reliability diagram; calibration error: {errors}")
 
@@ -162,8 +153,8 @@ def costs(models: Sequence[Model]) -> Picture:
         right.scatter([run.seconds for run in model.runs], model.accuracies, **style)
     left.set(xlabel="parameters", ylabel="test accuracy", xscale="log")
     right.set(xlabel="training time in seconds")
-    _grid_and_legend(left)
-    _grid_and_legend(right)
+    _add_grid_and_legend(left)
+    _add_grid_and_legend(right)
     return Picture("costs", figure, f"test accuracy of {_names(models)} against parameters and training time")
 
 
@@ -207,23 +198,22 @@ def study_plots(study: optuna.Study, names: dict[str, str]) -> list[Picture]:
     best, evaluator = study.best_trial, optuna.importance.FanovaImportanceEvaluator(seed=0)
     history = f"values of the trials of {study.study_name}; the best is {best.value:.4f}, of trial {best.number}"
     parallel = "parameters of the trials as lines, coloured by value"
-    wide, small = (8, 4.5), (4.5, 3.5)
     # these functions are experimental, and set a style for all that comes after
     with warnings.catch_warnings(action="ignore"), pyplot.style.context("default"):
         importances = optuna_plots.plot_param_importances(short, evaluator=evaluator)
-        plots: list[tuple[str, str, tuple[float, float], Any]] = [
-            ("optimization_history", history, wide, optuna_plots.plot_optimization_history(short)),
-            ("param_importances", "importance of each parameter", wide, importances),
-            ("parallel_coordinate", parallel, wide, optuna_plots.plot_parallel_coordinate(short)),
+        plots: list[tuple[str, str, Any]] = [
+            ("optimization_history", history, optuna_plots.plot_optimization_history(short)),
+            ("param_importances", "importance of each parameter", importances),
+            ("parallel_coordinate", parallel, optuna_plots.plot_parallel_coordinate(short)),
         ]
         for name in names.values():
-            alt = f"values of the trials against {name}"
-            plots.append((f"slice_{name}", alt, small, optuna_plots.plot_slice(short, params=[name])))
-        for _, _, size, axes in plots:
-            axes.figure.set_size_inches(size)
+            axes = optuna_plots.plot_slice(short, params=[name])
+            plots.append((f"slice_{name}", f"values of the trials against {name}", axes))
+        for name, _, axes in plots:
+            axes.figure.set_size_inches((4.5, 3.5) if name.startswith("slice") else (8, 4.5))
             axes.figure.tight_layout()
             pyplot.close(axes.figure)
-    return [Picture(f"study_{name}", axes.figure, alt) for name, alt, _, axes in plots]
+    return [Picture(f"study_{name}", axes.figure, alt) for name, alt, axes in plots]
 
 
 def _shorten(value: Any) -> Any:
@@ -234,6 +224,6 @@ def _names(models: Sequence[Model]) -> str:
     return " and ".join(model.name for model in models)
 
 
-def _grid_and_legend(axes: Axes) -> None:
+def _add_grid_and_legend(axes: Axes) -> None:
     axes.grid(alpha=0.3)
     axes.legend()
