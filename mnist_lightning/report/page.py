@@ -218,7 +218,7 @@ def model_sections(report: Report) -> list[Section]:
         Section("Misclassified digits", level=3, pictures=[*map(plots.misclassified, models)]),
         Section("Most confident mistakes", level=3, pictures=[*map(plots.confident_mistakes, models)]),
         Section("Where they differ", level=3, pictures=differing),
-        Section("Classes", table=pd.DataFrame(scores).rename_axis("digit")),
+        Section("Classes", table=pd.DataFrame(scores).fillna("-").rename_axis("digit")),
         Section("Calibration and cost", text=calibration, pictures=trust_and_cost),
         Section("Hyper-parameters", text="Marked where they differ.", table=config, is_code=True, marked=differs),
     ]
