@@ -8,12 +8,14 @@ import json
 import re
 import shutil
 import subprocess
+import sys
 from html.parser import HTMLParser
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 from conftest import tune_options
 from PIL import Image
 from scipy import stats
@@ -264,6 +266,16 @@ def test_a_new_metric_of_the_classifier_is_reported(run, monkeypatch):
     assert "<td>val/zeros (last epoch)</td>" in Path("lightning_logs/report/report.html").read_text()
 
 
+def test_a_checkpoint_cannot_have_a_module_imported(run):
+    path = Path("lightning_logs/tuned/version_0/checkpoints/last.ckpt")
+    checkpoint = torch.load(path, weights_only=True)
+    checkpoint["hyper_parameters"]["_class_path"] = "this.Classifier"
+    torch.save(checkpoint, path)
+    code, output = run("--study=none")
+    assert code == 0, output
+    assert "this" not in sys.modules
+
+
 def damage(change):
     """Name a change to the runs."""
     return pytest.param(change, id=change.__name__)
@@ -305,8 +317,6 @@ def damaged():
 
 
 def other_network():
-    import torch
-
     path = Path("lightning_logs/tuned/version_0/checkpoints/last.ckpt")
     checkpoint = torch.load(path, weights_only=True)
     checkpoint["hyper_parameters"]["network"]["init_args"]["units"] = [5, 5]
@@ -315,8 +325,6 @@ def other_network():
 
 
 def other_data():
-    import torch
-
     path = Path("lightning_logs/tuned/version_0/checkpoints/last.ckpt")
     checkpoint = torch.load(path, weights_only=True)
     checkpoint["datamodule_hyper_parameters"]["val_split"] = 0.1
