@@ -200,7 +200,7 @@ def model_sections(report: Report) -> list[Section]:
     config = pd.DataFrame(configs).fillna("-").rename_axis("key")
     config = config[(config != "None").any(axis=1)]
     differs = [*(config[first.name] != config[second.name])]
-    loss = "loss is the cross-entropy; penalized_loss adds the L2 penalty and is what Keras calls loss."
+    loss = "The loss is the cross-entropy; penalized_loss adds the L2 penalty and is what Keras calls loss."
     calibration = (
         "Of the images that a well-calibrated model is 90 % sure of, it gets 90 % right. The calibration error is the "
         "mean distance from that."
