@@ -109,7 +109,7 @@ class Figures(Callback):
                 rank_zero_warn(f"TensorBoard gets no graph, since the network cannot be traced: {error}")
 
     def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._confusion = torch.zeros(10, 10, dtype=torch.long, device=pl_module.device)
+        self._confusion.zero_()
 
     def on_validation_batch_end(
         self,
@@ -120,8 +120,10 @@ class Figures(Callback):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        labels = batch[1]
-        self._confusion.index_put_((labels, outputs), torch.ones_like(labels), accumulate=True)
+        labels, (_, classes) = batch[1], outputs.shape
+        if not self._confusion.numel():
+            self._confusion = torch.zeros(classes, classes, dtype=torch.long, device=labels.device)
+        self._confusion.index_put_((labels, outputs.argmax(dim=1)), torch.ones_like(labels), accumulate=True)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Show the confusion matrix of the epoch."""

@@ -130,12 +130,12 @@ class Classifier(LightningModule):
         return loss + self.penalty() if self.penalty_in_loss else loss
 
     def validation_step(self, batch: Batch) -> Tensor:
-        """Predicted classes of a batch, of shape (batch,)."""
-        return self._step(batch, "val")[1].argmax(dim=1)
+        """Logits of a batch, of shape (batch, classes)."""
+        return self._step(batch, "val")[1]
 
     def test_step(self, batch: Batch) -> Tensor:
-        """Predicted classes of a batch, of shape (batch,)."""
-        return self._step(batch, "test")[1].argmax(dim=1)
+        """Logits of a batch, of shape (batch, classes)."""
+        return self._step(batch, "test")[1]
 
     def predict_step(self, batch: Batch) -> Tensor:
         """Probabilities of the classes for a batch, of shape (batch, classes)."""

@@ -23,15 +23,15 @@ def digits(
     """Images in rows, each under its title.
 
     Args:
-        images: Of shape (n, 28, 28), in [0, 1].
-        titles: One for each image, of one or two lines.
-        columns: Images in a row; n is a multiple of it.
+        images: Of shape (n, height, width), in [0, 1].
+        titles: One for each image, all with the same number of lines.
+        columns: Images in a row; the last row may have fewer.
         colors: Of the titles, by default black.
         scale: Width of an image in inches.
     """
-    rows, lines = len(images) // columns, 1 + titles[0].count("\n")
+    rows, lines = -(-len(images) // columns), 1 + titles[0].count("\n")
     top, side = 4 + 6 * lines, 6  # pixels of an image's cell above and beside it
-    cells = np.pad(images, ((0, 0), (top, 0), (side, side)))
+    cells = np.pad(images, ((0, rows * columns - len(images)), (top, 0), (side, side)))
     height, width = cells.shape[1:]
     mosaic = cells.reshape(rows, columns, height, width).swapaxes(1, 2).reshape(rows * height, columns * width)
     figure = Figure(figsize=(columns * scale, rows * scale * height / width))
@@ -49,7 +49,7 @@ def sample_grid(images: NDArray[Any], labels: NDArray[Any]) -> Figure:
     """The first 25 digits in five rows, each under its label.
 
     Args:
-        images: Of shape (n, 28, 28), in [0, 1].
+        images: Of shape (n, height, width), in [0, 1].
         labels: Of shape (n,).
     """
     return digits(images[:25], [str(label) for label in labels[:25]], columns=5)
@@ -59,7 +59,7 @@ def predictions(images: NDArray[Any], labels: NDArray[Any], predicted: NDArray[A
     """The first ten digits in two rows, each under what was predicted: green where it is right, red where not.
 
     Args:
-        images: Of shape (n, 28, 28), in [0, 1].
+        images: Of shape (n, height, width), in [0, 1].
         labels: True classes, of shape (n,).
         predicted: Predicted classes, of shape (n,).
     """
@@ -77,6 +77,7 @@ def confusion_matrix(counts: NDArray[Any], title: str, cmap: str = "Blues") -> F
         title: Stands above the matrix.
         cmap: Name of a matplotlib colour map, light for 0.
     """
+    # seaborn.heatmap: 2 s more in a fit of 20 epochs (3.2 s for 20 pictures and 0.2 s to import it, against 1.4 s)
     shares = counts / counts.sum(axis=1, keepdims=True).clip(min=1)
     figure = Figure(figsize=(5, 5))
     axes = figure.add_axes((0.1, 0.09, 0.87, 0.85), title=title, xlabel="predicted", ylabel="true")

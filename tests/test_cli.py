@@ -18,7 +18,7 @@ import yaml
 from conftest import ROOT, in_process
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from mnist_lightning import checkpoints, runs
+from mnist_lightning import checkpoints
 from mnist_lightning.__main__ import COMMANDS
 from mnist_lightning.classifier import Classifier
 
@@ -97,25 +97,6 @@ def test_short_names_choose_classes(monkeypatch, capfd):
     assert model["optimizer"]["class_path"] == "mnist_lightning.optimizers.KerasSGD"
     assert model["optimizer"]["init_args"]["lr"] == 0.1
     assert model["lr_scheduler"]["class_path"] == "torch.optim.lr_scheduler.CosineAnnealingLR"
-
-
-@pytest.mark.parametrize(
-    ("options", "expected"),
-    [
-        (["--model.optimizer=KerasSGD"], {"lr": 0.01}),
-        (["--model.optimizer=KerasRMSprop"], {"lr": 0.001, "eps": 1e-7}),
-        (["--model.optimizer=torch.optim.AdamW"], {"eps": 1e-8, "weight_decay": 0.01, "fused": None}),
-        (["--config={config}", "--model.optimizer=KerasSGD"], {"lr": 0.01}),
-        (["--model.optimizer.lr=0.5", "--model.optimizer=KerasSGD"], {"lr": 0.5}),
-        (["--model.optimizer.lr=0.5"], {"lr": 0.5, "eps": 1e-7}),
-    ],
-    ids=str,
-)
-def test_another_class_comes_with_its_own_defaults(monkeypatch, capfd, options, expected):
-    options = [option.format(config=ROOT / "configs/baseline.yaml") for option in options]
-    _, out, _ = in_process(capfd, "fit", *options, "--print_config")
-    arguments = yaml.safe_load(out)["model"]["optimizer"]["init_args"]
-    assert {name: arguments[name] for name in expected} == expected
 
 
 # --- fit ----------------------------------------------------------------------------------------------------
@@ -197,12 +178,6 @@ def test_two_runs_at_once_get_two_folders(command, tmp_path):
     with ThreadPoolExecutor() as pool:
         list(pool.map(lambda _: command(tmp_path, "fit", "--trainer.max_epochs=1"), range(2)))
     assert sorted(path.name for path in (tmp_path / "lightning_logs/baseline").iterdir()) == ["version_0", "version_1"]
-
-
-def test_a_version_is_claimed_by_one(tmp_path):
-    with ThreadPoolExecutor(8) as pool:
-        versions = list(pool.map(lambda _: runs.new_version(tmp_path / "logs"), range(40)))
-    assert sorted(versions) == list(range(40))
 
 
 def fit_in_background(cwd, data_dir):

@@ -1,11 +1,18 @@
 """The pictures show the numbers they are given."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
+import torch
 from matplotlib.colors import to_rgb
 from matplotlib.path import Path
 
 from mnist_lightning import figures
+from mnist_lightning.callbacks import Figures
+from mnist_lightning.checkpoints import RunCheckpoint
+from mnist_lightning.classifier import Classifier
+from mnist_lightning.networks import MLP
 
 
 def test_sample_grid_shows_the_first_25_digits_under_their_labels(mnist):
@@ -17,6 +24,16 @@ def test_sample_grid_shows_the_first_25_digits_under_their_labels(mnist):
     for index, text in ((0, axes.texts[0]), (7, axes.texts[7]), (24, axes.texts[24])):
         x, y = (int(value) for value in text.get_position())  # a digit is centred right below its title
         assert np.array_equal(mosaic[y + 2 : y + 30, x - 14 : x + 14], images[index])
+
+
+def test_a_last_row_of_images_need_not_be_full():
+    images = np.ones((3, 8, 6))  # of any size
+    (axes,) = figures.digits(images, ["a", "b", "c"], columns=2).axes
+    height, width = axes.images[0].get_array().shape
+    assert [text.get_text() for text in axes.texts] == ["a", "b", "c"]
+    corner = axes.images[0].get_array()[height // 2 :, width // 2 :]
+    assert axes.images[0].get_array().sum() == images.sum()
+    assert corner.sum() == 0
 
 
 def test_predictions_are_green_where_right_and_red_where_wrong(mnist):
@@ -47,6 +64,17 @@ def test_confusion_matrix_writes_every_count():
         corners = np.concatenate(glyphs)
         assert (abs(corners - [column, row]) < 0.5).all()
     assert (axes.get_xlabel(), axes.get_ylabel(), axes.get_title()) == ("predicted", "true", "title")
+
+
+def test_confusion_matrix_of_an_epoch_has_a_row_for_each_logit(mnist):
+    callback, trainer = Figures(RunCheckpoint()), SimpleNamespace(datamodule=mnist)
+    model = Classifier(MLP(units=[4], dropout=0, l2=0, num_classes=12)).eval()
+    callback.on_validation_epoch_start(trainer, model)
+    batch = (torch.zeros(3, 1, 28, 28), torch.tensor([3, 3, 0]))
+    callback.on_validation_batch_end(trainer, model, torch.tensor([11, 11, 0]), batch, 0)
+    expected = torch.zeros(12, 12, dtype=torch.long)
+    expected[3, 11], expected[0, 0] = 2, 1
+    assert torch.equal(callback._confusion, expected)
 
 
 def test_curves_draw_training_and_validation_over_the_epochs():

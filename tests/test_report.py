@@ -8,12 +8,14 @@ import json
 import re
 import shutil
 import subprocess
+import sys
 from html.parser import HTMLParser
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 from conftest import tune_options
 from PIL import Image
 from scipy import stats
@@ -21,8 +23,9 @@ from sklearn.metrics import accuracy_score, confusion_matrix, log_loss, precisio
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from mnist_lightning.__main__ import main
+from mnist_lightning.classifier import Classifier
 from mnist_lightning.report import page
-from mnist_lightning.report.statistics import calibration_error, compare, reliability, seeds_p_value, verdict
+from mnist_lightning.report.comparison import calibration_error, compare, reliability, seeds_p_value, verdict
 
 
 @pytest.fixture(scope="module")
@@ -171,7 +174,8 @@ def test_the_page_is_one_file_with_everything(made, reported):
     files = sorted(path.stem for path in (folder / "figures").glob("*.png"))
     assert len(page.images) == len(files)
     assert {
-        "val_accuracy", "val_penalized_loss", "train_accuracy", "train_penalized_loss", "second_accuracy", "samples",
+        "val_accuracy", "val_penalized_loss", "val_loss", "train_accuracy", "train_penalized_loss", "train_loss",
+        "second_accuracy", "second_penalized_loss", "second_loss", "samples",
         "confusion_first", "confusion_second", "misclassified_first", "misclassified_second", "confident_first",
         "only_first", "reliability", "costs", "study_optimization_history", "study_param_importances",
         "study_slice_units.0", "study_parallel_coordinate", "study_executions",
@@ -180,7 +184,7 @@ def test_the_page_is_one_file_with_everything(made, reported):
         assert Image.open(path).size[0] > 100
     events = EventAccumulator(str(folder), size_guidance={"images": 0}).Reload()
     assert sorted(tag.removeprefix("report/") for tag in events.Tags()["images"]) == files
-    assert '<tr class="differs"><td>trainer.max_epochs</td><td>3</td><td>2</td></tr>' in text
+    assert '<tr class="marked"><td>trainer.max_epochs</td><td>3</td><td>2</td></tr>' in text
     assert "<tr><td>seed_everything</td><td>42</td><td>42</td></tr>" in text
 
 
@@ -246,6 +250,32 @@ def test_a_checkpoint_and_the_best_weights_can_be_compared(run):
     assert json.loads(Path("lightning_logs/report/report.json").read_text())["weights"] == "best"
 
 
+def test_a_new_metric_of_the_classifier_is_reported(run, monkeypatch):
+    metrics = Classifier.metrics
+    monkeypatch.setattr(
+        Classifier,
+        "metrics",
+        lambda self, logits, labels, loss: {**metrics(self, logits, labels, loss), "zeros": labels == 0},
+    )
+    code, output = run("--study=none")
+    assert code == 0, output
+    found = json.loads(Path("lightning_logs/report/report.json").read_text())
+    zeros = found["models"]["tuned"]["per_class"]["support"][0] / found["images"]
+    assert found["models"]["tuned"]["metrics"]["test/zeros (best epoch)"] == pytest.approx([zeros])
+    assert f"test/zeros (last epoch)           {zeros:.4f}  {zeros:.4f}" in re.sub(" {3,}", " " * 11, output)
+    assert "<td>val/zeros (last epoch)</td>" in Path("lightning_logs/report/report.html").read_text()
+
+
+def test_a_checkpoint_cannot_have_a_module_imported(run):
+    path = Path("lightning_logs/tuned/version_0/checkpoints/last.ckpt")
+    checkpoint = torch.load(path, weights_only=True)
+    checkpoint["hyper_parameters"]["_class_path"] = "this.Classifier"
+    torch.save(checkpoint, path)
+    code, output = run("--study=none")
+    assert code == 0, output
+    assert "this" not in sys.modules
+
+
 def damage(change):
     """Name a change to the runs."""
     return pytest.param(change, id=change.__name__)
@@ -287,8 +317,6 @@ def damaged():
 
 
 def other_network():
-    import torch
-
     path = Path("lightning_logs/tuned/version_0/checkpoints/last.ckpt")
     checkpoint = torch.load(path, weights_only=True)
     checkpoint["hyper_parameters"]["network"]["init_args"]["units"] = [5, 5]
@@ -297,8 +325,6 @@ def other_network():
 
 
 def other_data():
-    import torch
-
     path = Path("lightning_logs/tuned/version_0/checkpoints/last.ckpt")
     checkpoint = torch.load(path, weights_only=True)
     checkpoint["datamodule_hyper_parameters"]["val_split"] = 0.1
@@ -348,7 +374,6 @@ def test_three_models_are_too_many(run):
 def test_a_failure_in_the_midst_leaves_the_old_report(run, monkeypatch):
     run()
     before = Path("lightning_logs/report/report.html").read_bytes()
-    monkeypatch.setattr(page, "_print", lambda *_: None)
     monkeypatch.setattr(page.jinja2, "Environment", lambda **_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         run("--weights=best")

@@ -1,68 +1,106 @@
-"""The page: gathers numbers and figures, and writes them as HTML, JSON, CSV and PNG."""
+"""The page: gathers its sections, and writes them as HTML, JSON, CSV, PNG and for TensorBoard."""
 
-import base64
-import csv
-import io
 import json
-import math
-import statistics as numbers
+import statistics
 import tempfile
 from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import jinja2
-import numpy as np
 import optuna
+import pandas as pd
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from matplotlib.figure import Figure
 from optuna.trial import TrialState
-from PIL import Image
-from sklearn.metrics import confusion_matrix, precision_recall_fscore_support
 from torch.utils.tensorboard import SummaryWriter
 
-from mnist_lightning.figures import confusion_matrix as confusion_figure
-from mnist_lightning.figures import curves, render
-from mnist_lightning.report import figures
-from mnist_lightning.report.runs import Run, check_same_data, load
-from mnist_lightning.report.statistics import (
-    calibration_error,
-    compare,
-    format_p,
-    seeds_p_value,
-    verdict,
-)
+from mnist_lightning.report import plots
+from mnist_lightning.report.comparison import compare, format_p, seeds_p_value, verdict
+from mnist_lightning.report.evaluation import Model, check_same_data, load_run
 from mnist_lightning.runs import newest_complete_run
 from mnist_lightning.tune.space import bounds, short_key, short_value
 from mnist_lightning.tune.storage import open_storage
 from mnist_lightning.tune.study import check_trials, results
 
-METRICS = ("accuracy", "loss", "penalized_loss")
-CMAPS = ("Blues", "Greens")
-SHOWN = 10
 
+@dataclass
+class Section:
+    """A heading with a paragraph, a table and pictures below it, as far as there are any.
 
-class Pictures:
-    """Figures with their captions, as files and inside the page.
-
-    Args:
-        folder: Where the PNG files go.
+    Attributes:
+        level: Of the heading, 2 or 3.
+        table: Its index is the first column.
+        is_code: Whether the table's cells are code.
+        marked: For each row of the table, whether it stands out.
     """
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self.pixels: dict[str, Any] = {}
-        folder.mkdir()
+    title: str
+    level: int = 2
+    text: str = ""
+    table: pd.DataFrame | None = None
+    is_code: bool = False
+    marked: Sequence[bool] = ()
+    pictures: Sequence[plots.Picture] = ()
 
-    def add(self, name: str, figure: Figure, alt: str) -> dict[str, str]:
-        """Save a figure; gives what the page needs to show it."""
-        pixels = self.pixels[name] = render(figure)
-        file = io.BytesIO()
-        Image.fromarray(pixels).quantize(128, dither=Image.Dither.NONE).save(file, "png", optimize=True)
-        (self.folder / f"{name}.png").write_bytes(file.getvalue())
-        data = base64.b64encode(file.getvalue()).decode()
-        height, width = pixels.shape[:2]
-        return {"alt": alt, "src": f"data:image/png;base64,{data}", "width": str(width), "height": str(height)}
+
+class Report:
+    """The results that the page and the other files share.
+
+    Args:
+        models: The two; where only one run of each can be compared or shown, it is the first.
+        study: The study, if there is one with a complete trial.
+    """
+
+    def __init__(self, models: Sequence[Model], study: optuna.Study | None) -> None:
+        first, second = self.models = models
+        self.study = study
+        self.edges = describe_edges(study) if study else ""
+        self.quantities = pd.DataFrame({model.name: _quantities(model) for model in models}).rename_axis("quantity")
+        self.comparison = compare(first.test.correct, second.test.correct)
+        self.seeds_p_value = seeds_p_value(first.accuracies, second.accuracies)
+        text = verdict(second.name, first.name, self.comparison, len(first.test.labels))
+        if self.seeds_p_value is not None:
+            text += (
+                f" Over {len(first.runs)} and {len(second.runs)} seeds, the mean accuracies are "
+                f"{statistics.mean(first.accuracies):.4f} and {statistics.mean(second.accuracies):.4f} "
+                f"(Welch's t-test: p {format_p(self.seeds_p_value)})."
+            )
+        self.verdict = text[0].upper() + text[1:]
+
+    def to_json(self) -> dict[str, Any]:
+        """The content of ``report.json``."""
+        study = self.study and {
+            "name": self.study.study_name,
+            "trials": {state.name.lower(): len(self.study.get_trials(states=(state,))) for state in TrialState},
+            "best_trial": self.study.best_trial.number,
+            "best_value": self.study.best_value,
+            "best_params": self.study.best_params,
+            "edges": self.edges,
+        }
+        models = {
+            model.name: {
+                "runs": [str(run.path) for run in model.runs],
+                "parameters": model.runs[0].parameters,
+                "training_seconds": [round(run.seconds, 1) for run in model.runs],
+                "epochs": [len(run.history) for run in model.runs],
+                "best_epoch": [run.best_epoch for run in model.runs],
+                "metrics": {metric: values for metric, values in model.metrics.items() if values},
+                "calibration_error": model.test.calibration_error,
+                "confusion_matrix": model.test.confusion_matrix.tolist(),
+                "per_class": model.test.scores.to_dict("list"),
+            }
+            for model in self.models
+        }
+        return {
+            "weights": self.models[0].weights,
+            "images": len(self.models[0].test.labels),
+            "models": models,
+            "difference": {**asdict(self.comparison), "seeds_p_value": self.seeds_p_value},
+            "verdict": self.verdict,
+            "comparison": [{"name": name, "values": values} for name, *values in self.quantities.itertuples()],
+            "study": study,
+        }
 
 
 def write(
@@ -79,112 +117,61 @@ def write(
         output: Folder of the report, or None for ``report`` in ``logs``.
 
     Raises:
-        MisconfigurationException: A run is missing, not complete, or does not fit the other.
+        MisconfigurationException: A run or the study is missing or damaged, or the models do not compare.
     """
     output = output or logs / "report"
     if output.exists() and any(output.iterdir()) and not (output / "report.json").is_file():
         raise MisconfigurationException(f"{output} holds something else than a report: choose another --output.")
-    sides = {name: [load(path) for path in paths] for name, paths in (_paths(model, logs) for model in models)}
-    if len(sides) < 2:
-        raise MisconfigurationException(f"The two models need two names: {' and '.join(models)}")
-    check_same_data([run for runs in sides.values() for run in runs])
-    for runs in sides.values():
-        for run in runs:
-            if (weights, "test") not in run.evaluations:
-                raise MisconfigurationException(f"{run.path} has no weights of its best epoch; take --weights last.")
-
-    output.parent.mkdir(parents=True, exist_ok=True)
-    # made beside its place, so that the old report stays until the new one is whole
-    with tempfile.TemporaryDirectory(prefix=".report-", dir=output.parent) as temporary:
-        new = Path(temporary, "new")
-        new.mkdir()
-        pictures = Pictures(new / "figures")
-        report = _numbers(sides, weights)
-        content = _content(sides, weights, report, pictures)
-        content["study"] = _study(study, storage, logs, pictures, report)
-        (new / "report.json").write_text(json.dumps(report, indent=2) + "\n")
-        with (new / "comparison.csv").open("w", newline="") as file:
-            writer = csv.writer(file)
-            writer.writerow(["quantity", *sides])
-            writer.writerows([row["name"], *row["values"]] for row in report["comparison"])
-        template = jinja2.Environment(
-            autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
-        )
-        source = (Path(__file__).parent / "page.html").read_text(encoding="utf-8")
-        page = template.from_string(source).render(names=list(sides), weights=weights, report=report, **content)
-        (new / "report.html").write_text(page, encoding="utf-8")
-        with SummaryWriter(str(new)) as tensorboard:
-            for name, pixels in pictures.pixels.items():
-                tensorboard.add_image(f"report/{name}", pixels, dataformats="HWC")
-        if output.exists():
-            output.rename(Path(temporary, "old"))
-        new.rename(output)
-    _print(report, list(sides))
-    print(f"\n{report['verdict']}\n\nReport: {output / 'report.html'}")
+    report = Report(load_models(models, weights, logs), load_study(study, storage, logs))
+    sections = [*model_sections(report), *study_sections(report)]
+    save(report, sections, output)
+    print(report.quantities.rename_axis(None).to_string())
+    print(f"\n{report.verdict}\n\nReport: {output / 'report.html'}")
 
 
-def _paths(model: str, logs: Path) -> tuple[str, list[Path]]:
-    name, _, paths = model.partition("=")
-    return name, [Path(path) for path in paths.split(",")] if paths else [newest_complete_run(logs / name)]
+def load_models(arguments: Sequence[str], weights: str, logs: Path) -> list[Model]:
+    """Load and evaluate the two models; see :func:`write`."""
+    runs = {}
+    for argument in arguments:
+        name, _, paths = argument.partition("=")
+        folders = [Path(path) for path in paths.split(",")] if paths else [newest_complete_run(logs / name)]
+        runs[name] = [load_run(folder) for folder in folders]
+    if len(runs) < 2:
+        raise MisconfigurationException(f"The two models need two names: {' and '.join(arguments)}")
+    models = [Model(name, side, runs[name], weights) for name, side in zip(runs, ("first", "second"), strict=True)]
+    check_same_data([run for model in models for run in model.runs])
+    for run in (run for model in models for run in model.runs):
+        if (weights, "test") not in run.evaluations:
+            raise MisconfigurationException(f"{run.path} has no weights of its best epoch; take --weights last.")
+    return models
 
 
-def _numbers(sides: dict[str, list[Run]], weights: str) -> dict[str, Any]:
-    """All numbers of the comparison."""
-    (first, first_runs), (second, second_runs) = sides.items()
-    labels = first_runs[0].test.labels.numpy()
-    models: dict[str, Any] = {}
-    for name, runs in sides.items():
-        metrics = {
-            f"{split}/{metric} ({kind} epoch)": [
-                getattr(run.evaluations[kind, split], metric) for run in runs if (kind, split) in run.evaluations
-            ]
-            for kind in ("last", "best")
-            for split in ("test", "val")
-            for metric in METRICS
-        }
-        evaluation = runs[0].evaluations[weights, "test"]
-        scores = precision_recall_fscore_support(labels, evaluation.predicted, labels=range(10), zero_division=0)
-        models[name] = {
-            "runs": [str(run.path) for run in runs],
-            "parameters": runs[0].parameters,
-            "training_seconds": [round(run.seconds, 1) for run in runs],
-            "epochs": [len(run.history) for run in runs],
-            "best_epoch": [run.best_epoch for run in runs],
-            "metrics": {metric: values for metric, values in metrics.items() if values},
-            "calibration_error": calibration_error(evaluation.probabilities, labels),
-            "confusion_matrix": confusion_matrix(labels, evaluation.predicted, labels=range(10)).tolist(),
-            "per_class": {
-                key: [float(value) for value in values]
-                for key, values in zip(("precision", "recall", "f1", "support"), scores, strict=True)
-            },
-        }
-    right = [runs[0].evaluations[weights, "test"].predicted == labels for runs in sides.values()]
-    comparison = compare(right[0], right[1])
-    accuracies = [[run.evaluations[weights, "test"].accuracy for run in runs] for runs in sides.values()]
-    p_value = seeds_p_value(accuracies[0], accuracies[1])
-    rows = [
-        *({"name": key, "values": [models[name]["metrics"].get(key, []) for name in sides]} for key in metrics),
-        {"name": "parameters", "values": [[models[name]["parameters"]] for name in sides]},
-        {"name": "training time, s", "values": [models[name]["training_seconds"] for name in sides]},
-        {"name": "epochs", "values": [models[name]["epochs"] for name in sides]},
-        {"name": "best epoch", "values": [models[name]["best_epoch"] for name in sides]},
-        {"name": f"calibration error ({weights} epoch)", "values": [[models[n]["calibration_error"]] for n in sides]},
-    ]
-    sentence = verdict(second, first, comparison, len(labels))
-    if p_value is not None:
-        means = [numbers.mean(values) for values in accuracies]
-        sentence += (
-            f" Over {len(first_runs)} and {len(second_runs)} seeds, the mean accuracies are {means[0]:.4f} and "
-            f"{means[1]:.4f} (Welch's t-test: p {format_p(p_value)})."
-        )
-    return {
-        "weights": weights,
-        "images": len(labels),
-        "models": models,
-        "difference": {**vars(comparison), "interval": list(comparison.interval), "seeds_p_value": p_value},
-        "verdict": sentence[0].upper() + sentence[1:],
-        "comparison": [{"name": row["name"], "values": [_format(values) for values in row["values"]]} for row in rows],
+def load_study(name: str, storage: str | None, logs: Path) -> optuna.Study | None:
+    """Load the study, if there is one with a complete trial; see :func:`write`."""
+    journal = logs / name / "journal.log"
+    if storage is None and not journal.is_file():
+        return None
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    try:
+        study = optuna.load_study(storage=open_storage(storage or str(journal)), study_name=name)
+    except KeyError as error:
+        raise MisconfigurationException(f"There is no study {name} in {storage or journal}.") from error
+    if not study.get_trials(states=(TrialState.COMPLETE,)):
+        return None
+    check_trials(study, study.best_trial.distributions)
+    return study
+
+
+def _quantities(model: Model) -> pd.Series:
+    quantities: dict[str, Sequence[float]] = {
+        **model.metrics,
+        "parameters": [model.runs[0].parameters],
+        "training time, s": [round(run.seconds, 1) for run in model.runs],
+        "epochs": [len(run.history) for run in model.runs],
+        "best epoch": [run.best_epoch for run in model.runs],
+        f"calibration error ({model.weights} epoch)": [model.test.calibration_error],
     }
+    return pd.Series(quantities).map(_format)
 
 
 def _format(values: Sequence[float]) -> str:
@@ -194,146 +181,96 @@ def _format(values: Sequence[float]) -> str:
     if all(isinstance(value, int) for value in values) and len({*values}) == 1:
         return f"{values[0]:,}"
     digits = 4 if max(values) < 10 else 1
-    spread = f" ± {numbers.stdev(values):.{digits}f}" if len(values) > 1 else ""
-    return f"{numbers.mean(values):.{digits}f}{spread}"
+    spread = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):.{digits}f}{spread}"
 
 
-def _content(sides: dict[str, list[Run]], weights: str, report: dict[str, Any], pictures: Pictures) -> dict[str, Any]:
-    """Figures and tables of the two models."""
-    runs = {name: runs[0] for name, runs in sides.items()}
-    names, test = list(runs), next(iter(runs.values())).test
-    images, labels = test.images[:, 0].numpy() / 255, test.labels.numpy()
-    evaluations = {name: run.evaluations[weights, "test"] for name, run in runs.items()}
-    predicted = {name: evaluation.predicted for name, evaluation in evaluations.items()}
-    right = {name: guess == labels for name, guess in predicted.items()}
-    both = " and ".join(names)
-
-    def shown(name: str, indices: Any, alt: str, guesses: dict[str, Any] = predicted) -> dict[str, str] | None:
-        chosen = [int(index) for index in indices[:SHOWN]]
-        if not chosen:
-            return None
-        truth = ", ".join(str(labels[index]) for index in chosen)
-        figure = figures.sample_predictions(images, labels, guesses, chosen)
-        return pictures.add(name, figure, f"{alt}; true digits: {truth}")
-
-    parts: dict[str, Any] = {"curves": [], "confusion": [], "misclassified": [], "confident": [], "only": []}
-    for split, word in (("val", "validation"), ("train", "training")):
-        for metric, title in (("penalized_loss", "loss with penalty"), ("accuracy", "accuracy")):
-            figure = figures.comparison_curves(sides, f"{split}/{metric}")
-            last = ", ".join(f"{n} {run.history[-1].get(f'{split}/{metric}', math.nan):.4f}" for n, run in runs.items())
-            alt = f"{word} {title} of {both} over the epochs, at the end {last}"
-            parts["curves"].append(pictures.add(f"{split}_{metric}", figure, alt))
-    for metrics in (["accuracy"], ["penalized_loss", "loss"]):
-        alt = f"{metrics[0].replace('_', ' ')} of {names[1]} in training and validation over the epochs"
-        parts.setdefault("history", []).append(
-            pictures.add(f"second_{metrics[0]}", curves(runs[names[1]].history, metrics), alt)
-        )
-    parts["samples"] = shown("samples", range(SHOWN), f"the first ten test digits with what {both} predict")
-    for number, (name, evaluation) in enumerate(evaluations.items()):
-        side, guess, wrong = ("first", "second")[number], {name: predicted[name]}, np.flatnonzero(~right[name])
-        matrix = np.array(report["models"][name]["confusion_matrix"])
-        figure = confusion_figure(matrix, name, CMAPS[number])
-        alt = f"confusion matrix of {name} on the test images: {matrix.trace()} of {matrix.sum()} on the diagonal"
-        parts["confusion"].append(pictures.add(f"confusion_{side}", figure, alt))
-        alt = f"ten digits that {name} gets wrong"
-        parts["misclassified"].append((name, len(wrong), shown(f"misclassified_{side}", wrong, alt, guess)))
-        by_confidence = wrong[np.argsort(-evaluation.probabilities[wrong].max(axis=1), kind="stable")]
-        alt = f"the mistakes of which {name} is most confident"
-        parts["confident"].append((name, shown(f"confident_{side}", by_confidence, alt, guess)))
-        other = names[1 - number]
-        only = np.flatnonzero(right[name] & ~right[other])
-        alt = f"digits that {name} gets right and {other} wrong"
-        parts["only"].append((name, other, len(only), shown(f"only_{side}", only, alt)))
-    figure = figures.reliability_diagram({n: e.probabilities for n, e in evaluations.items()}, labels)
-    errors = ", ".join(f"{name} {report['models'][name]['calibration_error']:.4f}" for name in names)
-    parts["reliability"] = pictures.add("reliability", figure, f"reliability diagram; calibration error: {errors}")
-    alt = f"test accuracy of {both} against parameters and training time"
-    parts["costs"] = pictures.add("costs", figures.costs(sides, weights), alt)
-    parts["per_class"] = [
-        [
-            digit,
-            *(
-                f"{report['models'][n]['per_class'][key][digit]:.4f}"
-                for key in ("precision", "recall", "f1")
-                for n in names
-            ),
-        ]
-        for digit in range(10)
+def model_sections(report: Report) -> list[Section]:
+    """The sections of the two models; what is added to them here is on the page."""
+    models = first, second = report.models
+    metrics = [name for name in first.test.metrics if f"train/{name}" in first.runs[0].history[-1]]
+    scores = {
+        f"{title}, {model.name}": model.test.scores[title.lower()].map("{:.4f}".format)
+        for title in ("precision", "recall", "F1")
+        for model in models
+    }
+    configs = {
+        model.name: pd.Series(pd.json_normalize(model.runs[0].config).to_dict("records")[0], dtype=object).map(str)
+        for model in models
+    }
+    config = pd.DataFrame(configs).fillna("-").rename_axis("key")
+    config = config[(config != "None").any(axis=1)]
+    differs = [*(config[first.name] != config[second.name])]
+    loss = "The loss is the cross-entropy; penalized_loss adds the L2 penalty and is what Keras calls loss."
+    calibration = (
+        "Of the images that a well-calibrated model is 90 % sure of, it gets 90 % right. The calibration error is the "
+        "mean distance from that."
+    )
+    curves = [plots.comparison_curves(models, stage, metric) for metric in metrics for stage in ("val", "train")]
+    history = [plots.training_curves(second, metric) for metric in metrics]
+    trust_and_cost = [plots.reliability_diagram(models), plots.costs(models)]
+    differing = [plots.right_in_one(first, second), plots.right_in_one(second, first)]
+    return [
+        Section("Comparison", text=loss, table=report.quantities),
+        Section("Curves", pictures=curves),
+        Section(f"{second.name}, training against validation", level=3, pictures=history),
+        Section("Predictions", pictures=[plots.first_digits(models)]),
+        Section("Confusion matrices", level=3, pictures=[*map(plots.confusion_matrix, models)]),
+        Section("Misclassified digits", level=3, pictures=[*map(plots.misclassified, models)]),
+        Section("Most confident mistakes", level=3, pictures=[*map(plots.confident_mistakes, models)]),
+        Section("Where they differ", level=3, pictures=differing),
+        Section("Classes", table=pd.DataFrame(scores).fillna("-").rename_axis("digit")),
+        Section("Calibration and cost", text=calibration, pictures=trust_and_cost),
+        Section("Hyper-parameters", text="Marked where they differ.", table=config, is_code=True, marked=differs),
     ]
-    flat = {name: dict(_flatten(run.config)) for name, run in runs.items()}
-    keys = dict.fromkeys(key for config in flat.values() for key in config)
-    rows = [(key, [str(flat[name].get(key, "-")) for name in names]) for key in keys]
-    parts["config"] = [(key, values, values[0] != values[1]) for key, values in rows if set(values) != {"None"}]
-    return parts
 
 
-def _flatten(config: Any, prefix: str = "") -> Any:
-    for key, value in config.items():
-        if isinstance(value, dict):
-            yield from _flatten(value, f"{prefix}{key}.")
-        else:
-            yield prefix + key, value
+def study_sections(report: Report) -> list[Section]:
+    """The section of the study, if there is one."""
+    study = report.study
+    if study is None:
+        return []
+    names = {key: short_key(key) for key in study.best_trial.distributions}
+    table = results(study, list(names)).set_index("trial")
+    pictures = [plots.execution_scores(study)]
+    if len({trial.value for trial in study.get_trials(states=(TrialState.COMPLETE,))}) > 1:
+        pictures = [*plots.study_plots(study, names), *pictures]
+    title = f"The study {study.study_name}"
+    return [Section(title, text=report.edges, table=table, pictures=pictures)]
 
 
-def _study(
-    name: str, storage: str | None, logs: Path, pictures: Pictures, report: dict[str, Any]
-) -> dict[str, Any] | None:
-    """Figures and remarks of the study, if there is one."""
-    journal = logs / name / "journal.log"
-    report["study"] = None
-    if storage is None and not journal.is_file():
-        return None
-    optuna.logging.set_verbosity(optuna.logging.ERROR)
-    try:
-        study = optuna.load_study(storage=open_storage(storage or str(journal)), study_name=name)
-    except KeyError as error:
-        raise MisconfigurationException(f"There is no study {name} in {storage or journal}.") from error
-    trials = study.get_trials(states=(TrialState.COMPLETE,))
-    if not trials:
-        return None
-    best, space = study.best_trial, study.best_trial.distributions
-    check_trials(study, space)
-    names = {key: short_key(key) for key in space}
-    parts: dict[str, Any] = {"figures": [], "edges": ""}
-    on_edge: list[str] = []
-    alts = {
-        "optimization_history": f"values of the trials of {name}; the best is {best.value:.4f}, of trial {best.number}",
-        "param_importances": "importance of each parameter",
-        "parallel_coordinate": "parameters of the trials as lines, coloured by value",
-    }
-    if len({trial.value for trial in trials}) > 1:
-        for key, figure in figures.of_study(study, names).items():
-            alt = alts.get(key) or f"values of the trials against {key.removeprefix('slice_')}"
-            parts["figures"].append(pictures.add(f"study_{key}", figure, alt))
-    alt = f"scores of the executions of each trial of study {name}"
-    parts["figures"].append(pictures.add("study_executions", figures.executions(trials), alt))
-    for key, distribution in space.items():
+def describe_edges(study: optuna.Study) -> str:
+    """Say which of the best values lie at the edge of what was searched, if any does."""
+    best, at_edge = study.best_trial, []
+    for key, distribution in best.distributions.items():
         edges, value = bounds(distribution), best.params[key]
-        ordered = all(isinstance(edge, int | float) and not isinstance(edge, bool) for edge in edges)
-        if ordered and len(edges) > 1 and value in (min(edges), max(edges)):
-            on_edge.append(f"{names[key]} ({short_value(value)})")
-    if on_edge:
-        listed = ", ".join(on_edge[:-1]) + (" and " if on_edge[:-1] else "") + on_edge[-1]
-        parts["edges"] = (
-            f"In study {name}, the best {listed} lie{'s' * (len(on_edge) == 1)} at the edge of what was searched: "
-            "better values may lie beyond."
-        )
-    table = results(study, list(space))
-    parts["rows"], parts["columns"] = table.to_numpy().tolist(), list(table.columns)
-    parts["name"] = name
-    report["study"] = {
-        "name": name,
-        "trials": {state.name.lower(): sum(t.state == state for t in study.trials) for state in TrialState},
-        "best_trial": best.number,
-        "best_value": best.value,
-        "best_params": best.params,
-        "edges": parts["edges"],
-    }
-    return parts
+        is_ordered = all(isinstance(edge, int | float) and not isinstance(edge, bool) for edge in edges)
+        if is_ordered and len(edges) > 1 and value in (min(edges), max(edges)):
+            at_edge.append(f"{short_key(key)} ({short_value(value)})")
+    if not at_edge:
+        return ""
+    listed = " and ".join([", ".join(at_edge[:-1]), at_edge[-1]][len(at_edge) == 1 :])
+    return (
+        f"In study {study.study_name}, the best {listed} lie{'s' * (len(at_edge) == 1)} at the edge of what was "
+        "searched: better values may lie beyond."
+    )
 
 
-def _print(report: dict[str, Any], names: list[str]) -> None:
-    rows = [["", *names], *([row["name"], *row["values"]] for row in report["comparison"])]
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    for first, *cells in rows:
-        print(f"{first:{widths[0]}}" + "".join(f"  {c:>{width}}" for c, width in zip(cells, widths[1:], strict=True)))
+def save(report: Report, sections: Sequence[Section], output: Path) -> None:
+    """Write all files, beside their place: an old report stays until the new one is whole."""
+    output.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".report-", dir=output.parent) as temporary:
+        new = Path(temporary, "new")
+        (new / "figures").mkdir(parents=True)
+        (new / "report.json").write_text(json.dumps(report.to_json(), indent=2) + "\n")
+        report.quantities.to_csv(new / "comparison.csv")
+        environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
+        template = environment.from_string(Path(__file__).with_name("page.html").read_text(encoding="utf-8"))
+        (new / "report.html").write_text(template.render(report=report, sections=sections), encoding="utf-8")
+        with SummaryWriter(str(new)) as tensorboard:
+            for picture in (picture for section in sections for picture in section.pictures if picture.png):
+                (new / f"figures/{picture.name}.png").write_bytes(picture.png)
+                tensorboard.add_image(f"report/{picture.name}", picture.pixels, dataformats="HWC")
+        if output.exists():
+            output.rename(Path(temporary, "old"))
+        new.rename(output)

@@ -315,5 +315,6 @@ def sweep(study: Study, space: SearchSpace, heartbeats: dict[int, tuple[float | 
             is_dead = heartbeats[trial.number][1] >= SWEEPS
         if is_dead:
             give_back(study, trial, space, attempts=trial.user_attrs.get("attempts", 0) + 1)
+            heartbeats.pop(trial.number)  # who takes it next is heard anew
             dead.append(trial.number)
     return dead

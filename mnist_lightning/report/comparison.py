@@ -1,4 +1,4 @@
-"""Whether a difference between two classifiers is real, and how far their probabilities can be trusted."""
+"""Statistics of two classifiers: whether they differ, and how far their probabilities can be trusted."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass

@@ -1,0 +1,206 @@
+"""Trained runs, read from their folders and evaluated."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+import yaml
+from lightning.pytorch.cli import instantiate_module
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from numpy.typing import NDArray
+from sklearn.metrics import confusion_matrix, precision_recall_fscore_support
+from torch.nn import functional as F
+
+from mnist_lightning.checkpoints import checkpoint_errors, read_history
+from mnist_lightning.classifier import Classifier
+from mnist_lightning.data import MNISTDataModule, Split
+from mnist_lightning.report.comparison import calibration_error
+
+BATCH_SIZE = 1000
+WEIGHTS = ("last", "best")
+"""Checkpoints of a run: of its last epoch, and of the best by validation accuracy."""
+
+
+@dataclass
+class Evaluation:
+    """What a classifier predicts for a split of n images.
+
+    Attributes:
+        probabilities: float32 of shape (n, classes).
+        metrics: Means of :meth:`Classifier.metrics`, by their names.
+        mistakes: Indices of the images that it gets wrong.
+    """
+
+    split: Split
+    probabilities: NDArray[np.float32]
+    metrics: dict[str, float]
+
+    def __post_init__(self) -> None:
+        self.labels: NDArray[np.int64] = self.split.labels.numpy()
+        self.predicted = self.probabilities.argmax(axis=1)
+        self._classes = range(self.probabilities.shape[1])  # of which the labels may lack one
+        self.correct = self.predicted == self.labels
+        self.mistakes = np.flatnonzero(~self.correct)
+        self.accuracy = float(self.correct.mean(dtype=np.float32))  # rounds as the metric does
+
+    @property
+    def calibration_error(self) -> float:
+        """The expected calibration error."""
+        return calibration_error(self.probabilities, self.labels)
+
+    @property
+    def confusion_matrix(self) -> NDArray[np.int64]:
+        """Counts of shape (classes, classes): rows are true, columns predicted classes."""
+        return np.asarray(confusion_matrix(self.labels, self.predicted, labels=self._classes))
+
+    @property
+    def scores(self) -> pd.DataFrame:
+        """``precision``, ``recall``, ``f1`` and ``support``, with a row for each class."""
+        scores = precision_recall_fscore_support(self.labels, self.predicted, labels=self._classes, zero_division=0)
+        return pd.DataFrame(np.transpose(scores), columns=["precision", "recall", "f1", "support"])
+
+
+@dataclass
+class Run:
+    """A trained run.
+
+    Attributes:
+        path: Its folder, or the checkpoint that was named instead.
+        config: Its configuration; empty without its file.
+        history: One row an epoch.
+        seconds: Training time.
+        parameters: Number of trainable parameters.
+        evaluations: By weights and split (``val``, ``test``).
+    """
+
+    path: Path
+    config: dict[str, Any]
+    history: list[dict[str, float]]
+    seconds: float
+    parameters: int
+    evaluations: dict[tuple[str, str], Evaluation]
+
+    @property
+    def best_epoch(self) -> int:
+        """The earliest epoch with the highest validation accuracy, from 1."""
+        return 1 + int(max(self.history, key=lambda row: row.get("val/accuracy", 0.0))["epoch"])
+
+
+@dataclass
+class Model:
+    """One of the two models: one run, or several that differ in their seed.
+
+    Attributes:
+        name: Given by the user.
+        side: ``first`` or ``second``.
+        runs: The first one is shown where there is room for one only.
+        weights: The weights that are compared, of ``WEIGHTS``.
+    """
+
+    name: str
+    side: str
+    runs: list[Run]
+    weights: str
+
+    @property
+    def test(self) -> Evaluation:
+        """The first run on the test images."""
+        return self.runs[0].evaluations[self.weights, "test"]
+
+    @property
+    def accuracies(self) -> list[float]:
+        """Test accuracy of each run."""
+        return [run.evaluations[self.weights, "test"].accuracy for run in self.runs]
+
+    @property
+    def metrics(self) -> dict[str, list[float]]:
+        """The values of each metric, split and checkpoint; none of a run without the checkpoint."""
+        return {
+            f"{split}/{metric} ({weights} epoch)": [
+                run.evaluations[weights, split].metrics[metric]
+                for run in self.runs
+                if (weights, split) in run.evaluations
+            ]
+            for weights in WEIGHTS
+            for split in ("test", "val")
+            for metric in self.test.metrics
+        }
+
+
+def load_run(path: Path) -> Run:
+    """Read a run from its folder, or from one of its checkpoints, and evaluate it.
+
+    Raises:
+        MisconfigurationException: There is no checkpoint, or it cannot be used.
+    """
+    files = {weights: path / f"checkpoints/{weights}.ckpt" for weights in WEIGHTS} if path.is_dir() else {"last": path}
+    if not files["last"].is_file():
+        raise MisconfigurationException(
+            f"{path} has no checkpoint: it was stopped before the end of its first epoch, or is no run."
+            if path.is_dir()
+            else f"There is no run or checkpoint at {path}."
+        )
+    checkpoints, classifiers = {}, {}
+    for weights, file in files.items():
+        if file.is_file():
+            with checkpoint_errors(file):
+                checkpoints[weights] = torch.load(file, map_location="cpu", weights_only=True)
+                arguments = _arguments(checkpoints[weights]["hyper_parameters"])
+                classifiers[weights] = instantiate_module(Classifier, arguments).eval()
+                classifiers[weights].load_state_dict(checkpoints[weights]["state_dict"])
+    with checkpoint_errors(files["last"]):
+        state = checkpoints["last"]["callbacks"]["RunCheckpoint"]
+        history, seconds = read_history(state), float(state["seconds"])
+        data = MNISTDataModule(**_arguments(checkpoints["last"]["datamodule_hyper_parameters"]))
+        data.setup("fit")
+        data.setup("test")
+    config_file = files["last"].absolute().parent.parent / "config.yaml"
+    try:
+        config = dict(yaml.safe_load(config_file.read_text())) if config_file.is_file() else {}
+    except (yaml.YAMLError, TypeError, ValueError) as error:
+        raise MisconfigurationException(f"{config_file} is damaged: {' '.join(str(error).split())}") from error
+    assert data.val is not None
+    assert data.test is not None
+    evaluations = {
+        (weights, name): evaluate(classifier, split)
+        for weights, classifier in classifiers.items()
+        for name, split in (("val", data.val), ("test", data.test))
+    }
+    parameters = sum(parameter.numel() for parameter in classifiers["last"].parameters() if parameter.requires_grad)
+    return Run(path, config, history, seconds, parameters, evaluations)
+
+
+def _arguments(hyper_parameters: dict[str, Any]) -> dict[str, Any]:
+    # Lightning's own keys could name another class, and import its module
+    return {key: value for key, value in hyper_parameters.items() if not key.startswith("_")}
+
+
+@torch.inference_mode()
+def evaluate(classifier: Classifier, split: Split) -> Evaluation:
+    """Predict a whole split, with a classifier in evaluation mode."""
+    batches = torch.arange(len(split)).split(BATCH_SIZE)
+    logits = torch.cat([classifier(split.__getitems__(batch)[0]) for batch in batches])
+    metrics = classifier.metrics(logits, split.labels, F.cross_entropy(logits, split.labels))
+    means = {name: values.float().mean().item() for name, values in metrics.items()}
+    return Evaluation(split, logits.softmax(dim=1).numpy(), means)
+
+
+def check_same_data(runs: Sequence[Run]) -> None:
+    """Make sure that all runs have the same validation and test images.
+
+    Raises:
+        MisconfigurationException: They have not, so their results do not compare.
+    """
+    first, *others = runs
+    for other in others:
+        for name in ("val", "test"):
+            one, two = (run.evaluations["last", name].split for run in (first, other))
+            if not (torch.equal(one.labels, two.labels) and torch.equal(one.images, two.images)):
+                raise MisconfigurationException(
+                    f"{first.path} and {other.path} have other {name} images than each other: their results do not "
+                    "compare. Train both with the same data_dir and val_split."
+                )

@@ -1,0 +1,229 @@
+"""The pictures of the report: of the models, and of a study."""
+
+import base64
+import io
+import math
+import warnings
+from collections.abc import Sequence
+from typing import Any
+
+import matplotlib
+import numpy as np
+import optuna
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+from numpy.typing import NDArray
+from optuna.distributions import BaseDistribution, CategoricalDistribution
+from optuna.trial import TrialState
+from PIL import Image
+
+from mnist_lightning import figures
+from mnist_lightning.report.comparison import reliability
+from mnist_lightning.report.evaluation import Model
+from mnist_lightning.tune.space import short_value
+
+COLORS = {"first": "tab:blue", "second": "tab:green"}
+CMAPS = {"first": "Blues", "second": "Greens"}
+SAMPLES = 10
+"""Images in a picture of predictions."""
+
+
+class Picture:
+    """A rendered figure.
+
+    Args:
+        name: Of its file, without the suffix.
+        figure: None if there is nothing to show but the caption.
+        alt: What it shows, for those who cannot see it.
+        caption: Stands above it.
+    """
+
+    def __init__(self, name: str, figure: Figure | None, alt: str, caption: str = "") -> None:
+        self.name, self.alt, self.caption, self.png = name, alt, caption, b""
+        if figure is not None:
+            self.pixels, file = figures.render(figure), io.BytesIO()
+            Image.fromarray(self.pixels).quantize(128, dither=Image.Dither.NONE).save(file, "png", optimize=True)
+            self.png = file.getvalue()
+            self.src = f"data:image/png;base64,{base64.b64encode(self.png).decode()}"
+
+
+def comparison_curves(models: Sequence[Model], stage: str, metric: str) -> Picture:
+    """A metric of all runs in ``train`` or ``val``, over the epochs."""
+    key = f"{stage}/{metric}"
+    figure = Figure(figsize=(6, 4), layout="constrained")
+    axes = figure.add_subplot(xlabel="epoch", ylabel=key.replace("_", " "))
+    for model in models:
+        alpha = 1 if len(model.runs) == 1 else 0.6
+        for number, run in enumerate(model.runs):
+            rows = [row for row in run.history if key in row]
+            epochs, values = [row["epoch"] + 1 for row in rows], [row[key] for row in rows]
+            label = model.name if number == 0 else None
+            axes.plot(epochs, values, color=COLORS[model.side], marker=".", label=label, alpha=alpha)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    _add_grid_and_legend(axes)
+    word = {"train": "training", "val": "validation"}[stage]
+    last = ", ".join(f"{model.name} {model.runs[0].history[-1].get(key, math.nan):.4f}" for model in models)
+    alt = f"{word} {metric.replace('_', ' ')} of {_names(models)} over the epochs, at the end {last}"
+    return Picture(f"{stage}_{metric}", figure, alt)
+
+
+def training_curves(model: Model, metric: str) -> Picture:
+    """A metric of a model in training and validation, over the epochs."""
+    alt = f"{metric.replace('_', ' ')} of {model.name} in training and validation over the epochs"
+    return Picture(f"{model.side}_{metric}", figures.curves(model.runs[0].history, [metric]), alt)
+
+
+def confusion_matrix(model: Model) -> Picture:
+    """The confusion matrix of a model on the test images."""
+    counts = model.test.confusion_matrix
+    alt = f"confusion matrix of {model.name} on the test images: {counts.trace()} of {counts.sum()} on the diagonal"
+    return Picture(f"confusion_{model.side}", figures.confusion_matrix(counts, model.name, CMAPS[model.side]), alt)
+
+
+def first_digits(models: Sequence[Model]) -> Picture:
+    """The first test images."""
+    caption = "The first ten test digits: green where both are right"
+    alt = f"the first ten test digits with what {_names(models)} predict"
+    return _predictions("samples", models, np.arange(SAMPLES), alt, caption)
+
+
+def misclassified(model: Model) -> Picture:
+    """The first test images that a model gets wrong."""
+    caption = f"{model.name}: the first of {len(model.test.mistakes)}"
+    alt = f"ten digits that {model.name} gets wrong"
+    return _predictions(f"misclassified_{model.side}", [model], model.test.mistakes, alt, caption)
+
+
+def confident_mistakes(model: Model) -> Picture:
+    """The test images that a model is surest of and yet gets wrong."""
+    confidence = model.test.probabilities[model.test.mistakes].max(axis=1)
+    indices = model.test.mistakes[np.argsort(-confidence, kind="stable")]
+    alt = f"the mistakes of which {model.name} is most confident"
+    return _predictions(f"confident_{model.side}", [model], indices, alt, model.name)
+
+
+def right_in_one(model: Model, other: Model) -> Picture:
+    """The first test images that a model gets right and the other wrong."""
+    indices = np.flatnonzero(model.test.correct & ~other.test.correct)
+    count = f"the first of {len(indices)}" if len(indices) > SAMPLES else len(indices)
+    caption = f"{model.name} right, {other.name} wrong: {count}"
+    alt = f"digits that {model.name} gets right and {other.name} wrong"
+    return _predictions(f"only_{model.side}", [model, other], indices, alt, caption)
+
+
+def _predictions(name: str, models: Sequence[Model], indices: NDArray[np.intp], alt: str, caption: str) -> Picture:
+    """The first of some test images under the truth and what each model predicts: green where all are right."""
+    shown = indices[:SAMPLES]
+    if not len(shown):
+        return Picture(name, None, alt, caption)
+    test = models[0].test
+    titles = [
+        "\n".join([f"true {test.labels[index]}", *(f"{model.name} {model.test.predicted[index]}" for model in models)])
+        for index in shown
+    ]
+    all_right = np.all([model.test.correct[shown] for model in models], axis=0)
+    colors = [figures.RIGHT if right else figures.WRONG for right in all_right]
+    images = test.split.images[shown, 0].numpy() / 255
+    figure = figures.digits(images, titles, min(5, len(shown)), colors, scale=1.5)
+    return Picture(name, figure, f"{alt}; true digits: {', '.join(map(str, test.labels[shown]))}", caption)
+
+
+def reliability_diagram(models: Sequence[Model]) -> Picture:
+    """Accuracy against confidence, with a point for each bin as large as its share of the images."""
+    figure = Figure(figsize=(5, 4.5), layout="constrained")
+    axes = figure.add_subplot(xlabel="confidence", ylabel="accuracy")
+    axes.plot([0, 1], [0, 1], color="gray", linestyle=":", label="perfectly calibrated")
+    for model in models:
+        confidence, accuracy, share = reliability(model.test.probabilities, model.test.labels)
+        axes.plot(confidence, accuracy, color=COLORS[model.side], label=model.name)
+        axes.scatter(confidence, accuracy, 10 + 400 * share, color=COLORS[model.side], alpha=0.6)
+    _add_grid_and_legend(axes)
+    errors = ", ".join(f"{model.name} {model.test.calibration_error:.4f}" for model in models)
+    return Picture("reliability", figure, f"reliability diagram; calibration error: {errors}")
+
+
+def costs(models: Sequence[Model]) -> Picture:
+    """Test accuracy against the number of parameters and against the training time."""
+    figure = Figure(figsize=(8, 3.8), layout="constrained")
+    left, right = figure.subplots(1, 2, sharey=True)
+    for model in models:
+        style = {"color": COLORS[model.side], "label": model.name}
+        left.scatter([run.parameters for run in model.runs], model.accuracies, **style)
+        right.scatter([run.seconds for run in model.runs], model.accuracies, **style)
+    left.set(xlabel="parameters", ylabel="test accuracy", xscale="log")
+    right.set(xlabel="training time in seconds")
+    _add_grid_and_legend(left)
+    _add_grid_and_legend(right)
+    return Picture("costs", figure, f"test accuracy of {_names(models)} against parameters and training time")
+
+
+def execution_scores(study: optuna.Study) -> Picture:
+    """The score of each execution of each trial, and their mean."""
+    figure = Figure(figsize=(8, 4), layout="constrained")
+    axes = figure.add_subplot(xlabel="trial", ylabel="score")
+    trials = study.get_trials(states=(TrialState.COMPLETE,))
+    for trial in trials:
+        scores = [execution["score"] for execution in trial.user_attrs.get("executions", [])]
+        axes.plot([trial.number] * len(scores), scores, color="tab:green", marker="o", alpha=0.5)
+    means: Any = [trial.value for trial in trials]
+    axes.scatter([trial.number for trial in trials], means, color="black", marker="_", s=120)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.grid(alpha=0.3)
+    alt = f"scores of the executions of each trial of study {study.study_name}"
+    return Picture("study_executions", figure, alt)
+
+
+def study_plots(study: optuna.Study, names: dict[str, str]) -> list[Picture]:
+    """Optuna's own plots of a study.
+
+    Args:
+        study: Its complete trials have different values.
+        names: What to call each parameter.
+    """
+    matplotlib.use("agg")
+    from matplotlib import pyplot
+    from optuna.visualization import matplotlib as optuna_plots
+
+    # a copy with short names, since long ones leave no room for anything else
+    short = optuna.create_study(direction=study.direction)
+    for trial in study.get_trials(states=(TrialState.COMPLETE,)):
+        distributions: dict[str, BaseDistribution] = {}
+        for key, distribution in trial.distributions.items():
+            if isinstance(distribution, CategoricalDistribution):
+                distribution = CategoricalDistribution([_shorten(choice) for choice in distribution.choices])
+            distributions[names[key]] = distribution
+        params = {names[key]: _shorten(value) for key, value in trial.params.items()}
+        short.add_trial(optuna.create_trial(value=trial.value, params=params, distributions=distributions))
+    best, evaluator = study.best_trial, optuna.importance.FanovaImportanceEvaluator(seed=0)
+    history = f"values of the trials of {study.study_name}; the best is {best.value:.4f}, of trial {best.number}"
+    parallel = "parameters of the trials as lines, coloured by value"
+    # these functions are experimental, and set a style for all that comes after
+    with warnings.catch_warnings(action="ignore"), pyplot.style.context("default"):
+        importances = optuna_plots.plot_param_importances(short, evaluator=evaluator)
+        plots: list[tuple[str, str, Any]] = [
+            ("optimization_history", history, optuna_plots.plot_optimization_history(short)),
+            ("param_importances", "importance of each parameter", importances),
+            ("parallel_coordinate", parallel, optuna_plots.plot_parallel_coordinate(short)),
+        ]
+        for name in names.values():
+            axes = optuna_plots.plot_slice(short, params=[name])
+            plots.append((f"slice_{name}", f"values of the trials against {name}", axes))
+        for name, _, axes in plots:
+            axes.figure.set_size_inches((4.5, 3.5) if name.startswith("slice") else (8, 4.5))
+            axes.figure.tight_layout()
+            pyplot.close(axes.figure)
+    return [Picture(f"study_{name}", axes.figure, alt) for name, alt, axes in plots]
+
+
+def _shorten(value: Any) -> Any:
+    return short_value(value) if isinstance(value, str) else value
+
+
+def _names(models: Sequence[Model]) -> str:
+    return " and ".join(model.name for model in models)
+
+
+def _add_grid_and_legend(axes: Axes) -> None:
+    axes.grid(alpha=0.3)
+    axes.legend()

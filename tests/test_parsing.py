@@ -1,0 +1,78 @@
+"""What the parser is taught, and that only commands teach it."""
+
+import contextlib
+
+import pytest
+import yaml
+from conftest import ROOT, in_process
+from jsonargparse import _typehints
+
+from mnist_lightning.parsing import corrected
+
+
+@pytest.fixture
+def model(capfd):
+    """Gives the section ``model`` of the config that options make."""
+
+    def parse(*options):
+        code, out, errors = in_process(capfd, "fit", *options)
+        assert code == 0, errors
+        return yaml.safe_load(out)["model"]
+
+    return parse
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        (["--model.optimizer=KerasSGD"], {"lr": 0.01}),
+        (["--model.optimizer=KerasRMSprop"], {"lr": 0.001, "eps": 1e-7}),
+        (["--model.optimizer=torch.optim.AdamW"], {"eps": 1e-8, "weight_decay": 0.01, "fused": None}),
+        ([f"--config={ROOT / 'configs/baseline.yaml'}", "--model.optimizer=KerasSGD"], {"lr": 0.01}),
+        (["--model.optimizer.lr=0.5", "--model.optimizer=KerasSGD"], {"lr": 0.5}),
+        (["--model.optimizer.lr=0.001", "--model.optimizer=KerasSGD"], {"lr": 0.001}),  # the old class's default
+        (["--model.optimizer.init_args.lr=0.001", "--model.optimizer=KerasSGD"], {"lr": 0.001}),
+        (["--model.optimizer.lr=0.5"], {"lr": 0.5, "eps": 1e-7}),
+    ],
+    ids=str,
+)
+def test_another_class_comes_with_its_own_defaults(model, options, expected):
+    arguments = model(*options, "--print_config")["optimizer"]["init_args"]
+    assert {name: arguments[name] for name in expected} == expected
+
+
+def test_a_class_inside_another_can_be_exchanged(model, monkeypatch, tmp_path):
+    (tmp_path / "nested_classes.py").write_text(
+        "from mnist_lightning.networks import MLP\n"
+        "class Outer:\n"
+        "    class Net(MLP):\n"
+        "        def __init__(self, units: list[int] = [5], l2: float = 0.5):\n"
+        "            super().__init__(units, 0.0, l2)\n"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    network = model("--model.network=nested_classes.Outer.Net", "--model.network=MLP", "--print_config")["network"]
+    assert network["init_args"]["l2"] == [0.01, 0.01]
+
+
+def test_a_short_name_means_the_package_s_own_class(model):
+    import torchvision.ops  # which has an MLP too
+
+    assert torchvision.ops.MLP.__name__ == "MLP"
+    network = model("--model.network=MLP", "--model.network.units=[7,7]", "--print_config")["network"]
+    assert network["class_path"] == "mnist_lightning.networks.MLP"
+    assert network["init_args"]["units"] == [7, 7]
+
+
+def test_the_config_is_printed_after_all_options(model):
+    config = f"--config={ROOT / 'tests/conf/linear.yaml'}"
+    optimizer = model("--print_config", config, "--model.optimizer=KerasRMSprop")["optimizer"]
+    assert optimizer["class_path"] == "mnist_lightning.optimizers.KerasRMSprop"
+
+
+def test_jsonargparse_is_corrected_only_inside():
+    before = _typehints.adapt_partial_callable_class
+    with corrected():
+        assert _typehints.adapt_partial_callable_class is not before
+    with contextlib.suppress(ZeroDivisionError), corrected():
+        raise ZeroDivisionError
+    assert _typehints.adapt_partial_callable_class is before

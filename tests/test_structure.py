@@ -1,0 +1,49 @@
+"""The picture of the imports in docs/internals.md is true, and the README's Python works."""
+
+import ast
+import re
+import shutil
+import textwrap
+from pathlib import Path
+
+from conftest import ROOT
+
+PACKAGE = ROOT / "mnist_lightning"
+
+
+def imported(path: Path) -> set[str]:
+    """The modules of the package that a file imports, at its top or in a function, without the package's name."""
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.module and node.module.split(".")[0] == PACKAGE.name:
+            parent = node.module.removeprefix(PACKAGE.name).lstrip(".")
+            for alias in node.names:  # a module, or something in one
+                module = f"{parent}.{alias.name}".lstrip(".")
+                names.add(module if (PACKAGE / f"{module.replace('.', '/')}.py").exists() else parent)
+    return names - {""}
+
+
+def test_imports_go_down_the_list_of_rooms():
+    text = (ROOT / "docs/internals.md").read_text()
+    rooms = re.findall(r"^    (\S+)  +\S", text, re.MULTILINE)
+    files = {
+        str(path.relative_to(PACKAGE).with_suffix("")).replace("/", ".").removesuffix(".__init__"): path
+        for path in PACKAGE.rglob("*.py")
+        if path != PACKAGE / "__init__.py"
+    }
+    assert sorted(rooms) == sorted(files)
+    for name, path in files.items():
+        for module in imported(path):
+            assert rooms.index(module) > rooms.index(name), f"{name} imports {module}"
+
+
+def test_the_readme_s_python_works(fitted, monkeypatch, capsys, tmp_path):
+    shutil.copytree(fitted[0], tmp_path / "lightning_logs/baseline/version_0")
+    monkeypatch.chdir(tmp_path)
+    section = (ROOT / "README.md").read_text().partition("## From Python")[2]
+    code = textwrap.dedent("".join(re.findall(r"^(?:    .*|)\n", section.partition("\n## ")[0], re.MULTILINE)))
+    assert 5 < len(code.strip().splitlines()) < 16
+    exec(compile(code, "README.md", "exec"), {})
+    predicted, labels = re.findall(r"tensor\(\[(.*?)\]\)", capsys.readouterr().out)
+    assert labels == "7, 2, 1, 0, 4, 1, 4, 9, 5, 9"
+    assert len(predicted.split(",")) == 10
