@@ -26,7 +26,6 @@ from pathlib import Path
 
 import optuna
 import torch
-from optuna.trial import TrialState
 
 from mnist_lightning.tune.storage import open_storage
 from mnist_lightning.tune.study import is_counted
@@ -127,7 +126,7 @@ def executions(study: optuna.Study) -> set[str]:
     """All finished executions, with parameters and values; wall time aside."""
     return {
         str((trial.params, {key: value for key, value in execution.items() if key != "seconds"}))
-        for trial in study.get_trials(states=(TrialState.RUNNING, TrialState.COMPLETE, TrialState.FAIL))
+        for trial in study.get_trials()
         for execution in trial.user_attrs.get("executions", [])
     }
 

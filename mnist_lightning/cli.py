@@ -107,7 +107,8 @@ class RunCLI(LightningCLI):
         if not 0 <= self.config.seed_everything < 2**32:
             raise MisconfigurationException(f"seed_everything {self.config.seed_everything} is not from 0 to 2^32 - 1.")
         self.logs = Path(self.config.trainer.default_root_dir or ".", LOGS)
-        self.job = SlurmJob(args) if SLURMEnvironment.detect() and self.command == "fit" and args else None
+        is_job = self.command == "fit" and isinstance(args, list) and SLURMEnvironment.detect()
+        self.job = SlurmJob(args) if is_job else None  # an execution of a search has a config, no arguments
         if "ckpt_path" in self.config:
             self._find_checkpoint()
             if self.config.ckpt_path is not None:

@@ -14,7 +14,7 @@ from pathlib import Path
 import optuna
 import pytest
 import yaml
-from conftest import ROOT, in_process, tune_options
+from conftest import ROOT, SPACE, in_process, tune_options
 from optuna.trial import TrialState
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -518,6 +518,34 @@ def test_tune_yaml_spells_out_the_defaults(monkeypatch, capfd):
             default["data"].pop("data_dir")
         assert spelled[key] == default[key]
     assert spelled["search_space"].keys() == default["search_space"].keys() == NOTEBOOK_SPACE.keys()
+
+
+def test_a_metric_that_is_named_once_reaches_every_place(command, monkeypatch, tmp_path):
+    (tmp_path / "sitecustomize.py").write_text(
+        "from mnist_lightning.classifier import Classifier\n"
+        "original = Classifier.metrics\n"
+        "def metrics(self, logits, labels, loss):\n"
+        "    top3 = (logits.topk(3).indices == labels[:, None]).any(dim=1)\n"
+        "    return {**original(self, logits, labels, loss), 'top3_accuracy': top3}\n"
+        "Classifier.metrics = metrics\n"
+    )
+    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}{os.pathsep}{os.environ.get('PYTHONPATH', '')}")
+    search = ["--metric=val/top3_accuracy", "--n_trials=1", "--executions_per_trial=1", "--trainer.max_epochs=2"]
+    output = command(tmp_path, "tune", *search, "--refit_epochs=1", f"--search_space={json.dumps(SPACE)}").stdout
+    run = tmp_path / "lightning_logs/tuned/version_0"
+    value = next(csv.DictReader((run / "metrics.csv").open(newline="")))["val/top3_accuracy"]
+    assert f" top3_accuracy {float(value):.4f}\n" in output
+    (trial,) = load(tmp_path).trials
+    assert trial.user_attrs["executions"][0]["values"][0][1] == pytest.approx(float(value))
+    tested = float(next(csv.DictReader((run / "test.csv").open(newline="")))["test/top3_accuracy"])
+    assert re.search(rf"^last epoch \(1\) .* {tested:.4f}$", output, re.MULTILINE)
+    assert re.search(rf"^lightning_logs/tuned/version_0 .* {tested:.4f}$", output, re.MULTILINE)
+    assert EventAccumulator(str(run)).Reload().Scalars("test/top3_accuracy")[0].value == pytest.approx(tested)
+    command(tmp_path, "report", "a=lightning_logs/tuned/version_0", "b=lightning_logs/tuned/version_0", data=False)
+    assert (
+        f"test/top3_accuracy (last epoch),{tested:.4f},"
+        in (tmp_path / "lightning_logs/report/comparison.csv").read_text()
+    )
 
 
 @pytest.mark.parametrize(("options", "best"), [([], min), (["--direction=maximize"], max)])

@@ -21,6 +21,7 @@ from filelock import FileLock
 from jsonargparse import Namespace
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 from optuna.exceptions import UpdateFinishedTrialError
 from optuna.pruners import BasePruner, NopPruner, WilcoxonPruner
 from optuna.samplers import BaseSampler, GridSampler, QMCSampler
@@ -121,15 +122,16 @@ class TrialRunner:
                 time.sleep(1)
 
     def _take(self) -> tuple[FrozenTrial, int] | None:
-        """Claim an execution: of a trial that nobody is at, of a new one, or else one of those that others are at."""
+        """Claim an execution: of a trial that this command has, or else of a new one."""
+        in_turn = not isinstance(self.study.pruner, NopPruner)  # a pruner looks at one execution after the other
         while True:
             running = self.study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
-            own = [trial for trial in running if self._is_own(trial)]
-            number = next((trial.number for trial in own if not trial.user_attrs.get("workers")), None)
-            if number is None:
+            for trial in filter(self._is_own, running):
+                if not trial.user_attrs.get("workers") or (self._free(trial) and not in_turn):
+                    number: int | None = trial.number
+                    break
+            else:
                 number = ask(self.study, self.search.space, self.search.options.n_trials, self.search.owner)
-            if number is None and isinstance(self.study.pruner, NopPruner):  # others look at one after the other
-                number = next((trial.number for trial in own if self._free(trial)), None)
             if number is None:
                 return None
             trial = self._trial(number)
@@ -160,7 +162,7 @@ class TrialRunner:
             run.trainer.loggers = [TensorBoardLogger(search.folder, folder.name, name, default_hp_metric=False)]
             run.trainer.callbacks.append(progress)  # type: ignore[attr-defined]
             run.trainer.fit(run.model, datamodule=run.datamodule)
-        except (OSError, UpdateFinishedTrialError):  # the machine is at fault, or the trial is another's
+        except (OSError, SIGTERMException, UpdateFinishedTrialError):  # the machine is at fault, or it is not ours
             raise
         except (Exception, SystemExit) as error:  # whatever a combination of values makes go wrong
             if self.is_own(trial):

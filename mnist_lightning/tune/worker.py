@@ -94,8 +94,8 @@ def _work(search: "Search", device: str | None, last_words: "Connection[str, str
 
 def _leave(wait_for_end: Callable[[], object], in_use: threading.Lock) -> None:
     wait_for_end()
-    with in_use:  # so that no lock of the storage is left behind
-        os._exit(1)
+    in_use.acquire(timeout=2)  # so that no lock of the storage is left behind; who waits for one holds none
+    os._exit(1)
 
 
 def _end_of_parent() -> None:
