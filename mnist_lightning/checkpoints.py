@@ -66,7 +66,6 @@ class CheckpointConnector(_CheckpointConnector):
             super()._restore_modules_and_callbacks(checkpoint_path, *args)
 
     def restore_training_state(self) -> None:
-        """Restore optimizers, schedulers and loops."""
         with checkpoint_errors(self._ckpt_path):
             super().restore_training_state()
 
@@ -79,7 +78,6 @@ class CheckpointIO(TorchCheckpointIO):
     """
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None) -> None:
-        """Save to ``path``."""
         buffer = io.BytesIO()  # torch.save itself says of a full disk "unexpected pos"
         torch.save(checkpoint, buffer)
         Path(path).parent.mkdir(parents=True, exist_ok=True)
@@ -123,7 +121,6 @@ class RunCheckpoint(ModelCheckpoint):
 
     @property
     def state_key(self) -> str:
-        """Name of this callback's state in a checkpoint."""
         # Lightning asks for it several times a step, and its own takes long to make
         return "RunCheckpoint"
 
@@ -162,7 +159,7 @@ class RunCheckpoint(ModelCheckpoint):
                 config.scheduler.step(self.history[-1][str(config.monitor)])
 
     def on_train_batch_end(self, *_: Any) -> None:
-        """Save nothing: epochs are saved."""
+        pass  # epochs are saved, no batches
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Keep the metrics of ``val`` for the epoch's row."""

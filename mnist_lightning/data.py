@@ -48,7 +48,6 @@ class Split(Dataset[Batch]):
         self.labels = labels
 
     def __len__(self) -> int:
-        """Number of images."""
         return len(self.labels)
 
     def to(self, device: torch.device) -> "Split":

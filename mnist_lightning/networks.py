@@ -27,7 +27,6 @@ class Dense(nn.Linear):
         nn.init.zeros_(self.bias)
 
     def extra_repr(self) -> str:
-        """Sizes and λ."""
         return f"{super().extra_repr()}, l2={self.l2}"
 
 

@@ -87,15 +87,15 @@ class KerasAdam(_KerasOptimizer):
         states = [self.state[param] for param in params]
         group["step"] += 1
         beta1, beta2 = group["betas"]
-        # the kernel's own bias corrections are 1 far from the start
-        far = torch.full((), 1e9, dtype=torch.float32, device=params[0].device)
+        # at a late step the kernel's own bias corrections are 1
+        late_step = torch.full((), 1e9, dtype=torch.float32, device=params[0].device)
         torch._fused_adam_(
             params,
             [param.grad for param in params],
             [state["exp_avg"] for state in states],
             [state["exp_avg_sq"] for state in states],
             [],
-            [far] * len(params),
+            [late_step] * len(params),
             lr=group["lr"] * math.sqrt(1 - beta2 ** group["step"]) / (1 - beta1 ** group["step"]),
             beta1=beta1,
             beta2=beta2,

@@ -1,8 +1,13 @@
 """The short way through an epoch changes nothing but its time."""
 
+import functools
+import inspect
+
 import pytest
 import torch
-from lightning.pytorch import Callback, Trainer, seed_everything
+from lightning.pytorch import Callback, LightningDataModule, Trainer, seed_everything
+from lightning.pytorch.callbacks import LambdaCallback
+from lightning.pytorch.core.hooks import CheckpointHooks, DataHooks, ModelHooks
 from lightning.pytorch.loggers import CSVLogger
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -10,7 +15,7 @@ from mnist_lightning.callbacks import EpochProgressBar
 from mnist_lightning.checkpoints import RunCheckpoint
 from mnist_lightning.classifier import Classifier
 from mnist_lightning.data import MNISTDataModule
-from mnist_lightning.loops import STEP_HOOKS, EpochLoop, NoProfiler
+from mnist_lightning.loops import EpochLoop, NoProfiler
 from mnist_lightning.networks import MLP
 from mnist_lightning.optimizers import KerasAdam, KerasRMSprop, KerasSGD
 
@@ -19,7 +24,7 @@ from mnist_lightning.optimizers import KerasAdam, KerasRMSprop, KerasSGD
 def fit(data_dir, tmp_path, monkeypatch):
     """Trains two epochs of 16 batches; gives the checkpoint and the number of batches that went the short way."""
 
-    def run(name, optimizer=KerasAdam, short=True, callbacks=(), **flags):
+    def run(name, optimizer=KerasAdam, short=True, callbacks=(), module=Classifier, data=MNISTDataModule, **flags):
         taken = []
         original = EpochLoop._advance_to_last
 
@@ -38,8 +43,8 @@ def fit(data_dir, tmp_path, monkeypatch):
         with monkeypatch.context() as patch:
             patch.setattr(EpochLoop, "_advance_to_last", advance_to_last)
             if not short:
-                patch.setattr(EpochLoop, "_is_plain", lambda self: False)
-            trainer.fit(Classifier(MLP(units=[16], dropout=0.2, l2=0.01), optimizer), MNISTDataModule(str(data_dir)))
+                patch.setattr(EpochLoop, "_can_skip_hooks", lambda self: False)
+            trainer.fit(module(MLP(units=[16], dropout=0.2, l2=0.01), optimizer), data(str(data_dir)))
         path = next((tmp_path / name).rglob("last.ckpt"), None)
         return torch.load(path, weights_only=True) if path else None, sum(taken)
 
@@ -91,12 +96,119 @@ def test_the_progress_bar_sees_each_batch(fit, monkeypatch):
     assert seen == [*range(16), *range(16)]
 
 
-@pytest.mark.parametrize("hook", STEP_HOOKS)
-def test_a_callback_hears_each_step(fit, hook):
-    calls = []
-    listener = type("Listener", (Callback,), {hook: lambda *_: calls.append(1)})
-    _, taken = fit("callback", callbacks=[listener()])
-    assert (taken, len(calls)) == (0, 32)
+def hooks_of(*classes):
+    """The public methods that these classes of Lightning call by themselves."""
+    names = {name for each in classes for name, value in vars(each).items() if inspect.isfunction(value)}
+    return sorted(name for name in names if not name.startswith("_"))
+
+
+CALLBACK_HOOKS = hooks_of(Callback)
+DATA_HOOKS = [hook for hook in hooks_of(DataHooks, LightningDataModule) if hasattr(MNISTDataModule, hook)]
+MODULE_HOOKS = sorted({
+    *hooks_of(ModelHooks, DataHooks, CheckpointHooks), "backward", "configure_callbacks", "configure_gradient_clipping",
+    "configure_optimizers", "forward", "lr_scheduler_step", "optimizer_step", "optimizer_zero_grad", "training_step",
+    "validation_step",
+})  # fmt: skip
+
+
+def listener(base, hooks, calls):
+    """A subclass in which each of these hooks notes its call."""
+
+    def noting(hook):
+        original = getattr(base, hook)
+
+        @functools.wraps(original)
+        def note(self, *arguments, **keywords):
+            calls.append((hook, *(argument for argument in arguments if isinstance(argument, int))))
+            return original(self, *arguments, **keywords)
+
+        return note
+
+    return type("Listener", (base,), {hook: noting(hook) for hook in hooks})
+
+
+@pytest.fixture(scope="module")
+def expected():
+    """What Lightning's own loop calls, by kind; filled when it is first asked for."""
+    return {}
+
+
+KINDS = {
+    "callback": (Callback, CALLBACK_HOOKS),
+    "module": (Classifier, MODULE_HOOKS),
+    "data": (MNISTDataModule, DATA_HOOKS),
+}
+
+
+@pytest.mark.parametrize(("kind", "hook"), [(kind, hook) for kind, (_, hooks) in KINDS.items() for hook in hooks])
+def test_each_hook_is_called_as_often_and_in_the_order_of_lightning_s_own_loop(fit, expected, kind, hook):
+    def calls(hooks, **options):
+        noted = []
+        made = listener(KINDS[kind][0], hooks, noted)
+        fit(kind, **({"callbacks": [made()]} if kind == "callback" else {kind: made}), limit_train_batches=5, **options)
+        return noted
+
+    if kind not in expected:
+        expected[kind] = calls(KINDS[kind][1], short=False)
+    assert calls([hook]) == [call for call in expected[kind] if call[0] == hook]
+
+
+class Manual(Classifier):
+    """Steps by itself."""
+
+    def __init__(self, *arguments):
+        super().__init__(*arguments)
+        self.automatic_optimization = False
+
+    def training_step(self, batch, batch_idx):
+        optimizer = self.optimizers()
+        optimizer.zero_grad()
+        self.manual_backward(super().training_step(batch))
+        optimizer.step()
+
+
+class Logging(Classifier):
+    """Logs in a step."""
+
+    def training_step(self, batch, batch_idx):
+        loss = super().training_step(batch)
+        self.log("step_loss", loss, on_step=True)
+        return loss
+
+
+class Patched(Classifier):
+    """Is a Classifier for all its class tells."""
+
+    def __new__(cls, *arguments):
+        classifier = Classifier(*arguments)
+        classifier.optimizer_step = functools.partial(classifier.optimizer_step)
+        return classifier
+
+
+class Bar(EpochProgressBar):
+    """A progress bar of one's own."""
+
+    def on_train_batch_start(self, *_):
+        """Note it."""
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"module": Manual},
+        {"module": Logging},
+        {"module": Patched},
+        {"callbacks": [LambdaCallback(on_before_zero_grad=lambda *_: None)]},
+        {"callbacks": [Bar()], "enable_progress_bar": True},
+    ],
+    ids=["manual optimization", "self.log in a step", "a method set on the module", "LambdaCallback", "progress bar"],
+)
+def test_what_sees_a_step_takes_lightning_s_way(fit, options):
+    checkpoint, taken = fit("watched", **options)
+    assert taken == 0
+    expected, _ = fit("expected", **options, short=False)
+    for key, weight in expected["state_dict"].items():
+        assert torch.equal(weight, checkpoint["state_dict"][key])
 
 
 @pytest.mark.parametrize(
