@@ -2,7 +2,7 @@
 
 All state is in the study, where other machines see it too. Attributes of a trial: ``owner``, the command that answers
 for it while it runs; ``workers``, from the number of an execution to the worker that is at it; ``executions``, those
-that are finished; ``attempts``, how often a process died that ran it; ``error``, why it failed.
+that are finished; ``attempts``, how often a process died that ran it, since the last of them; ``error``, why it failed.
 """
 
 import copy
@@ -184,7 +184,8 @@ class TrialRunner:
                 return
             results = sorted([*_executions(trial), result], key=lambda each: each["execution"])
             workers = {e: name for e, name in trial.user_attrs["workers"].items() if e != str(execution)}
-            set_attributes(self.study, trial, executions=results, workers=workers)
+            # a trial that gets on is not what kills its processes
+            set_attributes(self.study, trial, executions=results, workers=workers, attempts=0)
             pruned = self.report(trial, {})
             if len(results) == search.options.executions_per_trial:
                 self._end(self._trial(trial.number))
