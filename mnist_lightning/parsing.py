@@ -19,7 +19,7 @@ MAX_NODES = 10_000
 """Values in a config file; aliases in a few lines of YAML may stand for billions."""
 
 typed: set[str] = set()
-"""Options on the command line that is parsed, without their dashes."""
+"""Options on the command line while it is parsed, without their dashes."""
 
 
 class Parser(LightningArgumentParser):
@@ -27,11 +27,13 @@ class Parser(LightningArgumentParser):
 
     def parse_args(self, args: Any = None, *arguments: Any, **kwargs: Any) -> Namespace:  # type: ignore[override]
         args = sys.argv[1:] if args is None else args
-        typed.clear()
         typed.update(word.partition("=")[0].lstrip("-") for word in args if word.startswith("--"))
         # jsonargparse prints only the file of a --config that stands behind
         ordered = sorted(args, key=lambda word: word.startswith("--print_config"))
-        config: Namespace = super().parse_args(ordered, *arguments, **kwargs)
+        try:
+            config: Namespace = super().parse_args(ordered, *arguments, **kwargs)
+        finally:
+            typed.clear()  # a config that is parsed later, as of a trial, was not typed
         return config
 
     def parse_path(self, cfg_path: Any, **kwargs: Any) -> Namespace:

@@ -7,6 +7,7 @@ import yaml
 from conftest import ROOT, in_process
 from jsonargparse import _typehints
 
+from mnist_lightning.cli import RunCLI
 from mnist_lightning.parsing import corrected
 
 
@@ -67,6 +68,14 @@ def test_the_config_is_printed_after_all_options(model):
     config = f"--config={ROOT / 'tests/conf/linear.yaml'}"
     optimizer = model("--print_config", config, "--model.optimizer=KerasRMSprop")["optimizer"]
     assert optimizer["class_path"] == "mnist_lightning.optimizers.KerasRMSprop"
+
+
+def test_what_was_typed_is_not_handed_to_a_trial_of_another_class():
+    with corrected():
+        run = RunCLI("fit", ["--model.optimizer=KerasAdam", "--model.optimizer.lr=0.001", "--trainer.logger=false"])
+        sgd = {"class_path": "mnist_lightning.optimizers.KerasSGD", "init_args": {}}
+        config = run.plain_config(run.parser.parse_object({"model": {"optimizer": sgd}}))
+    assert config["model"]["optimizer"]["init_args"]["lr"] == 0.01
 
 
 def test_jsonargparse_is_corrected_only_inside():
