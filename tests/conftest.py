@@ -10,13 +10,14 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+import yaml
 
 from mnist_lightning.__main__ import main
 from mnist_lightning.data import MNISTDataModule
-from mnist_lightning.tune.worker import start_server
 
 ROOT = Path(__file__).parents[1]
 SPACE = {
@@ -79,12 +80,6 @@ def command(data_dir: Path) -> Run:
     return run
 
 
-@pytest.fixture(scope="session", autouse=True)
-def _server() -> None:
-    """Have one process import what the workers of all searches need."""
-    start_server()
-
-
 def tune_options(data_dir: Path, *more: str, epochs: int = 2) -> list[str]:
     """Arguments of a small search without a refit."""
     space = (
@@ -106,6 +101,14 @@ def in_process(capfd: pytest.CaptureFixture[str], *arguments: str) -> tuple[int,
     if isinstance(code, str):  # what Python does with sys.exit("message")
         return 1, captured.out, captured.err + code + "\n"
     return code or 0, captured.out, captured.err
+
+
+def spelled_and_default(capfd: pytest.CaptureFixture[str], command: str, config: Path) -> tuple[Any, Any]:
+    """What a config says and what a command does without it, which the config must not change."""
+    _, defaults, _ = in_process(capfd, command, "--print_config")
+    _, with_file, _ = in_process(capfd, command, f"--config={config}", "--print_config")
+    assert yaml.safe_load(with_file) == yaml.safe_load(defaults)
+    return yaml.safe_load(config.read_text()), yaml.safe_load(defaults)
 
 
 @pytest.fixture

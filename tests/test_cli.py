@@ -15,7 +15,7 @@ import pandas as pd
 import pytest
 import torch
 import yaml
-from conftest import ROOT, in_process
+from conftest import ROOT, in_process, spelled_and_default
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from mnist_lightning import checkpoints
@@ -73,12 +73,8 @@ def test_help_of_a_command_explains_its_options(monkeypatch, capfd):
 # --- configuration ------------------------------------------------------------------------------------------
 
 
-def test_baseline_yaml_spells_out_the_defaults(monkeypatch, capfd):
-    config = ROOT / "configs/baseline.yaml"
-    _, defaults, _ = in_process(capfd, "fit", "--print_config")
-    _, with_file, _ = in_process(capfd, "fit", f"--config={config}", "--print_config")
-    assert yaml.safe_load(with_file) == yaml.safe_load(defaults)
-    spelled, default = yaml.safe_load(config.read_text()), yaml.safe_load(defaults)
+def test_baseline_yaml_spells_out_the_defaults(capfd):
+    spelled, default = spelled_and_default(capfd, "fit", ROOT / "configs/baseline.yaml")
     assert spelled["model"] == default["model"]
     assert spelled["data"] == default["data"]
     assert spelled["trainer"]["max_epochs"] == 20

@@ -14,7 +14,7 @@ from pathlib import Path
 import optuna
 import pytest
 import yaml
-from conftest import ROOT, SPACE, in_process, tune_options
+from conftest import ROOT, SPACE, in_process, spelled_and_default, tune_options
 from optuna.trial import TrialState
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -506,12 +506,8 @@ def test_another_space_is_refused(tune):
     assert "data.batch_size is not searched in the study, one of 32 in the command" in errors
 
 
-def test_tune_yaml_spells_out_the_defaults(monkeypatch, capfd):
-    config = ROOT / "configs/tune.yaml"
-    _, defaults, _ = in_process(capfd, "tune", "--print_config")
-    _, with_file, _ = in_process(capfd, "tune", f"--config={config}", "--print_config")
-    assert yaml.safe_load(with_file) == yaml.safe_load(defaults)
-    spelled, default = yaml.safe_load(config.read_text()), yaml.safe_load(defaults)
+def test_tune_yaml_spells_out_the_defaults(capfd):
+    spelled, default = spelled_and_default(capfd, "tune", ROOT / "configs/tune.yaml")
     for key in set(default) - {"trainer", "search_space", "sampler", "pruner", "storage", "workers"}:
         if key == "model":
             default["model"].pop("lr_scheduler")

@@ -11,6 +11,7 @@ import math
 import time
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -24,7 +25,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from optuna.exceptions import UpdateFinishedTrialError
 from optuna.pruners import BasePruner, NopPruner, WilcoxonPruner
-from optuna.samplers import BaseSampler, GridSampler, QMCSampler
+from optuna.samplers import BaseSampler, BruteForceSampler, GridSampler, QMCSampler
 from optuna.study import Study
 from optuna.trial import FrozenTrial, TrialState
 
@@ -71,16 +72,15 @@ class Search:
 
     def use_sampler(self, study: Study) -> None:
         """Let the study draw as this search does."""
-        sampler, combinations = self.options.sampler, math.inf
-        if sampler.class_path.endswith(".GridSampler"):
-            combinations = math.prod(map(len, sampler.init_args.search_space.values()))
-        elif sampler.class_path.endswith(".BruteForceSampler"):
+        sampler_class, combinations = type(instantiate(BaseSampler, self.options.sampler)), math.inf
+        if sampler_class is GridSampler:
+            combinations = math.prod(map(len, self.options.sampler.init_args.search_space.values()))
+        elif sampler_class is BruteForceSampler:
             combinations = size(self.space)
-        study.sampler = TrialSampler(study, self._make_sampler, combinations)
+        study.sampler = TrialSampler(study, partial(self._make_sampler, sampler_class), combinations)
 
-    def _make_sampler(self, number: int) -> BaseSampler:
+    def _make_sampler(self, sampler_class: type, number: int) -> BaseSampler:
         config = copy.deepcopy(self.options.sampler)
-        sampler_class = type(instantiate(BaseSampler, config))
         if "seed" in inspect.signature(sampler_class).parameters:
             seed = config.init_args.get("seed")
             seed = self.base["seed_everything"] if seed is None else seed
