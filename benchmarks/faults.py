@@ -172,7 +172,8 @@ def searches(killed: Path, whole: Path, draw: random.Random) -> Counter[str]:
     assert all(trial.state.is_finished() for trial in study.trials)
     expected = {str(trial.params): trial.value for trial in load(whole).trials}
     counted = [trial for trial in study.trials if is_counted(trial)]
-    assert sorted(str(trial.params) for trial in counted) == sorted(expected)
+    drawn = sorted(str(trial.params) for trial in counted)
+    assert drawn == sorted(expected), f"{set(drawn) ^ set(expected)} differ"
     for trial in counted:
         if "died that ran it" in trial.user_attrs.get("error", ""):
             kills["trial given up after three kills"] += 1
@@ -186,12 +187,15 @@ def main() -> None:
     """Kill, until there were enough kills."""
     parser = argparse.ArgumentParser(description="Kill fits, workers and parents at random; see this file's docstring.")
     parser.add_argument("--kills", type=int, default=50, help="at least so many of each part")
+    parser.add_argument("--which", choices=["fit", "tune"], nargs="*", default=["fit", "tune"])
     parser.add_argument("--seed", type=int, default=0, help="of the moments")
     arguments = parser.parse_args()
     draw = random.Random(arguments.seed)  # noqa: S311
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell has it ignored by what it starts in background
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     for part, command in ((fits, FIT), (searches, TUNE)):
+        if command[0] not in arguments.which:
+            continue
         print(shlex.join(command), flush=True)
         kills: Counter[str] = Counter()
         rounds, since = 0, time.perf_counter()

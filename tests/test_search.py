@@ -20,7 +20,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from mnist_lightning.tune.space import NOTEBOOK_SPACE
 from mnist_lightning.tune.storage import open_storage
-from mnist_lightning.tune.study import give_back, is_counted, set_attributes
+from mnist_lightning.tune.study import give_back, is_counted, process_name, set_attributes
 
 
 def choices(**values):
@@ -303,20 +303,23 @@ def test_machines_share_a_database_that_is_restarted_while_some_of_them_vanish(w
     url = postgresql("status")
     more = [f"--storage={url}", "--n_trials=14", "--workers=1", "--grace_period=3", "--refit=true", "--refit_epochs=1"]
     parents = [start(data_dir, tmp_path, *more, epochs=4) for _ in range(4)]
-    owners = {}
 
-    def all_are_at_it():
+    def running():
         with suppress(KeyError):
             trials = optuna.load_study(storage=open_storage(url), study_name="tune").trials
-            running = [t for t in trials if t.state == TrialState.RUNNING and t.intermediate_values]
-            owners.update({t.user_attrs["owner"]: t.number for t in running})
-        return len(owners) == 4
+            return [t.user_attrs | {"number": t.number} for t in trials if t.state == TrialState.RUNNING]
+        return []
+
+    def all_are_at_it():
+        return len({trial["owner"] for trial in running() if trial.get("workers")}) == 4
 
     wait_for(all_are_at_it)
+    names = [process_name(parent.pid) for parent in parents[:2]]
+    workers = [name for trial in running() if trial.get("owner") in names for name in trial["workers"].values()]
     for parent in parents[:2]:
         parent.kill()
-    names = [f":{parent.pid}:" for parent in parents[:2]]
-    killed = sorted(number for owner, number in owners.items() if any(name in owner for name in names))
+    wait_for(lambda: not any(process_name(int(name.split(":")[1])) == name for name in workers))  # they follow
+    killed = [trial["number"] for trial in running() if trial.get("owner") in names]
     postgresql("restart", "-m", "immediate")
     outputs = [parent.communicate(timeout=120)[0] for parent in parents]
     for parent, output in zip(parents[2:], outputs[2:], strict=True):
@@ -346,7 +349,7 @@ def test_a_trial_that_others_have_taken_is_left_to_them(whole, data_dir, tmp_pat
     wait_for(lambda: sum(trial.state == TrialState.COMPLETE for trial in load(tmp_path).trials) == 4)
     study = load(tmp_path)
     assert study.trials[number].state == TrialState.RUNNING
-    give_back(study, study.trials[number], study.trials[number].distributions, attempts=1)
+    give_back(study, study.trials[number], attempts=1)
     output, _ = parent.communicate(timeout=60)
     assert parent.returncode == 0, output
     assert outcome(load(tmp_path)) == outcome(load(whole[0]))

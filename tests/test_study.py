@@ -217,8 +217,8 @@ def test_a_trial_of_a_dead_process_waits_for_another_with_what_it_has(journal):
 
     in_process(die).join(30)
     (dead,) = [trial for trial in study.trials if trial.number != own.number]
-    assert sweep(study, SPACE, {}) == [dead.number]
-    assert sweep(study, SPACE, {}) == []  # the second time there is nothing to do
+    assert sweep(study, {}) == [dead.number]
+    assert sweep(study, {}) == []  # the second time there is nothing to do
     assert [trial.state.name for trial in study.trials] == ["RUNNING", "WAITING"]
     again = ask(study, SPACE, 3)
     assert (again.number, again.params) == (dead.number, dead.params)
@@ -237,7 +237,7 @@ def test_a_trial_whose_process_died_when_its_error_was_known_has_failed(journal)
         set_attribute(other, ask(other, SPACE, 1).number, error="it diverged")
 
     in_process(die).join(30)
-    sweep(study, SPACE, {})
+    sweep(study, {})
     assert [(trial.state.name, is_counted(trial)) for trial in study.trials] == [("FAIL", True)]
 
 
@@ -245,7 +245,7 @@ def test_a_trial_whose_process_died_when_its_error_was_known_has_failed(journal)
 def test_dead_trials_shift_no_draw(journal, sampler):
     study, whole = make(journal, sampler=sampler), make(journal, sampler=sampler, name="whole")
     in_process(lambda: ask(make(journal, sampler=sampler), SPACE, 3)).join(30)
-    sweep(study, SPACE, {})
+    sweep(study, {})
     for expected in range(3):
         assert ask(study, SPACE, 3).number == expected
         whole.ask(SPACE)
@@ -253,22 +253,33 @@ def test_dead_trials_shift_no_draw(journal, sampler):
     assert values(study) == values(whole)
 
 
-def test_a_trial_whose_process_died_while_drawing_is_no_trial(journal):
-    study, heartbeats = make(journal), {}
-    in_process(lambda: make(journal).ask({"a": SPACE["a"]})).join(30)
-    for _ in range(SWEEPS):
-        sweep(study, SPACE, heartbeats)
-    assert study.trials[0].state == TrialState.RUNNING  # it may still be at it
-    sweep(study, SPACE, heartbeats)
-    assert [trial.state for trial in study.trials] == [TrialState.FAIL]
-    assert not is_counted(study.trials[0])
+@pytest.mark.parametrize("has_owner", [True, False])
+def test_a_trial_whose_process_died_while_drawing_is_drawn_to_its_end(journal, has_owner):
+    study, whole, heartbeats = make(journal), make(journal, name="whole"), {}
+
+    def die():
+        trial = make(journal).ask({"a": SPACE["a"]})
+        if has_owner:
+            trial.set_user_attr("owner", process_name())
+
+    in_process(die).join(30)
+    for _ in range(0 if has_owner else SWEEPS):
+        sweep(study, heartbeats)
+        assert study.trials[0].state == TrialState.RUNNING  # it may still be at it
+    sweep(study, heartbeats)
+    assert study.trials[0].state == TrialState.WAITING
+    for expected in range(2):
+        assert ask(study, SPACE, 2).number == expected
+        whole.ask(SPACE)
+    assert ask(study, SPACE, 2) is None
+    assert values(study) == values(whole)
 
 
 def test_a_trial_that_was_finished_meanwhile_is_not_given_back(journal):
     study, other = make(journal), make(journal)
     trial = ask(study, SPACE, 2)
     other.tell(trial.number, 1.0)
-    give_back(study, trial, SPACE, attempts=1)
+    give_back(study, trial, attempts=1)
     assert study.trials[0].state == TrialState.COMPLETE
     assert "attempts" not in study.trials[0].user_attrs
 
@@ -282,19 +293,19 @@ def test_a_machine_that_is_silent_for_the_grace_period_has_vanished(journal, mon
     for beat in range(SWEEPS + 1):
         assert study.trials[silent.number].state == TrialState.RUNNING
         set_attribute(other, alive.number, heartbeat=-beat)  # whatever its clock says
-        sweep(study, SPACE, heartbeats)
+        sweep(study, heartbeats)
     assert [trial.state.name for trial in study.trials] == ["WAITING", "RUNNING"]
     with monkeypatch.context() as patch:  # another machine has it now, which has not spoken yet
         patch.setattr(studies.socket, "gethostname", lambda: "a third")
         ask(other, SPACE, 2)
     for beat in range(SWEEPS):
         set_attribute(other, alive.number, heartbeat=beat + 1)
-        assert sweep(study, SPACE, heartbeats) == []
+        assert sweep(study, heartbeats) == []
 
 
 def test_a_process_elsewhere_with_the_number_of_one_here_is_another(journal, monkeypatch):
     study = make(journal)
     ask(study, SPACE, 1)
     monkeypatch.setattr(studies, "_machine", lambda: "another container of this host")
-    sweep(study, SPACE, {})
+    sweep(study, {})
     assert study.trials[0].state == TrialState.RUNNING

@@ -32,7 +32,7 @@ from optuna.trial import FrozenTrial, TrialState
 from mnist_lightning.cli import RunCLI
 from mnist_lightning.tune.space import SearchSpace, config_with, instantiate, max_epochs, size
 from mnist_lightning.tune.storage import open_storage
-from mnist_lightning.tune.study import ATTEMPTS, TrialSampler, ask, is_complete, process_name, set_attributes
+from mnist_lightning.tune.study import ATTEMPTS, TrialSampler, ask, give_back, is_complete, process_name, set_attributes
 
 
 @dataclass
@@ -136,7 +136,9 @@ class TrialRunner:
                 return None
             trial = self._trial(number)
             free = self._free(trial)
-            if trial.user_attrs.get("attempts", 0) >= ATTEMPTS:
+            if trial.params.keys() != self.search.space.keys():  # the worker that drew it died; asking completes it
+                give_back(self.study, trial, attempts=trial.user_attrs.get("attempts", 0))
+            elif trial.user_attrs.get("attempts", 0) >= ATTEMPTS:
                 self._fail(trial, f"{ATTEMPTS} processes died that ran it")
             elif free:
                 workers = {**trial.user_attrs.get("workers", {}), str(free[0]): self.name}

@@ -200,9 +200,10 @@ def _machine() -> str:
 
 
 def _start_time(pid: int) -> str | None:
-    """When a process started, in ticks; empty where the system does not say, None if there is no such process."""
+    """When a process started, in ticks; empty where the system does not say, None if there is no living one."""
     try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
+        state, *numbers = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        return None if state in "ZX" else numbers[18]  # a container's first process may never bury the dead
     except OSError:
         try:
             os.kill(pid, 0)
@@ -246,12 +247,17 @@ def ask(study: Study, space: SearchSpace, n_trials: int, owner: str) -> int | No
         is_waiting = any(trial.state == TrialState.WAITING for trial in trials)
         if (sum(map(is_counted, trials)) >= n_trials or sampler.is_exhausted()) and not is_waiting:
             break
-        trial = study.ask(space)
+        trial = study.ask()
+        trial.set_user_attr("owner", owner)  # first: should this process die, it is known whose the trial was
+        for name, distribution in space.items():
+            if name in trial.params.keys() - trial.relative_params.keys() and math.isinf(sampler.combinations):
+                # half of it was drawn before: with this, the rest is what it would have been
+                sampler.sample_independent(study, study.get_trials(deepcopy=False)[trial.number], name, distribution)
+            trial._suggest(name, distribution)
         before = [other for other in study.get_trials(deepcopy=False)[: trial.number] if is_counted(other)]
         # two machines may take the last place at once, or draw the same combination: the lowest number has it
         is_repeat = math.isfinite(sampler.combinations) and any(other.params == trial.params for other in before)
         if len(before) < n_trials and not is_repeat:
-            trial.set_user_attr("owner", owner)
             return trial.number
         study.tell(trial, state=TrialState.FAIL, skip_if_finished=True)
     return None
@@ -266,25 +272,23 @@ def is_complete(study: Study, n_trials: int) -> bool:
     return sampler.is_exhausted() and all(trial.state.is_finished() for trial in trials)
 
 
-def give_back(study: Study, trial: FrozenTrial, space: SearchSpace, *, attempts: int) -> None:
-    """Let a running trial wait for another process, with the executions that it has finished.
+def give_back(study: Study, trial: FrozenTrial, *, attempts: int) -> None:
+    """Let a running trial wait for another process, with the parameters and executions that it has.
 
     Args:
         study: The study.
         trial: The trial.
-        space: The study's search space.
         attempts: How often a process has died that ran it.
     """
     with suppress(UpdateFinishedTrialError, ValueError):  # another process was faster
-        if "error" in trial.user_attrs or trial.params.keys() != space.keys():
-            # it has failed; or its owner died while it was drawn, and another is drawn in its place
+        if "error" in trial.user_attrs:
             study.tell(trial.number, state=TrialState.FAIL)
         else:
             set_attributes(study, trial, workers={}, attempts=attempts, owner="")
             study._storage.set_trial_state_values(trial._trial_id, TrialState.WAITING)
 
 
-def sweep(study: Study, space: SearchSpace, heartbeats: dict[int, tuple[float | None, int]]) -> list[int]:
+def sweep(study: Study, heartbeats: dict[int, tuple[float | None, int]]) -> list[int]:
     """Give back the running trials whose process is dead, or whose machine has vanished.
 
     Processes of this machine can be looked at. Those of others let their trials' ``heartbeat`` change while they live;
@@ -292,7 +296,6 @@ def sweep(study: Study, space: SearchSpace, heartbeats: dict[int, tuple[float | 
 
     Args:
         study: The study.
-        space: Its search space.
         heartbeats: From the number of a trial to its last heartbeat and in how many sweeps it was the same; brought up
             to date.
 
@@ -314,7 +317,7 @@ def sweep(study: Study, space: SearchSpace, heartbeats: dict[int, tuple[float | 
         else:  # or without an owner: it is about to write its name, or died before
             is_dead = heartbeats[trial.number][1] >= SWEEPS
         if is_dead:
-            give_back(study, trial, space, attempts=trial.user_attrs.get("attempts", 0) + 1)
+            give_back(study, trial, attempts=trial.user_attrs.get("attempts", 0) + 1)
             heartbeats.pop(trial.number)  # who takes it next is heard anew
             dead.append(trial.number)
     return dead
