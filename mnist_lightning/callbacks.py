@@ -29,8 +29,10 @@ class EpochProgressBar(ProgressBar):
         super().__init__()
         self._bar: tqdm[Any] = tqdm(disable=True)
         self._enabled = True
+        self._every: float = 1
         self._start = 0.0
         self._line = ""
+        self._is_validated = False
 
     def disable(self) -> None:
         # Lightning does so on all processes but the first
@@ -65,6 +67,9 @@ class EpochProgressBar(ProgressBar):
         self._bar.close()
         self._line += f"  {time.perf_counter() - self._start:5.1f} s"
 
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._is_validated = True
+
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Print the line of the last epoch."""
         self._print_line(trainer)
@@ -72,12 +77,12 @@ class EpochProgressBar(ProgressBar):
     def _print_line(self, trainer: Trainer) -> None:
         # one hook late: callbacks see the metrics of an epoch only after its end
         if self._line and self._enabled:
-            for stage in ("train", "val"):
+            for stage in ("train", "val") if self._is_validated else ("train",):
                 values = {name: v for name, v in trainer.callback_metrics.items() if name.startswith(f"{stage}/")}
                 shown = "".join(f" {name.partition('/')[2]} {value:.4f}" for name, value in values.items())
                 self._line += f"  {stage}:{shown}" if shown else ""
             print(self._line, flush=True)
-        self._line = ""
+        self._line, self._is_validated = "", False
 
 
 class Figures(Callback):

@@ -12,8 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.callbacks import ModelCheckpoint
-from lightning.pytorch.cli import ReduceLROnPlateau
+from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 from lightning.pytorch.trainer.connectors.checkpoint_connector import _CheckpointConnector
@@ -21,7 +20,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_only, rank_zero_warn
 
-from mnist_lightning.runs import atomic_write, write_csv
+from mnist_lightning.runs import atomic_write, note, write_csv
 
 INSTANTIATOR = "lightning.pytorch.cli.instantiate_module"
 """Path of what makes a model from the hyper-parameters in a checkpoint."""
@@ -99,12 +98,16 @@ class RunCheckpoint(ModelCheckpoint):
     the same shuffles and dropout masks as one that was never interrupted, and its folder is complete: metrics of all
     epochs, and the best checkpoint even if it came before the interruption.
 
+    Args:
+        config: The run's, in plain types, to be stored in its checkpoints.
+
     Attributes:
+        config: As given.
         history: One row an epoch: ``epoch``, ``step`` and the logged metrics.
         seconds: Training time up to the last checkpoint, validation and logs included.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, config: dict[str, Any] | None = None) -> None:
         super().__init__(
             filename="best",
             monitor="val/accuracy",
@@ -113,11 +116,13 @@ class RunCheckpoint(ModelCheckpoint):
             save_on_train_epoch_end=True,
             enable_version_counter=False,
         )
+        self.config = config
         self.history: list[dict[str, float]] = []
         self.seconds = 0.0
         self._since = time.perf_counter()
         self._val_metrics: dict[str, float] = {}
         self._resumed_from: Path | None = None
+        self._is_stopped = False
 
     @property
     def state_key(self) -> str:
@@ -140,6 +145,12 @@ class RunCheckpoint(ModelCheckpoint):
             )
             if not all(parts):
                 raise ValueError("nothing to continue from")
+            epochs = parts[1]["epoch_progress"]["current"]
+            if epochs["processed"] != epochs["ready"]:
+                raise MisconfigurationException(
+                    f"{trainer.ckpt_path} was written inside an epoch, from where no run can be continued exactly. "
+                    "Take last.ckpt, or a ModelCheckpoint's with save_on_train_epoch_end."
+                )
             self._resumed_from = Path(str(trainer.ckpt_path))
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -154,9 +165,15 @@ class RunCheckpoint(ModelCheckpoint):
                 logger.log_metrics(metrics, step=int(row["step"]))
         self._write_metrics(trainer)
         # Lightning steps these after the checkpoint of the epoch is written
+        epoch = self.history[-1]
         for config in trainer.lr_scheduler_configs:
-            if isinstance(config.scheduler, ReduceLROnPlateau):
-                config.scheduler.step(self.history[-1][str(config.monitor)])
+            is_due = config.interval == "epoch" and (epoch["epoch"] + 1) % config.frequency == 0
+            if config.reduce_on_plateau and is_due and config.monitor in epoch:
+                config.scheduler.step(epoch[config.monitor])  # type: ignore[arg-type]
+        callbacks = trainer.callbacks  # type: ignore[attr-defined]
+        if self._is_stopped and any(isinstance(callback, EarlyStopping) for callback in callbacks):
+            note(f"EarlyStopping had ended this training after epoch {epoch['epoch'] + 1}.")
+            trainer.should_stop = True
 
     def on_train_batch_end(self, *_: Any) -> None:
         pass  # epochs are saved, no batches
@@ -176,6 +193,7 @@ class RunCheckpoint(ModelCheckpoint):
         now = time.perf_counter()
         self.seconds += now - self._since
         self._since = now
+        self._is_stopped = trainer.should_stop
         self._write_metrics(trainer)
         if not self._should_skip_saving_checkpoint(trainer):
             candidates = self._monitor_candidates(trainer)
@@ -184,10 +202,18 @@ class RunCheckpoint(ModelCheckpoint):
             self._save_last_checkpoint(trainer, candidates)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Complete the folder of a resumed run of which no epoch was left."""
+        """Complete the folder of a resumed run of which no epoch was left, and save weights that the end changed."""
         if self._resumed_from is not None and not self.last_model_path:
             self.last_model_path = str(Path(str(self.dirpath), "last.ckpt"))
             _copy(self._resumed_from, Path(self.last_model_path))
+        if not self.last_model_path:
+            return
+        weights, is_changed = pl_module.state_dict(), False
+        if trainer.is_global_zero:
+            saved = torch.load(self.last_model_path, map_location=pl_module.device, weights_only=True)["state_dict"]
+            is_changed = any(not torch.equal(value, saved[name]) for name, value in weights.items())
+        if trainer.strategy.broadcast(is_changed):  # to averages, as by StochasticWeightAveraging
+            self._save_checkpoint(trainer, self.last_model_path)
 
     def state_dict(self) -> dict[str, Any]:
         """Lightning's state, the history and each process's random state, in plain types and tensors."""
@@ -202,8 +228,14 @@ class RunCheckpoint(ModelCheckpoint):
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             random_states *= torch.distributed.get_world_size()
             torch.distributed.all_gather_object(random_states, random_state)
-        state = {"history": self.history, "seconds": self.seconds, "random_states": random_states}
-        return {**super().state_dict(), **state}
+        return {
+            **super().state_dict(),
+            "config": self.config,
+            "history": self.history,
+            "seconds": self.seconds,
+            "is_stopped": self._is_stopped,
+            "random_states": random_states,
+        }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take up the history, the random state and the best checkpoint of the run that is resumed."""
@@ -211,17 +243,19 @@ class RunCheckpoint(ModelCheckpoint):
             return
         self.history = read_history(state_dict)
         self.seconds = float(state_dict["seconds"])
+        self._is_stopped = bool(state_dict.get("is_stopped"))
         self._set_random_state(state_dict["random_states"])
 
         old, new = self._resumed_from.with_name("best.ckpt"), Path(self.dirpath, "best.ckpt")
-        if old.is_file():
+        last_epoch = self.history[-1]["epoch"]
+        if old.is_file() and torch.load(old, map_location="cpu", weights_only=True)["epoch"] <= last_epoch:
             _copy(old, new)
             moved = {name: str(new) for name in ("best_model_path", "kth_best_model_path")}
             float(state_dict["best_model_score"])  # what is no number raises an error here, not at the next epoch
             score = {"best_k_models": {str(new): state_dict["best_model_score"]}, "last_model_path": ""}
             super().load_state_dict({**state_dict, **moved, **score, "dirpath": self.dirpath})
         elif state_dict["best_model_path"]:
-            rank_zero_warn(f"{old} is gone: the best epoch of this run is looked for from here on only.")
+            rank_zero_warn(f"{old} is gone, or is of a later epoch: the best is looked for from here on only.")
 
     def _set_random_state(self, states: list[dict[str, Any]]) -> None:
         is_distributed = torch.distributed.is_available() and torch.distributed.is_initialized()

@@ -1,13 +1,17 @@
 """The LightningModule: cross-entropy and L2 on any network, with any optimizer and learning-rate schedule."""
 
+import math
 from collections import defaultdict
-from typing import Any
+from typing import Any, Literal
 
 import torch
+from jsonargparse.typing import PositiveInt
 from lightning.pytorch import LightningModule
-from lightning.pytorch.cli import LightningCLI, LRSchedulerCallable, OptimizerCallable
+from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.optim import lr_scheduler as schedulers
 
 from mnist_lightning.data import Batch
 from mnist_lightning.optimizers import KerasAdam, KerasRMSprop
@@ -27,6 +31,9 @@ COUPLED = (
 )
 """Optimizers that add ``weight_decay * parameter`` to the gradient, unless their ``decoupled_weight_decay`` is set."""
 
+TOTALS = ("total_steps", "T_max", "total_iters")
+"""Arguments of a scheduler for its steps in all: -1 stands for those of the training."""
+
 
 class Classifier(LightningModule):
     """Trains a network on cross-entropy plus λ‖W‖² for every kernel that carries an ``l2`` (see ``networks.Dense``).
@@ -34,12 +41,16 @@ class Classifier(LightningModule):
     The gradient of the penalty, 2λW, comes as weight decay from optimizers that couple it; for others (AdamW, LBFGS,
     ...) the penalty is added to the loss. The :meth:`metrics` are logged once an epoch, for each of ``train``, ``val``
     and ``test``. Those of ``train`` are means over the epoch, while the weights move and dropout is on, as Keras gives
-    them.
+    them. ``lr`` is the learning rate of an epoch's first step.
 
     Args:
         network: Maps images of shape (batch, 1, 28, 28) to logits of shape (batch, classes).
         optimizer: Makes an optimizer from parameters or parameter groups.
-        lr_scheduler: Makes a learning-rate scheduler from the optimizer; it steps once an epoch.
+        lr_scheduler: Makes a learning-rate scheduler from the optimizer. If its ``total_steps``, ``T_max`` or
+            ``total_iters`` is -1, it gets the number of times that it steps in the training.
+        lr_interval: What the scheduler counts; by default steps for OneCycleLR and CyclicLR, epochs for others.
+        lr_frequency: It steps after every so many of them; by default after each, or after each validation if it
+            monitors one.
     """
 
     def __init__(
@@ -47,11 +58,15 @@ class Classifier(LightningModule):
         network: nn.Module,
         optimizer: OptimizerCallable = KerasAdam,
         lr_scheduler: LRSchedulerCallable | None = None,
+        lr_interval: Literal["epoch", "step"] | None = None,
+        lr_frequency: PositiveInt | None = None,
     ) -> None:
         super().__init__()
         self.network = network
         self.optimizer = optimizer
         self.lr_scheduler = lr_scheduler
+        self.lr_interval = lr_interval
+        self.lr_frequency = lr_frequency
         self.kernels: list[tuple[Any, Any]] = [
             (layer.weight, layer.l2) for layer in network.modules() if getattr(layer, "l2", 0)
         ]
@@ -96,8 +111,46 @@ class Classifier(LightningModule):
                     for factor, parameters in groups.items()
                 ]
             )
-        scheduler = self.lr_scheduler(optimizer) if self.lr_scheduler else None
-        return LightningCLI.configure_optimizers(self, optimizer, scheduler)
+        if self.lr_scheduler is None:
+            return optimizer
+        given = getattr(self.lr_scheduler, "keywords", {})  # of a partial
+        totals = [name for name in TOTALS if given.get(name) == -1]
+        if "total_steps" in given and given["total_steps"] is given.get("epochs") is None:  # OneCycleLR's defaults
+            totals.append("total_steps")
+        # what kind it is decides how often it steps, so how many steps it must have: one is made to be looked at
+        sample = self.lr_scheduler(self.optimizer(self.parameters()), **dict.fromkeys(totals, 100))
+        monitor = getattr(sample, "monitor", None)
+        interval, frequency = self.lr_interval, self.lr_frequency
+        if interval is None:
+            interval = "step" if isinstance(sample, schedulers.OneCycleLR | schedulers.CyclicLR) else "epoch"
+        if frequency is None:
+            of_validation = interval == "epoch" and monitor and not monitor.startswith("train/") and self._trainer
+            frequency = (self.trainer.check_val_every_n_epoch or 1) if of_validation else 1
+        steps: dict[str, int] = {}
+        if totals and self._trainer:
+            total = self._scheduler_steps(interval, frequency)
+            if math.isinf(total):
+                raise MisconfigurationException(
+                    f"{' and '.join(totals)} of the lr_scheduler cannot be -1 in a training without max_epochs."
+                )
+            steps = dict.fromkeys(totals, max(1, int(total)))
+        scheduler = self.lr_scheduler(optimizer, **{**dict.fromkeys(totals, 100), **steps})
+        config = {"scheduler": scheduler, "interval": interval, "frequency": frequency, "monitor": monitor}
+        return {"optimizer": optimizer, "lr_scheduler": config}
+
+    def _scheduler_steps(self, interval: str, frequency: int) -> float:
+        """How often a scheduler steps in the whole training, as Lightning counts; infinite if it has no end."""
+        trainer = self.trainer
+        trainer.fit_loop.setup_data()  # or Lightning says that it does so
+        steps = trainer.estimated_stepping_batches
+        if math.isinf(steps) or math.isinf(trainer.num_training_batches):
+            return math.inf
+        batches, accumulated = int(trainer.num_training_batches), trainer.accumulate_grad_batches
+        epochs = math.ceil(steps / math.ceil(batches / accumulated))
+        if interval == "epoch":
+            return epochs // frequency
+        counted = [b for b in range(frequency, batches + 1, frequency) if b % accumulated == 0 or b == batches]
+        return min(epochs * len(counted), steps)
 
     def forward(self, images: Tensor) -> Tensor:
         """Images of shape (batch, 1, 28, 28) to logits of shape (batch, classes)."""
@@ -141,6 +194,26 @@ class Classifier(LightningModule):
         """Probabilities of the classes for a batch, of shape (batch, classes)."""
         probabilities: Tensor = _at_least_float32(self(batch[0])).softmax(dim=1)
         return probabilities
+
+    def on_train_start(self) -> None:
+        """See that no schedule ends before the training.
+
+        Raises:
+            MisconfigurationException: One does.
+        """
+        for config in self.trainer.lr_scheduler_configs:
+            name = type(config.scheduler).__name__
+            for argument in TOTALS if name == "PolynomialLR" else TOTALS[:2]:  # other total_iters are of a warm-up
+                total: float = getattr(config.scheduler, argument, math.inf)
+                steps = self._scheduler_steps(config.interval, config.frequency)
+                if total < steps < math.inf:
+                    raise MisconfigurationException(
+                        f"The schedule of {name} ends too early: {argument} is {total}, but it steps {steps} times "
+                        f"in this training (after each {config.interval}). Take -1, or make the training shorter."
+                    )
+
+    def on_train_epoch_start(self) -> None:
+        self.log("lr", self.trainer.optimizers[0].param_groups[0]["lr"])
 
     def on_train_epoch_end(self) -> None:
         self._log("train")

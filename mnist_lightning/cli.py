@@ -2,8 +2,10 @@
 
 import json
 import logging
+import shutil
 import warnings
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +13,12 @@ import torch
 from jsonargparse import ArgumentError, Namespace
 from jsonargparse.typing import restricted_number_type
 from lightning.fabric.plugins.environments import SLURMEnvironment
-from lightning.pytorch import Trainer
+from lightning.pytorch import Callback, Trainer
+from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.model_summary import summarize
-from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
 from mnist_lightning.callbacks import EpochProgressBar, Figures
 from mnist_lightning.checkpoints import (
@@ -33,10 +35,13 @@ from mnist_lightning.parsing import Parser, corrected
 from mnist_lightning.runs import (
     LOGS,
     PROG,
+    RUN_KEYS,
     atomic_write,
+    flatten,
     format_table,
     new_version,
     newest_checkpoint,
+    note,
     user_errors,
     write_csv,
 )
@@ -61,7 +66,6 @@ class RunCLI(LightningCLI):
         description: What it does, for its ``--help``.
 
     Attributes:
-        logs: Folder of all runs.
         checkpoint: Keeps the run of a ``fit`` on disk; None where nothing is kept.
         keeps_run: Whether a ``fit`` leaves a run folder.
     """
@@ -104,53 +108,76 @@ class RunCLI(LightningCLI):
                 raise MisconfigurationException(
                     f"{group} must have keys of its own, and is not just {self.config[group]}."
                 )
+        if self.config.data.data_dir is not None:  # config and checkpoint may be used in another folder
+            self.config.data.data_dir = str(Path(self.config.data.data_dir).expanduser().absolute())
         if not 0 <= self.config.seed_everything < 2**32:
             raise MisconfigurationException(f"seed_everything {self.config.seed_everything} is not from 0 to 2^32 - 1.")
-        self.logs = Path(self.config.trainer.default_root_dir or ".", LOGS)
         is_job = self.command == "fit" and isinstance(args, list) and SLURMEnvironment.detect()
         self.job = SlurmJob(args) if is_job else None  # an execution of a search has a config, no arguments
         if "ckpt_path" in self.config:
-            self._find_checkpoint()
-            if self.config.ckpt_path is not None:
-                self._use_checkpoint(Path(self.config.ckpt_path))
+            path = self._find_checkpoint()
+            if path is not None:
+                self._use_checkpoint(path, args)
 
-    def _find_checkpoint(self) -> None:
+    @property
+    def logs(self) -> Path:
+        """Folder of all runs."""
+        return Path(self.config.trainer.default_root_dir or ".", LOGS)
+
+    def _find_checkpoint(self) -> Path | None:
         folder = self.logs / self.config.name
         if self.job is not None and (path := self.job.checkpoint(folder)):
-            self.config.ckpt_path = str(path)
-        if self.config.ckpt_path is None and self.command != "fit":
-            self.config.ckpt_path = "last"
-        if self.config.ckpt_path in ("last", "best"):
-            self.config.ckpt_path = str(newest_checkpoint(folder, self.config.ckpt_path))
+            return path
+        given = self.config.ckpt_path or ("last" if self.command != "fit" else None)
+        if given in ("last", "best"):
+            return newest_checkpoint(folder, given)
+        return None if given is None else Path(given)
 
-    def _use_checkpoint(self, path: Path) -> None:
-        """Refuse what is no checkpoint, say what it overrides, and let it."""
+    def _use_checkpoint(self, path: Path, args: Sequence[str]) -> None:
+        """Take what was not given from the checkpoint, and say where both differ.
+
+        To continue a run is to take its whole config, to evaluate it is to take its data and precision.
+        """
         if not path.is_file():
             raise MisconfigurationException(f"No checkpoint at {path}; `last` and `best` mean the newest run's.")
         with checkpoint_errors(path):
             checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+            checkpoint["state_dict"].keys()
             names = {"model": "hyper_parameters", "data": "datamodule_hyper_parameters"}
             saved = {group: {**checkpoint.get(name, {})} for group, name in names.items()}
-            checkpoint["state_dict"].keys()
-        given, default = self.plain_config(), self.plain_config(self.parser.get_defaults())
-        for key, value in given["model"].items():
-            if value not in (saved["model"].get(key, value), default["model"][key]):
-                rank_zero_warn(f"The checkpoint's model.{key} is used, not the one given: {saved['model'][key]}")
-        for key, value in given["data"].items():
-            if self.command == "fit" and value != saved["data"].get(key, value):
-                rank_zero_warn(
-                    f"Continuing with data.{key} {value}, but {path} was trained with {saved['data'][key]}. "
-                    f"To continue exactly, add --config {path.absolute().parent.parent / 'config.yaml'}"
-                )
-        saved["model"].pop("_instantiator", None)
+            for parameters in saved.values():
+                parameters.pop("_instantiator", None)
+            model = saved["model"]
+            config = checkpoint["callbacks"].get(RunCheckpoint.__name__, {}).get("config")
+            if config and self.command == "fit":
+                saved = {**config, **saved}
+            elif config:  # the numbers of `fit`, to the digit
+                saved["trainer"] = {"precision": config["trainer"]["precision"]}
         self.parser.exit_on_error = False
         try:
-            self.config = self.parser.parse_object({"model": saved["model"]}, self.config)
+            config = self.parser.parse_args([f"--config={json.dumps(saved)}", *args])
+            config.data.data_dir = self.config.data.data_dir or config.data.data_dir
+            given = self.plain_config(config)
+            self.config = self.parser.parse_object({"model": model, "ckpt_path": str(path)}, config)
         except ArgumentError as error:
             raise MisconfigurationException(
                 f"{path} cannot be used: its hyper-parameters are refused. {' '.join(str(error).split())}"
             ) from error
         self.parser.exit_on_error = True
+        for key, value in model.items():
+            if given["model"].get(key, value) != value:
+                note(f"The checkpoint's model.{key} is used, not the one given: {value}")
+        if self.command != "fit":
+            return
+        if "trainer" not in saved:
+            note(
+                f"{path} is of an earlier version and does not hold the options of its trainer. To continue exactly, "
+                f"add --config {path.absolute().parent.parent / 'config.yaml'}"
+            )
+        now = flatten(given)
+        for key, value in flatten({**saved, "model": {}, "name": {}}).items():
+            if now.get(key, value) != value:
+                note(f"Continuing with {key} {now[key]}: the run had {value}")
 
     def plain_config(self, config: Namespace | None = None) -> dict[str, Any]:
         """A config, by default the command's own, complete and in types that YAML and JSON have."""
@@ -186,7 +213,8 @@ class RunCLI(LightningCLI):
             self.save_config_callback = None
             kwargs.update(logger=False, enable_checkpointing=False)
         elif options.enable_checkpointing is not False:
-            self.checkpoint = RunCheckpoint()
+            config = self.plain_config()
+            self.checkpoint = RunCheckpoint({key: config[key] for key in ("name", *RUN_KEYS)})
             callbacks += [self.checkpoint, Figures(self.checkpoint)]
         kwargs["plugins"] = [*(options.plugins or []), CheckpointIO()]
         self.trainer_defaults["callbacks"] = callbacks
@@ -196,6 +224,11 @@ class RunCLI(LightningCLI):
         environment.validate_settings(trainer.num_devices, trainer.num_nodes)
         if self.command == "predict" and trainer.world_size > 1:
             raise MisconfigurationException("predict writes one file and runs on one device: --trainer.devices 1")
+        if self.checkpoint is not None:  # before the user's own, whose files then hold the epoch's metrics too
+            listeners: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
+            listeners.remove(self.checkpoint)
+            others = [isinstance(callback, Checkpoint) for callback in listeners]
+            listeners.insert(others.index(True) if any(others) else len(others), self.checkpoint)
         trainer._checkpoint_connector = CheckpointConnector(trainer)
         trainer.fit_loop = FitLoop(trainer)
         return trainer
@@ -207,8 +240,7 @@ def fit(run: RunCLI) -> None:
     for stage in ("fit", "test"):  # all data is checked before anything is trained
         data.setup(stage)
     if trainer.is_global_zero:
-        source = data.data_dir or "the package's own MNIST"
-        print(f"Data: {source}, scaled to [0, 1]")
+        print(_describe(data))
         for name in ("train", "val", "test"):
             split = getattr(data, name)
             shapes = [tuple(tensor.shape) for tensor in (split.images, split.labels)]
@@ -223,22 +255,36 @@ def fit(run: RunCLI) -> None:
             run.job.watch(trainer, run.logs / config.name / f"version_{version}")
     try:
         trainer.fit(model, datamodule=data, ckpt_path=config.ckpt_path)
+    except MisconfigurationException:
+        if trainer.is_global_zero and run.checkpoint and not run.checkpoint.history:  # refused: there is no run
+            for logger in trainer.loggers:
+                logger.finalize("failed")
+            shutil.rmtree(run.checkpoint.run_dir)
+            with suppress(OSError):  # others are there
+                run.checkpoint.run_dir.parent.rmdir()
+                run.logs.rmdir()
+        raise
     except (SystemExit, OSError):  # Ctrl-C, a full disk
         if trainer.is_global_zero and run.checkpoint and Path(run.checkpoint.last_model_path).is_file():
-            config_file = run.checkpoint.run_dir / "config.yaml"
-            print(f"Continue: {PROG} fit --config {config_file} --ckpt_path {run.checkpoint.last_model_path}")
+            print(f"Continue: {PROG} fit --ckpt_path {run.checkpoint.last_model_path}")
         raise
     _test(run)
+
+
+def _describe(data: MNISTDataModule) -> str:
+    source = data.data_dir or "the package's own MNIST"
+    return f"Data: {source}, scaled to [0, 1], {data.val_split:.4g} of the training images held out for validation"
 
 
 def _test(run: RunCLI) -> None:
     """Evaluate what was trained, in the run's folder and as a table."""
     trainer, checkpoint = run.trainer, run.checkpoint
+    epochs = checkpoint.history[-1]["epoch"] + 1 if checkpoint else trainer.current_epoch
     loggers, trainer.loggers = trainer.loggers, []
     (results,) = trainer.test(run.model, datamodule=run.datamodule, verbose=False)
     for logger in loggers:
         logger.log_metrics(dict(results), step=trainer.global_step)
-    rows: dict[str, dict[str, float]] = {f"last epoch ({trainer.current_epoch})": dict(results)}
+    rows: dict[str, dict[str, float]] = {f"last epoch ({epochs})": dict(results)}
     if checkpoint is not None and checkpoint.best_model_path:
         best = max(checkpoint.history, key=lambda row: row.get("val/accuracy", 0.0))
         weights = torch.load(checkpoint.best_model_path, map_location="cpu", weights_only=True)["state_dict"]
@@ -263,6 +309,7 @@ def predict(run: RunCLI) -> None:
         raise MisconfigurationException(f"{output} exists and is not overwritten: choose another --output.")
     import pandas as pd  # takes a while, and only this command needs it
 
+    note(_describe(run.datamodule))
     batches: Any = run.trainer.predict(run.model, datamodule=run.datamodule, ckpt_path=run.config.ckpt_path)
     probabilities = torch.cat(batches).numpy()
     table = pd.DataFrame(probabilities).add_prefix("probability_")
@@ -283,6 +330,7 @@ def main(command: str, description: str, arguments: Sequence[str]) -> None:
         elif command == "predict":
             predict(run)
         else:
+            note(_describe(run.datamodule))
             options = {name: run.config[name] for name in run.method_options}
             getattr(run.trainer, command)(run.model, datamodule=run.datamodule, **options)
 

@@ -190,12 +190,12 @@ class MNISTDataModule(LightningDataModule):
                         return parse_idx(file.read(min(16 + count * 28 * 28 + 1, MAX_BYTES)), name)
                 except (ValueError, EOFError, gzip.BadGzipFile, zlib.error) as error:
                     raise MisconfigurationException(
-                        f"{path} is damaged or no MNIST file: {error}. Copy it anew, or leave out data_dir to use "
-                        "the package's own copy."
+                        f"{path} is damaged or no MNIST file: {error}. Copy it anew, or take the package's own "
+                        "copy: --data.data_dir null"
                     ) from error
         raise MisconfigurationException(
-            f"{self.data_dir} has no file {name} or {name}.gz. data_dir wants these four, raw or gzipped: "
-            f"{', '.join(MD5)}; leave it out to use the package's own copy."
+            f"{self.data_dir} has no file {name} or {name}.gz. --data.data_dir wants these four, raw or gzipped: "
+            f"{', '.join(MD5)}; null is the package's own copy."
         )
 
 

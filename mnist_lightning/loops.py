@@ -79,7 +79,6 @@ class EpochLoop(_TrainingEpochLoop):
             and trainer.max_steps == -1
             and trainer.check_val_every_n_epoch is not None
             and trainer.val_check_batch == trainer.num_training_batches  # validation only follows the last batch
-            and all(config.interval == "epoch" for config in trainer.lr_scheduler_configs)
         )
 
     def _advance_to_last(self, data_fetcher: _DataFetcher) -> None:
@@ -111,9 +110,13 @@ class EpochLoop(_TrainingEpochLoop):
             optimizer.step(closure)
             step.increment_completed()
             self.batch_progress.increment_processed()
+            if trainer.lr_scheduler_configs:
+                self.update_lr_schedulers("step", update_plateau_schedulers=False)
             if bar is not None:
                 bar.on_train_batch_end(trainer, module, {}, batch, batch_idx)
             self.batch_progress.increment_completed()
+            if trainer.lr_scheduler_configs:
+                self.update_lr_schedulers("step", update_plateau_schedulers=True)
             self._batches_that_stepped += 1
 
 
@@ -133,6 +136,10 @@ class FitLoop(_FitLoop):
     def __init__(self, trainer: Trainer) -> None:
         super().__init__(trainer, trainer.min_epochs, trainer.max_epochs)
         self.epoch_loop = EpochLoop(trainer, trainer.min_steps, trainer.max_steps)
+
+    def _iteration_based_training(self) -> bool:
+        # Lightning continues a training with max_steps inside an epoch; here all checkpoints are of an epoch's end
+        return False
 
     @property
     def skip(self) -> bool:

@@ -4,16 +4,22 @@ The corrections wrap private functions of jsonargparse (4.53). They hold within 
 enters, so importing the package changes nothing for others.
 """
 
+import inspect
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from operator import itemgetter
 from pathlib import Path
 from typing import Any, NoReturn
 
+import torch
 import yaml
 from jsonargparse import Namespace, _typehints, set_parsing_settings
 from jsonargparse._common import parsing_settings
+from jsonargparse.typing import register_type
 from lightning.pytorch.cli import LightningArgumentParser
+
+from mnist_lightning.classifier import TOTALS
 
 MAX_NODES = 10_000
 """Values in a config file; aliases in a few lines of YAML may stand for billions."""
@@ -28,10 +34,8 @@ class Parser(LightningArgumentParser):
     def parse_args(self, args: Any = None, *arguments: Any, **kwargs: Any) -> Namespace:  # type: ignore[override]
         args = sys.argv[1:] if args is None else args
         typed.update(word.partition("=")[0].lstrip("-") for word in args if word.startswith("--"))
-        # jsonargparse prints only the file of a --config that stands behind
-        ordered = sorted(args, key=lambda word: word.startswith("--print_config"))
         try:
-            config: Namespace = super().parse_args(ordered, *arguments, **kwargs)
+            config: Namespace = super().parse_args(_order(args), *arguments, **kwargs)
         finally:
             typed.clear()  # a config that is parsed later, as of a trial, was not typed
         return config
@@ -57,6 +61,21 @@ class Parser(LightningArgumentParser):
         self.exit(2)
 
 
+def _order(words: Sequence[str]) -> list[str]:
+    """Files first, so that what is typed counts; ``--print_config`` last, or it would print no file behind it."""
+    options: list[list[str]] = [[]]
+    for word in words:
+        is_option = word.startswith("--") or word.partition("=")[0] == "-c"
+        options.append([word]) if is_option else options[-1].append(word)
+    ranks = (
+        {"-c": 0, "--config": 0, "--trainer": 1, "--model": 1, "--data": 1, "--print_config": 3}.get(
+            option[0].partition("=")[0] if option else "", 2
+        )
+        for option in options
+    )
+    return [word for _, option in sorted(zip(ranks, options, strict=True), key=itemgetter(0)) for word in option]
+
+
 @contextmanager
 def corrected() -> Iterator[None]:
     """Let jsonargparse resolve, exchange and call classes as this package documents it."""
@@ -72,6 +91,8 @@ def corrected() -> Iterator[None]:
             setattr(_typehints, name, correct(originals[name]))
         # A config or checkpoint may be anybody's: only classes of the type that a key wants are made, and none of os,
         # subprocess, ... (as jsonargparse 5 will do by itself, see its pull request 959).
+        # a config must hold whatever it is made from: a device is an argument of StochasticWeightAveraging, say
+        register_type(torch.device, fail_already_registered=False)
         set_parsing_settings(instantiate_subclass_spec_in_any=False, import_path_denylist=[])
         yield
     finally:
@@ -81,9 +102,10 @@ def corrected() -> Iterator[None]:
 
 
 def _prefer_own(original: Callable[..., str]) -> Callable[..., str]:
-    """Let a short name mean the package's own class where torchvision, say, has one of the same name.
+    """Let a short name mean this package's own class, or Lightning's, where others have one of the same name.
 
-    jsonargparse refuses a name that several classes have; MLP is one of torchvision's as well.
+    jsonargparse refuses a name that several classes have: MLP is one of torchvision's as well, and torch's
+    ReduceLROnPlateau has no ``monitor``.
     """
 
     def resolve(class_type: Any, name: str) -> str:
@@ -91,7 +113,7 @@ def _prefer_own(original: Callable[..., str]) -> Callable[..., str]:
             return original(class_type, name)
         except ValueError:
             paths = [path for path in _typehints.get_all_subclass_paths(class_type) if path.endswith(f".{name}")]
-            own = [path for path in paths if path.startswith(f"{__package__}.")]
+            own = [path for path in paths if path.startswith((f"{__package__}.", "lightning."))]
             if len(own) != 1:
                 raise
             return own[0]
@@ -104,7 +126,7 @@ def _discard_defaults(original: Callable[..., Any]) -> Callable[..., Any]:
 
     jsonargparse hands every argument that both classes have to the new one, even one that nobody gave (its issue 460):
     SGD would train with Adam's default learning rate. Here only what was typed on the command line, and what is not
-    the old class's default, is handed on.
+    the old class's default, is handed on. And steps of a schedule that are left out are those of the training.
     """
 
     def discard(action: Any, previous: Any, value: Any) -> None:
@@ -118,6 +140,13 @@ def _discard_defaults(original: Callable[..., Any]) -> Callable[..., Any]:
                 if is_default and not any({f"{key}.{name}", f"{key}.init_args.{name}"} & typed for key in typed):
                     previous.init_args.pop(name)
         original(action, previous, value)
+        handed_on = previous.get("init_args", {}) if isinstance(previous, Namespace) else {}
+        arguments = value.get("init_args", Namespace())
+        parameters = inspect.signature(_typehints.import_object(value["class_path"])).parameters
+        for name in TOTALS if isinstance(arguments, Namespace) else ():
+            is_required = name in parameters and parameters[name].default is inspect.Parameter.empty
+            if is_required and name not in arguments and name not in handed_on:
+                value["init_args"] = Namespace({**vars(arguments), name: -1})
 
     return discard
 

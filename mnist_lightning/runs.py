@@ -15,6 +15,14 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_only
 PROG = "python -m mnist_lightning"
 LOGS = "lightning_logs"
 """Folder of all runs, studies and reports."""
+RUN_KEYS = ("seed_everything", "num_threads", "trainer", "model", "data")
+"""What the config of a run consists of, beside its name."""
+
+
+@rank_zero_only
+def note(line: str) -> None:
+    """Print a line, once for all processes."""
+    print(line, flush=True)
 
 
 def newest_file(paths: Iterable[Path]) -> Path | None:
@@ -51,7 +59,7 @@ def newest_complete_run(folder: Path) -> Path:
     if newest is None:
         raise MisconfigurationException(f"No run in {folder} yet. Make one: {PROG} {command}")
     last = newest / "checkpoints/last.ckpt"
-    remedy = f"Continue it: {PROG} fit --config {newest / 'config.yaml'} --ckpt_path {last}"
+    remedy = f"Continue it: {PROG} fit --ckpt_path {last}"
     if not last.is_file():
         remedy = f"It has no checkpoint either. Make a new one: {PROG} {command}"
     raise MisconfigurationException(f"{newest} was stopped before its end. {remedy}")
@@ -76,6 +84,14 @@ def new_version(folder: Path) -> int:
         except FileExistsError:
             return new_version(folder)
     return version
+
+
+def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """A nested config as one from keys with dots; lists are values."""
+    flat: dict[str, Any] = {}
+    for key, value in config.items():
+        flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
+    return flat
 
 
 @contextmanager

@@ -126,7 +126,7 @@ def test_a_run_folder_is_complete(fitted):
         assert (run / f"figures/{name}.png").read_bytes().startswith(b"\x89PNG")
     assert not list(run.rglob("*partial*"))
     table = rows(run)
-    assert list(table[0]) == ["epoch", "step", *METRICS]
+    assert list(table[0]) == ["epoch", "step", "lr", *METRICS]
     assert [row["epoch"] for row in table] == ["0", "1", "2", "3"]
     accuracies = [float(row["val/accuracy"]) for row in table]
     best = torch.load(run / "checkpoints/best.ckpt", weights_only=True)
@@ -421,23 +421,148 @@ def test_a_checkpoint_brings_its_network(command, monkeypatch, capfd, data_dir, 
     command(tmp_path, "fit", "--trainer.max_epochs=1", "--model.network.units=[7]", "--model.network.dropout=0",
             "--model.network.l2=0.1", "--data.batch_size=50")  # fmt: skip
     last = tmp_path / "lightning_logs/baseline/version_0/checkpoints/last.ckpt"
-    code, _, err = in_process(capfd, "test", f"--data.data_dir={data_dir}", f"--ckpt_path={last}")
+    code, out, err = in_process(capfd, "test", f"--data.data_dir={data_dir}", f"--ckpt_path={last}")
     assert code == 0, err
-    assert "is used, not the one given" not in err
+    assert "is used, not the one given" not in out
     network = Classifier.load_from_checkpoint(last, weights_only=True).network
     assert network.dense_1.weight.shape == (7, 784)
 
     # what is given beside it and differs is said
     monkeypatch.chdir(tmp_path)
-    with pytest.warns(UserWarning) as warned:  # noqa: PT030
-        code, _, err = in_process(
-            capfd, "fit", f"--data.data_dir={data_dir}", "--ckpt_path=last", "--trainer.max_epochs=2",
-            "--trainer.logger=false", "--model.network.units=[9,9]", "--data.batch_size=60",
-        )  # fmt: skip
+    code, out, err = in_process(
+        capfd, "fit", f"--data.data_dir={data_dir}", "--ckpt_path=last", "--trainer.max_epochs=2",
+        "--trainer.logger=false", "--model.network.units=[9,9]", "--data.batch_size=60",
+    )  # fmt: skip
     assert code == 0, err
-    messages = [str(warning.message) for warning in warned]
-    assert any("The checkpoint's model.network is used" in message for message in messages)
-    assert any("Continuing with data.batch_size 60" in message and "50" in message for message in messages)
+    assert "The checkpoint's model.network is used, not the one given" in out
+    for line in ("data.batch_size 60: the run had 50", "trainer.max_epochs 2: the run had 1"):
+        assert f"Continuing with {line}" in out
+    assert out.count("Continuing with") == 3  # and the logger
+
+
+def schedule(name, steps, **arguments):
+    """The learning rates of a schedule of torch, before each of its steps."""
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=0.001)
+    scheduler = getattr(torch.optim.lr_scheduler, name)(optimizer, **arguments)
+    rates = []
+    for _ in range(steps):
+        rates.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        scheduler.step()
+    return rates
+
+
+@pytest.mark.parametrize(
+    ("options", "rates"),
+    [
+        ("OneCycleLR max_lr=0.1 cycle_momentum=false", schedule(
+            "OneCycleLR", 48, max_lr=0.1, total_steps=48, cycle_momentum=False)[::16]),
+        ("OneCycleLR max_lr=0.1 cycle_momentum=false --trainer.accumulate_grad_batches=3", schedule(
+            "OneCycleLR", 18, max_lr=0.1, total_steps=18, cycle_momentum=False)[::6]),
+        ("CosineAnnealingLR", schedule("CosineAnnealingLR", 3, T_max=3)),
+        ("CosineAnnealingLR T_max=5", schedule("CosineAnnealingLR", 3, T_max=5)),
+        ("CosineAnnealingLR --model.lr_interval=step", schedule("CosineAnnealingLR", 48, T_max=48)[::16]),
+        ("CosineAnnealingLR --model.lr_interval=step --model.lr_frequency=5", schedule(
+            "CosineAnnealingLR", 9, T_max=9)[::3]),
+        ("LinearLR total_iters=-1 end_factor=0.1 start_factor=1", schedule(
+            "LinearLR", 3, total_iters=3, end_factor=0.1, start_factor=1)),
+        ("PolynomialLR total_iters=-1", schedule("PolynomialLR", 3, total_iters=3)),
+        ("StepLR step_size=1 --model.lr_frequency=2", [0.001, 0.001, 0.0001]),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)  # fmt: skip
+def test_a_schedule_lasts_as_long_as_the_training(quick, tmp_path, options, rates):
+    """Three epochs of 16 batches."""
+    name, *words = options.split()
+    words = [word if word.startswith("--") else f"--model.lr_scheduler.{word}" for word in words]
+    quick(tmp_path, "fit", "--trainer.max_epochs=3", f"--model.lr_scheduler={name}", *words)
+    table = rows(run_of(tmp_path, "baseline"))
+    assert [float(row["lr"]) for row in table] == pytest.approx(rates)
+
+
+EACH = [
+    "--trainer.callbacks+=ModelCheckpoint",
+    "--trainer.callbacks.save_top_k=-1",
+    "--trainer.callbacks.save_on_train_epoch_end=true",
+    "--trainer.callbacks.filename={epoch}",
+]
+"""Keeps what a run that is killed after an epoch leaves behind."""
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["--trainer.max_steps=40"],  # 16 an epoch
+        ["--model.lr_scheduler=ReduceLROnPlateau", "--model.lr_scheduler.monitor=val/loss", "--model.optimizer.lr=0.03",
+         "--model.lr_scheduler.patience=0", "--trainer.check_val_every_n_epoch=2"],
+        ["--trainer.callbacks+=EarlyStopping", "--trainer.callbacks.monitor=train/loss", "--trainer.callbacks.mode=max",
+         "--trainer.callbacks.patience=1"],
+        ["--model.lr_scheduler=OneCycleLR", "--model.lr_scheduler.max_lr=0.01", "--trainer.gradient_clip_val=0.1"],
+        ["--trainer.val_check_interval=00:00:01:00"],
+        ["--trainer.limit_train_batches=7", "--trainer.precision=bf16-mixed", "--data.batch_size=32"],
+        ["--trainer.callbacks+=StochasticWeightAveraging", "--trainer.callbacks.swa_lrs=0.01"],
+        ["--trainer.callbacks+=EMAWeightAveraging"],
+    ],
+    ids=lambda options: " ".join(options)[10:40],
+)  # fmt: skip
+def test_a_run_is_continued_with_all_that_it_had(quick, tmp_path, options):
+    whole = quick(tmp_path, "fit", "--name=whole", "--trainer.max_epochs=4", *EACH, *options).stdout
+    run = run_of(tmp_path, "whole")
+    kept = sorted((run / "checkpoints").glob("epoch=*.ckpt"))
+    assert (
+        len(kept)
+        == len(rows(run))
+        == {"--trainer.max_steps=40": 3, "--trainer.callbacks+=EarlyStopping": 2}.get(options[0], 4)
+    )
+    (run / "checkpoints/best.ckpt").unlink(missing_ok=True)  # it may not have been there yet
+    for number, path in enumerate([kept[0], kept[-1]]):
+        rest = quick(tmp_path, "fit", f"--ckpt_path={path}", f"--name=rest{number}").stdout
+        resumed = run_of(tmp_path, f"rest{number}")
+        assert (resumed / "metrics.csv").read_text() == (run / "metrics.csv").read_text()
+        for key, weight in weights(run).items():
+            assert torch.equal(weight, weights(resumed)[key])
+        last = re.search(r"^last epoch.*", whole, re.MULTILINE)[0]
+        assert last.split() in [line.split() for line in rest.splitlines()]
+    results = quick(tmp_path, "test", "--name=whole").stdout
+    tested = {name: float(value) for name, value in re.findall(r"test/(\w+)\s+(\S+)", results)}
+    with (run / "test.csv").open() as file:
+        (expected, *_) = csv.DictReader(file)
+    for name, value in tested.items():
+        assert value == pytest.approx(float(expected[f"test/{name}"]), rel=1e-6)
+
+
+def test_the_time_of_a_run_is_that_of_the_whole(quick, command, tmp_path):
+    quick(tmp_path, "fit", "--trainer.max_epochs=1000", "--trainer.max_time=00:00:00:01")
+    result = command(tmp_path, "fit", "--ckpt_path=last")
+    assert "Time limit reached" in result.stderr
+    first, second = sorted((tmp_path / "lightning_logs/baseline").iterdir())
+    assert (first / "metrics.csv").read_text() == (second / "metrics.csv").read_text()
+
+
+def test_an_epoch_without_validation_shows_none(quick, tmp_path):
+    out = quick(tmp_path, "fit", "--trainer.max_epochs=3", "--trainer.check_val_every_n_epoch=2").stdout
+    assert ["val:" in line for line in out.splitlines() if line.startswith("Epoch")] == [False, True, False]
+
+
+def test_a_run_is_evaluated_on_its_own_data(command, monkeypatch, capfd, data_dir, tmp_path):
+    (tmp_path / "elsewhere").mkdir()
+    command(tmp_path, "fit", "--trainer.max_epochs=1", "--data.val_split=0.4")
+    run = run_of(tmp_path, "baseline")
+    (row,) = rows(run)
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    path = f"--ckpt_path={run / 'checkpoints/last.ckpt'}"
+    code, out, err = in_process(capfd, "validate", path)
+    assert code == 0, err
+    assert f"Data: {data_dir}" in out
+    assert "0.4 of the training images" in out
+    accuracy = float(re.search(r"val/accuracy\s+(\S+)", out)[1])
+    assert accuracy == pytest.approx(float(row["val/accuracy"]))
+    code, out, err = in_process(capfd, "predict", path)
+    assert code == 0, err
+    assert len(pd.read_csv("predictions.csv")) == 300  # of the small data set
+    code, out, err = in_process(capfd, "validate", path, "--data.data_dir=null", "--data.val_split=0.1")
+    assert code == 0, err
+    assert "Data: the package's own MNIST, scaled to [0, 1], 0.1 of the training images" in out
 
 
 # --- mistakes -----------------------------------------------------------------------------------------------
@@ -462,7 +587,18 @@ def damaged(path: Path, content: bytes) -> str:
         (["--model.network.units=[5]"], "dropout has 2 values for 1 hidden layers"),
         (["--model.network.activation=relu"], "activation 'relu' is no activation of torch.nn; try ReLU"),
         (["--model.optimizer=KerasSGD", "--model.optimizer.lr=-1"], "Invalid learning rate: -1"),
-        (["--model.lr_scheduler=OneCycleLR", "--model.lr_scheduler.max_lr=1"], "total_steps"),
+        (
+            ["--model.lr_scheduler=OneCycleLR", "--model.lr_scheduler.pct_start=2", "--model.lr_scheduler.max_lr=1"],
+            "pct_start",
+        ),
+        (
+            ["--trainer.max_epochs=3", "--model.lr_scheduler=CosineAnnealingLR", "--model.lr_scheduler.T_max=2"],
+            "T_max is 2, but it steps 3 times",
+        ),
+        (
+            ["--trainer.max_epochs=-1", "--trainer.max_time=00:00:00:09", "--model.lr_scheduler=CosineAnnealingLR"],
+            "T_max of the lr_scheduler cannot be -1",
+        ),
         (["--data.data_dir=/nowhere"], "/nowhere has no file train-images-idx3-ubyte"),
         (["--ckpt_path=none.ckpt"], "No checkpoint at none.ckpt"),
         (["--ckpt_path=last"], "has a last.ckpt. Train one with"),

@@ -228,6 +228,20 @@ def test_flags_that_matter_in_a_step_take_lightning_s_way(fit, flags):
     assert fit("flags", **flags)[1] == 0
 
 
+def test_a_schedule_of_steps_goes_the_short_way(fit):
+    def module(network, optimizer):
+        return Classifier(
+            network, optimizer, functools.partial(torch.optim.lr_scheduler.OneCycleLR, max_lr=0.1, total_steps=-1)
+        )
+
+    checkpoint, taken = fit("short", module=module)
+    assert taken == 30
+    expected, _ = fit("whole", module=module, short=False)
+    assert checkpoint["lr_schedulers"] == expected["lr_schedulers"]
+    for key, weight in expected["state_dict"].items():
+        assert torch.equal(weight, checkpoint["state_dict"][key])
+
+
 def test_limits_of_batches_and_a_stop_are_kept(fit):
     class Stop(Callback):
         def on_train_epoch_end(self, trainer, *_):

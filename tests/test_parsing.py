@@ -1,6 +1,7 @@
 """What the parser is taught, and that only commands teach it."""
 
 import contextlib
+from pathlib import Path
 
 import pytest
 import yaml
@@ -62,6 +63,36 @@ def test_a_short_name_means_the_package_s_own_class(model):
     network = model("--model.network=MLP", "--model.network.units=[7,7]", "--print_config")["network"]
     assert network["class_path"] == "mnist_lightning.networks.MLP"
     assert network["init_args"]["units"] == [7, 7]
+
+
+@pytest.mark.parametrize(
+    "file", [["--config=x.yaml"], ["--config", "x.yaml"], ["-c", "x.yaml"], ["--model=model.yaml"]]
+)
+def test_what_is_typed_counts_whatever_the_order(model, monkeypatch, tmp_path, file):
+    monkeypatch.chdir(tmp_path)
+    spelled = {"network": {"class_path": "MLP", "init_args": {"units": [5, 5]}}, "optimizer": "KerasSGD"}
+    Path("x.yaml").write_text(yaml.safe_dump({"model": spelled}))
+    Path("model.yaml").write_text(yaml.safe_dump(spelled))
+    found = model("--model.network.units=[7,7]", *file, "--print_config")
+    assert found["network"]["init_args"]["units"] == [7, 7]
+    assert found["optimizer"]["class_path"] == "mnist_lightning.optimizers.KerasSGD"
+
+
+def test_the_short_name_of_a_scheduler_means_lightning_s(model):
+    options = ["--model.lr_scheduler=ReduceLROnPlateau", "--model.lr_scheduler.monitor=val/loss", "--print_config"]
+    assert model(*options)["lr_scheduler"]["class_path"] == "lightning.pytorch.cli.ReduceLROnPlateau"
+
+
+@pytest.mark.parametrize(
+    "again", [[], ["--model.lr_scheduler=CosineAnnealingLR"], ["--model.lr_scheduler.eta_min=0.1"]]
+)
+def test_steps_that_are_left_out_are_those_of_the_training(model, tmp_path, again):
+    file = tmp_path / "x.yaml"
+    left_out = {"class_path": "CosineAnnealingLR"}
+    for scheduler, expected in ((left_out, -1), ({**left_out, "init_args": {"T_max": 9}}, 9)):
+        file.write_text(yaml.safe_dump({"model": {"lr_scheduler": scheduler}}))
+        found = model(f"--config={file}", *again, "--print_config")["lr_scheduler"]
+        assert found["init_args"]["T_max"] == expected
 
 
 def test_the_config_is_printed_after_all_options(model):

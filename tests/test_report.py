@@ -38,7 +38,7 @@ def made(data_dir, tmp_path_factory):
         patch.chdir(cwd)
         for arguments in (
             ["fit", small, "--trainer.max_epochs=3", "--seed_everything=7"],
-            ["fit", small, "--trainer.max_epochs=3"],
+            ["fit", small, "--trainer.max_epochs=3", "--trainer.precision=bf16-mixed"],
             [option for option in tune if option != "--refit=false"],
             ["predict", small, "--name=baseline", "--output=baseline.csv"],
             ["predict", small, "--name=tuned", "--output=tuned.csv"],
@@ -299,7 +299,7 @@ def killed_at_once():
 
 def killed():
     Path("lightning_logs/tuned/version_0/test.csv").unlink()
-    return [], r"stopped before its end\. Continue it: python -m mnist_lightning fit --config .*--ckpt_path"
+    return [], r"stopped before its end\. Continue it: python -m mnist_lightning fit --ckpt_path"
 
 
 def no_checkpoint():

@@ -513,7 +513,8 @@ def test_tune_yaml_spells_out_the_defaults(capfd):
     spelled, default = spelled_and_default(capfd, "tune", ROOT / "configs/tune.yaml")
     for key in set(default) - {"trainer", "search_space", "sampler", "pruner", "storage", "workers"}:
         if key == "model":
-            default["model"].pop("lr_scheduler")
+            for name in ("lr_scheduler", "lr_interval", "lr_frequency"):
+                default["model"].pop(name)
         if key == "data":
             default["data"].pop("data_dir")
         assert spelled[key] == default[key]

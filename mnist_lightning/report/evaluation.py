@@ -9,6 +9,7 @@ import numpy as np
 import pandas as pd
 import torch
 import yaml
+from lightning.fabric import Fabric
 from lightning.pytorch.cli import instantiate_module
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from numpy.typing import NDArray
@@ -20,7 +21,6 @@ from mnist_lightning.classifier import Classifier
 from mnist_lightning.data import MNISTDataModule, Split
 from mnist_lightning.report.comparison import calibration_error
 
-BATCH_SIZE = 1000
 WEIGHTS = ("last", "best")
 """Checkpoints of a run: of its last epoch, and of the best by validation accuracy."""
 
@@ -161,12 +161,14 @@ def load_run(path: Path) -> Run:
     config_file = files["last"].absolute().parent.parent / "config.yaml"
     try:
         config = dict(yaml.safe_load(config_file.read_text())) if config_file.is_file() else {}
-    except (yaml.YAMLError, TypeError, ValueError) as error:
+        precision = (state.get("config") or config).get("trainer", {}).get("precision")
+        fabric = Fabric(accelerator="cpu", devices=1, precision=precision)
+    except (AttributeError, yaml.YAMLError, TypeError, ValueError) as error:
         raise MisconfigurationException(f"{config_file} is damaged: {' '.join(str(error).split())}") from error
     assert data.val is not None
     assert data.test is not None
     evaluations = {
-        (weights, name): evaluate(classifier, split)
+        (weights, name): evaluate(classifier, split, fabric, data.eval_batch_size)
         for weights, classifier in classifiers.items()
         for name, split in (("val", data.val), ("test", data.test))
     }
@@ -180,10 +182,11 @@ def _arguments(hyper_parameters: dict[str, Any]) -> dict[str, Any]:
 
 
 @torch.inference_mode()
-def evaluate(classifier: Classifier, split: Split) -> Evaluation:
-    """Predict a whole split, with a classifier in evaluation mode."""
-    batches = torch.arange(len(split)).split(BATCH_SIZE)
-    logits = torch.cat([classifier(split.__getitems__(batch)[0]) for batch in batches])
+def evaluate(classifier: Classifier, split: Split, fabric: Fabric, batch_size: int) -> Evaluation:
+    """Predict a whole split, with a classifier in evaluation mode, as the commands do: in the fabric's precision."""
+    predict = fabric.setup_module(classifier)
+    batches = torch.arange(len(split)).split(batch_size)
+    logits = torch.cat([predict(split.__getitems__(batch)[0]).float() for batch in batches])
     metrics = classifier.metrics(logits, split.labels, F.cross_entropy(logits, split.labels))
     means = {name: values.float().mean().item() for name, values in metrics.items()}
     return Evaluation(split, logits.softmax(dim=1).numpy(), means)

@@ -29,11 +29,10 @@ from tqdm import tqdm
 
 from mnist_lightning.cli import RunCLI, fit, quieten_lightning
 from mnist_lightning.parsing import corrected
-from mnist_lightning.runs import PROG, atomic_write, format_table, newest_file, user_errors
+from mnist_lightning.runs import PROG, RUN_KEYS, atomic_write, format_table, newest_file, user_errors
 from mnist_lightning.tune.search import Search
 from mnist_lightning.tune.space import (
     NOTEBOOK_SPACE,
-    RUN_KEYS,
     bounds,
     check_values,
     config_with,
@@ -249,7 +248,7 @@ class Workers:
             storage.patience = 0.0
             with suppress(MisconfigurationException):  # the storage is away: whoever comes next will notice
                 for trial in self._own_trials():
-                    give_back(self.study, trial, self.search.space, attempts=trial.user_attrs.get("attempts", 0))
+                    give_back(self.study, trial, attempts=trial.user_attrs.get("attempts", 0))
             self.bar.close()
             signal.signal(signal.SIGTERM, terminate)
             signal.signal(signal.SIGINT, interrupt)
@@ -265,7 +264,7 @@ class Workers:
                 for trial in self._own_trials():
                     with suppress(UpdateFinishedTrialError):
                         set_attributes(self.study, trial, heartbeat=time.time())
-                for number in sweep(self.study, self.search.space, heartbeats):
+                for number in sweep(self.study, heartbeats):
                     self._print(f"Trial {number:3} is run again: its process died, or was silent for too long")
                 next_sweep = time.monotonic() + self.search.options.grace_period / SWEEPS
             ended = wait([worker.process.sentinel for worker in self._workers], timeout=1)

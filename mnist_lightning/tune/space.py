@@ -15,9 +15,6 @@ from mnist_lightning.runs import PROG
 SearchSpace = dict[str, BaseDistribution]
 """From a key of the config, with dots and the indices of lists, to the distribution of its values."""
 
-RUN_KEYS = ("seed_everything", "num_threads", "trainer", "model", "data")
-"""What the config of a run consists of, beside its name."""
-
 
 def _distribution(name: str, **arguments: Any) -> dict[str, Any]:
     return {"class_path": f"optuna.distributions.{name}", "init_args": arguments}
