@@ -1,17 +1,22 @@
 """What is lost when fits, workers and parents of a search are killed at random moments: nothing but time.
 
-Run by hand, some ten minutes: python benchmarks/faults.py
+Run by hand, some forty minutes: python benchmarks/faults.py
 
-fit     A fit is killed (SIGKILL) again and again and continued with `--ckpt_path last`, until it is through. After each
+fits    A fit is killed (SIGKILL) again and again and continued with `--ckpt_path last`, until it is through. After each
         kill all its checkpoints must load and hold every epoch that was printed; at the end weights, best weights and
         metrics.csv must equal those of a fit that was never killed.
-tune    A search with two workers: a worker is killed, or the parent (SIGKILL, SIGTERM, or Ctrl-C for all), and the same
-        command given again. After each kill no process may be left and every finished execution be in the study; at
-        the end all trials must be in a final state, their number exact, and parameters and values of each must equal
-        those of a search that was never disturbed; but a trial that was hit three times is given up, as it should be.
+searches
+        A search with two workers: a worker is killed, or Python's fork server or resource tracker, or the parent
+        (SIGKILL, SIGTERM, Ctrl-C for all, or several signals), and the same command given again. After each kill no
+        process may be left and every finished execution be in the study; at the end all trials must be in a final
+        state, their number exact, and parameters and values of each must equal those of a search that was never
+        disturbed; but a trial that was hit three times is given up, as it should be.
+storms  A small search and its refit get two to five of SIGINT, SIGTERM and SIGHUP within 20 ms, at any moment from the
+        start of the process on: it must end within seconds, without a trace, with all that was finished.
 """
 
 import argparse
+import contextlib
 import os
 import random
 import re
@@ -32,6 +37,8 @@ from mnist_lightning.tune.study import is_counted
 
 SHORT = ["--trainer.limit_train_batches=60", "--trainer.limit_val_batches=10"]
 FIT = ["fit", "--trainer.max_epochs=60", *SHORT]
+PARTS = ["fits", "searches", "storms"]
+STORM = ["tune", "--trainer.max_epochs=2", "--n_trials=6", "--workers=2", "--refit_epochs=8", *SHORT]
 TUNE = ["tune", "--trainer.max_epochs=6", "--n_trials=60", "--workers=2", "--refit=false", *SHORT]
 
 
@@ -132,21 +139,63 @@ def executions(study: optuna.Study) -> set[str]:
 
 
 def disturb(process: "subprocess.Popen[str]", draw: random.Random) -> str | None:
-    """Kill a worker or the parent of a search after a while; gives which, or None if the search ended before."""
+    """Kill something of a search after a while; gives what, or None if the search ended before."""
     try:
         process.wait(draw.uniform(0.5, 2.5))
     except subprocess.TimeoutExpired:
-        workers = [worker for server in children(process.pid) for worker in children(server)]
+        # the resource tracker and the server, whose children are the workers
+        helpers = children(process.pid)
+        workers = [worker for helper in helpers for worker in children(helper)]
         if workers and draw.random() < 0.5:
-            os.kill(draw.choice(workers), signal.SIGKILL)
-            return "worker"
-        kind = draw.choice(["SIGKILL", "SIGTERM", "Ctrl-C"])
+            kind, victim = draw.choice([*[("worker", worker) for worker in workers], ("helper", draw.choice(helpers))])
+            os.kill(victim, signal.SIGKILL)
+            return kind
+        kind = draw.choice(["SIGKILL", "SIGTERM", "Ctrl-C", "several signals"])
         if kind == "Ctrl-C":
             os.killpg(process.pid, signal.SIGINT)  # a terminal sends it to all
+        elif kind == "several signals":
+            several(process, draw)
         else:
             process.send_signal(signal.Signals[kind])
         return f"parent by {kind}"
     return None
+
+
+def several(process: "subprocess.Popen[str]", draw: random.Random) -> None:
+    """Send two to five signals within 20 ms, some to the parent and some to all."""
+    for _ in range(draw.randint(2, 5)):
+        number = draw.choice([signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, number) if draw.random() < 0.5 else process.send_signal(number)
+        time.sleep(draw.uniform(0, 0.02 / 4))
+
+
+def storms(killed: Path, whole: Path, draw: random.Random) -> Counter[str]:
+    """End a small search by several signals at once, at any moment from its start to its refit, and let it finish."""
+    kills: Counter[str] = Counter()
+    finished: set[str] = set()
+    is_through = False
+    while not is_through:
+        process = start(killed, STORM)
+        try:
+            process.wait(draw.uniform(0, 9))
+            is_through = True
+            assert process.returncode == 0, (killed / "output.txt").read_text()
+        except subprocess.TimeoutExpired:
+            several(process, draw)
+            kills["several signals"] += 1
+            assert process.wait(15) != 0
+        check_gone(process)
+        output = (killed / "output.txt").read_text()
+        assert "Traceback" not in output, output
+        assert "Exception ignored" not in output, output
+        if (killed / "lightning_logs/tune/journal.log").is_file():
+            with contextlib.suppress(KeyError):  # it is not there yet
+                saved = executions(load(killed))
+                assert finished <= saved, "a finished execution is gone"
+                finished = saved
+    assert executions(load(killed)) == executions(load(whole))
+    return kills
 
 
 def searches(killed: Path, whole: Path, draw: random.Random) -> Counter[str]:
@@ -156,7 +205,7 @@ def searches(killed: Path, whole: Path, draw: random.Random) -> Counter[str]:
     while True:
         process = start(killed, TUNE)
         wait_for("Trial ", killed, process)
-        while (kind := disturb(process, draw)) == "worker":
+        while (kind := disturb(process, draw)) in ("worker", "helper"):
             kills[kind] += 1
         if kind is None:
             assert process.returncode == 0, (killed / "output.txt").read_text()
@@ -187,14 +236,14 @@ def main() -> None:
     """Kill, until there were enough kills."""
     parser = argparse.ArgumentParser(description="Kill fits, workers and parents at random; see this file's docstring.")
     parser.add_argument("--kills", type=int, default=50, help="at least so many of each part")
-    parser.add_argument("--which", choices=["fit", "tune"], nargs="*", default=["fit", "tune"])
+    parser.add_argument("--which", choices=PARTS, nargs="*", default=PARTS)
     parser.add_argument("--seed", type=int, default=0, help="of the moments")
     arguments = parser.parse_args()
     draw = random.Random(arguments.seed)  # noqa: S311
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell has it ignored by what it starts in background
     optuna.logging.set_verbosity(optuna.logging.WARNING)
-    for part, command in ((fits, FIT), (searches, TUNE)):
-        if command[0] not in arguments.which:
+    for part, command in ((fits, FIT), (searches, TUNE), (storms, STORM)):
+        if part.__name__ not in arguments.which:
             continue
         print(shlex.join(command), flush=True)
         kills: Counter[str] = Counter()

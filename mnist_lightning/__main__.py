@@ -8,6 +8,7 @@ import sys
 from collections.abc import Sequence
 
 import mnist_lightning
+from mnist_lightning import signals
 
 COMMANDS = {
     "fit": "Train the network on MNIST and evaluate it on the test set.",
@@ -45,7 +46,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def run() -> None:
     """Be the whole process: run the command, then leave."""
-    main()
+    signals.leave_at_once()
+    if "" not in sys.path and os.getcwd() not in sys.path:  # as `python -m` has it: a class may be in this folder
+        sys.path.insert(0, os.getcwd())
+    try:
+        main()
+    finally:
+        signals.ignore()
     # Tearing down an interpreter that holds torch and Lightning takes two seconds and 120 MB. Run what is registered
     # for the exit, then leave.
     atexit._run_exitfuncs()

@@ -4,12 +4,14 @@ import copy
 import time
 from typing import Any
 
+import numpy as np
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ProgressBar
-from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.loggers import MLFlowLogger, TensorBoardLogger, WandbLogger
 from lightning.pytorch.utilities.rank_zero import rank_zero_only, rank_zero_warn
 from matplotlib.figure import Figure
+from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
@@ -136,10 +138,9 @@ class Figures(Callback):
         if trainer.sanity_checking or not trainer.is_global_zero:
             return
         step = trainer.global_step - 1
-        for logger in _tensorboards(trainer):
+        if trainer.loggers:
             title = f"validation, epoch {trainer.current_epoch + 1}"
-            pixels = figures.render(figures.confusion_matrix(counts, title))
-            logger.experiment.add_image("confusion_matrix/val", pixels, step, dataformats="HWC")
+            _log_image(trainer, "confusion_matrix/val", figures.render(figures.confusion_matrix(counts, title)), step)
         if not self._layout_logged:
             self._layout_logged = True
             metrics = {n: value.item() for n, value in trainer.callback_metrics.items() if n.startswith("val/")}
@@ -167,8 +168,18 @@ class Figures(Callback):
         folder.mkdir(parents=True, exist_ok=True)
         pixels = figures.render(figure)
         Image.fromarray(pixels).save(folder / f"{name}.png")
-        for logger in _tensorboards(trainer):
-            logger.experiment.add_image(name, pixels, trainer.global_step, dataformats="HWC")
+        _log_image(trainer, name, pixels, trainer.global_step)
+
+
+def _log_image(trainer: Trainer, name: str, pixels: NDArray[np.uint8], step: int) -> None:
+    """Show a picture in those loggers that take any."""
+    for logger in trainer.loggers:
+        if isinstance(logger, TensorBoardLogger):
+            logger.experiment.add_image(name, pixels, step, dataformats="HWC")
+        elif isinstance(logger, MLFlowLogger):
+            logger.experiment.log_image(logger.run_id, pixels, key=name, step=step)
+        elif isinstance(logger, WandbLogger):
+            logger.log_image(name, [pixels], step)
 
 
 def _tensorboards(trainer: Trainer) -> list[TensorBoardLogger]:

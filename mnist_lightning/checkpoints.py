@@ -276,8 +276,8 @@ class RunCheckpoint(ModelCheckpoint):
 
     @rank_zero_only
     def _write_metrics(self, trainer: Trainer) -> None:
-        if not any(isinstance(logger, CSVLogger) for logger in trainer.loggers):  # it writes a file of this name
-            write_csv(self.run_dir / "metrics.csv", self.history)
+        if not any(isinstance(each, CSVLogger) and Path(each.log_dir) == self.run_dir for each in trainer.loggers):
+            write_csv(self.run_dir / "metrics.csv", self.history)  # CSVLogger's file has the same name
 
 
 @rank_zero_only

@@ -45,7 +45,11 @@ from mnist_lightning.runs import (
     user_errors,
     write_csv,
 )
+from mnist_lightning.signals import leave_as_usual
 from mnist_lightning.slurm import SlurmJob
+
+EXECUTION = "execution"
+"""The command of a RunCLI that is one training of a search."""
 
 DEFAULTS = {
     "name": "baseline",
@@ -78,6 +82,7 @@ class RunCLI(LightningCLI):
             seed_everything_default=42,
             parser_class=Parser,
             parser_kwargs={"prog": f"{PROG} {command}", "description": description},
+            save_config_callback=None,  # it would save where the first logger is
             auto_configure_optimizers=False,
             run=False,
             args=arguments if isinstance(arguments, dict) else list(arguments),
@@ -92,6 +97,15 @@ class RunCLI(LightningCLI):
             default=1,
             help="CPU threads of one process; more only pay for large networks.",
         )
+        parser.add_argument(
+            "--origin",
+            type=dict[str, Any] | None,
+            help="Study and trial that the config is of: written by tune, for report.",
+        )
+        if self.command in ("fit", "tune", EXECUTION):
+            parser.add_argument(
+                "--tensorboard", type=bool, default=True, help="Whether TensorBoard's events are written."
+            )
         if self.command == "predict":
             parser.add_argument("--output", default="predictions.csv", help="CSV file to write; must not exist yet.")
         if hasattr(Trainer, self.command):
@@ -175,7 +189,7 @@ class RunCLI(LightningCLI):
                 f"add --config {path.absolute().parent.parent / 'config.yaml'}"
             )
         now = flatten(given)
-        for key, value in flatten({**saved, "model": {}, "name": {}}).items():
+        for key, value in flatten({**saved, "model": {}, "name": {}, "origin": {}}).items():
             if now.get(key, value) != value:
                 note(f"Continuing with {key} {now[key]}: the run had {value}")
 
@@ -199,22 +213,25 @@ class RunCLI(LightningCLI):
         self.model.save_hyperparameters({**self.plain_config()["model"], "_instantiator": INSTANTIATOR})
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
-        """Make the trainer; a ``fit`` with a logger also gets all that a run folder holds."""
+        """Make the trainer; that of a ``fit`` also gets all that a run folder holds."""
         options = self.config_init.trainer
         callbacks: list[Any] = []
-        if options.enable_progress_bar is not False:
+        if self.command == EXECUTION:
+            kwargs["enable_progress_bar"] = False
+        elif options.enable_progress_bar is not False:
             callbacks.append(EpochProgressBar())
         kwargs["enable_model_summary"] = False  # Lightning's own shows no layers
         if options.profiler is None:
             kwargs["profiler"] = NoProfiler()
         self.checkpoint: RunCheckpoint | None = None
         self.keeps_run = self.command == "fit" and options.logger is not False and not options.fast_dev_run
+        if isinstance(options.logger, bool | None) or self.command not in ("fit", EXECUTION):
+            kwargs["logger"] = False  # TensorBoard's is made where its folder is known
         if not self.keeps_run:
-            self.save_config_callback = None
-            kwargs.update(logger=False, enable_checkpointing=False)
+            kwargs["enable_checkpointing"] = False
         elif options.enable_checkpointing is not False:
             config = self.plain_config()
-            self.checkpoint = RunCheckpoint({key: config[key] for key in ("name", *RUN_KEYS)})
+            self.checkpoint = RunCheckpoint({key: config[key] for key in ("name", "origin", *RUN_KEYS)})
             callbacks += [self.checkpoint, Figures(self.checkpoint)]
         kwargs["plugins"] = [*(options.plugins or []), CheckpointIO()]
         self.trainer_defaults["callbacks"] = callbacks
@@ -248,27 +265,35 @@ def fit(run: RunCLI) -> None:
             print(f"  {name:5}  images {shapes[0]} {dtypes[0]}, labels {shapes[1]} {dtypes[1]}")
         if config.trainer.enable_model_summary is not False:
             print(summarize(model, max_depth=2))
-    if run.keeps_run and config.trainer.logger is None:
+    run_dir = None
+    if run.keeps_run:
         version = new_version(run.logs / config.name)
-        trainer.loggers = [TensorBoardLogger(run.logs, config.name, version, default_hp_metric=False)]
-        if run.job is not None and run.checkpoint is not None:
-            run.job.watch(trainer, run.logs / config.name / f"version_{version}")
+        run_dir = run.logs / config.name / f"version_{version}"
+        if trainer.is_global_zero:
+            (run_dir / "config.yaml").write_text(run.parser.dump(config, skip_none=False))
+        if config.tensorboard:
+            own_logger = TensorBoardLogger(run.logs, config.name, version, default_hp_metric=False)
+            trainer.loggers = [own_logger, *trainer.loggers]
+        if run.checkpoint is not None:
+            run.checkpoint.dirpath = str(run_dir / "checkpoints")
+            if run.job is not None:
+                run.job.watch(trainer, run_dir)
     try:
         trainer.fit(model, datamodule=data, ckpt_path=config.ckpt_path)
     except MisconfigurationException:
-        if trainer.is_global_zero and run.checkpoint and not run.checkpoint.history:  # refused: there is no run
+        if trainer.is_global_zero and run_dir and not any(run_dir.glob("checkpoints/*")):  # refused: there is no run
             for logger in trainer.loggers:
                 logger.finalize("failed")
-            shutil.rmtree(run.checkpoint.run_dir)
+            shutil.rmtree(run_dir)
             with suppress(OSError):  # others are there
-                run.checkpoint.run_dir.parent.rmdir()
+                run_dir.parent.rmdir()
                 run.logs.rmdir()
         raise
     except (SystemExit, OSError):  # Ctrl-C, a full disk
         if trainer.is_global_zero and run.checkpoint and Path(run.checkpoint.last_model_path).is_file():
             print(f"Continue: {PROG} fit --ckpt_path {run.checkpoint.last_model_path}")
         raise
-    _test(run)
+    _test(run, run_dir)
 
 
 def _describe(data: MNISTDataModule) -> str:
@@ -276,7 +301,7 @@ def _describe(data: MNISTDataModule) -> str:
     return f"Data: {source}, scaled to [0, 1], {data.val_split:.4g} of the training images held out for validation"
 
 
-def _test(run: RunCLI) -> None:
+def _test(run: RunCLI, run_dir: Path | None) -> None:
     """Evaluate what was trained, in the run's folder and as a table."""
     trainer, checkpoint = run.trainer, run.checkpoint
     epochs = checkpoint.history[-1]["epoch"] + 1 if checkpoint else trainer.current_epoch
@@ -293,13 +318,13 @@ def _test(run: RunCLI) -> None:
         rows[f"best val/accuracy (epoch {best['epoch'] + 1})"] = dict(results)
     if not trainer.is_global_zero:
         return
-    if checkpoint is not None:
-        write_csv(checkpoint.run_dir / "test.csv", [{"weights": name, **metrics} for name, metrics in rows.items()])
+    if run_dir is not None:
+        write_csv(run_dir / "test.csv", [{"weights": name, **metrics} for name, metrics in rows.items()])
     titles = ["weights after the", *(name.replace("/", " ").replace("_", " ") for name in results)]
     cells = [[weights, *(f"{value:.4f}" for value in metrics.values())] for weights, metrics in rows.items()]
     print(f"\n{format_table([titles, *cells])}")
-    if loggers:
-        print(f"\nRun: {loggers[0].log_dir}    Look at it: tensorboard --logdir {run.logs}")
+    if run_dir is not None:
+        print(f"\nRun: {run_dir}    Look at it: tensorboard --logdir {run.logs}")
 
 
 def predict(run: RunCLI) -> None:
@@ -325,6 +350,7 @@ def main(command: str, description: str, arguments: Sequence[str]) -> None:
     quieten_lightning()
     with user_errors(), corrected():
         run = RunCLI(command, arguments, description)
+        leave_as_usual()
         if command == "fit":
             fit(run)
         elif command == "predict":

@@ -15,8 +15,8 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_only
 PROG = "python -m mnist_lightning"
 LOGS = "lightning_logs"
 """Folder of all runs, studies and reports."""
-RUN_KEYS = ("seed_everything", "num_threads", "trainer", "model", "data")
-"""What the config of a run consists of, beside its name."""
+RUN_KEYS = ("seed_everything", "num_threads", "tensorboard", "trainer", "model", "data")
+"""What the config of a run consists of, beside its name and origin."""
 
 
 @rank_zero_only
@@ -144,6 +144,8 @@ def user_errors() -> Iterator[None]:
         sys.exit(f"error: {error}")
     except OSError as error:
         sys.exit(f"error: {describe_os_error(error)}")
+    except KeyboardInterrupt:
+        sys.exit(130)
 
 
 def silence_os_errors_of_threads() -> None:

@@ -215,12 +215,70 @@ def test_fit_without_a_logger_leaves_nothing(quick, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_lightning_s_csv_logger_has_its_file_for_itself(quick, tmp_path):
-    quick(tmp_path, "fit", "--trainer.max_epochs=2", "--trainer.logger=CSVLogger", "--trainer.logger.save_dir=.")
-    table = pd.read_csv(tmp_path / "lightning_logs/version_0/metrics.csv")
-    assert set(METRICS) < set(table.columns)
-    assert table["val/accuracy"].dropna().between(0, 1).all()
-    assert table.groupby("epoch")[METRICS].count().eq(1).all(axis=None)
+def test_loggers_come_beside_the_run_s_folder(quick, tmp_path):
+    options = ["--trainer.max_epochs=2", "--trainer.logger+=CSVLogger", "--trainer.logger.save_dir=csv"]
+    for number in range(2):  # the second run in a folder is as complete as the first
+        quick(tmp_path, "fit", *options)
+        run = tmp_path / f"lightning_logs/baseline/version_{number}"
+        for name in ("config.yaml", "metrics.csv", "test.csv", "checkpoints/last.ckpt", "figures/predictions.png"):
+            assert (run / name).is_file()
+        assert {"confusion_matrix/val", "predictions"} < set(EventAccumulator(str(run)).Reload().Tags()["images"])
+        table = pd.read_csv(tmp_path / f"csv/lightning_logs/version_{number}/metrics.csv")
+        assert set(METRICS) < set(table.columns)
+        assert table.groupby("epoch")[METRICS].count().eq(1).all(axis=None)
+    quick(tmp_path, "fit", *options, "--tensorboard=false", "--name=without")
+    run = run_of(tmp_path, "without")
+    assert (run / "checkpoints/last.ckpt").is_file()
+    assert not list(run.glob("events*"))
+    quick(tmp_path, "fit", "--ckpt_path=last", "--name=without", "--trainer.max_epochs=3")
+    table = pd.read_csv(tmp_path / "csv/lightning_logs/version_3/metrics.csv")
+    assert sorted(table["epoch"].unique()) == [0, 1, 2]
+
+
+def test_figures_go_to_mlflow(quick, tmp_path):
+    mlflow = pytest.importorskip("mlflow")
+    options = [
+        "--trainer.max_epochs=1",
+        "--trainer.logger+=MLFlowLogger",
+        "--trainer.logger.tracking_uri=sqlite:///m.db",
+    ]
+    for _ in range(2):
+        quick(tmp_path, "fit", *options)
+    client = mlflow.MlflowClient("sqlite:///m.db")
+    runs = client.search_runs([experiment.experiment_id for experiment in client.search_experiments()])
+    assert len(runs) == 2
+    for run in runs:
+        assert set(METRICS) < run.data.metrics.keys()
+        images = [file.path for file in client.list_artifacts(run.info.run_id, "images")]
+        assert any("predictions" in path for path in images)
+        assert any("confusion_matrix" in path for path in images)
+    assert (tmp_path / "lightning_logs/baseline/version_1/checkpoints/last.ckpt").is_file()
+
+
+def test_figures_go_to_wandb(command, tmp_path):
+    pytest.importorskip("wandb")
+    options = ["--trainer.max_epochs=1", "--trainer.logger+=WandbLogger", "--trainer.logger.offline=true"]
+    for _ in range(2):
+        command(tmp_path, "fit", *options)
+    runs = list(tmp_path.glob("wandb/offline-run-*"))
+    assert len(runs) == 2
+    for run in runs:
+        assert list(run.glob("files/media/images/predictions*"))
+        assert list(run.glob("files/media/images/confusion_matrix/val*"))
+    assert (tmp_path / "lightning_logs/baseline/version_1/checkpoints/last.ckpt").is_file()
+
+
+def test_the_script_takes_classes_of_the_current_folder(data_dir, tmp_path):
+    (tmp_path / "mine.py").write_text(
+        "import torch\n"
+        "class Net(torch.nn.Sequential):\n"
+        "    def __init__(self):\n"
+        "        super().__init__(torch.nn.Flatten(), torch.nn.Linear(784, 10))\n"
+    )
+    script = Path(sys.executable).with_name("mnist_lightning")
+    options = [f"--data.data_dir={data_dir}", "--trainer.max_epochs=1", "--model.network=mine.Net"]
+    result = subprocess.run([script, "fit", *options], cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    assert result.returncode == 0, result.stderr
 
 
 def test_lightning_s_flags_work(quick, tmp_path):

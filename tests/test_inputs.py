@@ -50,7 +50,7 @@ def run_command(*arguments):
     return 0
 
 
-def one_trial(workers):
+def one_trial(workers, _):
     """Stand in for the search: a finished trial without the time that workers take."""
     trial = workers.study.ask({UNITS: IntDistribution(8, 32)})
     trial.set_user_attr("owner", workers.search.owner)
@@ -391,7 +391,7 @@ def test_damaged_bytes_of_a_checkpoint_are_refused_or_harmless(run, cwd, seed):
 # --- studies ------------------------------------------------------------------------------------------------
 
 
-STUDY_READERS = [TUNE, ["report", "one=lightning_logs/baseline/version_0", f"other={LAST}"]]
+STUDY_READERS = [TUNE, ["report", "one=lightning_logs/baseline/version_0", f"other={LAST}", "--study=tune"]]
 
 
 @pytest.mark.parametrize("reader", STUDY_READERS, ids=["tune", "report"])

@@ -227,9 +227,29 @@ def test_the_study_is_told(made, reported):
     assert "optimizer" not in study["edges"]
 
 
+def test_the_study_shown_is_the_one_that_made_the_run(run):
+    base = "lightning_logs/baseline/version_"
+    code, output = run(f"one={base}0", f"two={base}1")  # which no study made
+    assert code == 0, output
+    page = Path("lightning_logs/report/report.html")
+    assert json.loads(page.with_name("report.json").read_text())["study"] is None
+    code, output = run()
+    assert "tuned is its trial" in page.read_text()
+    shutil.move("lightning_logs/tune", "lightning_logs/moved")
+    code, output = run()
+    assert code == 0, output
+    assert "tuned is of the study tune, which is not in lightning_logs/tune/journal.log. Show it: --storage" in output
+    assert json.loads(page.with_name("report.json").read_text())["study"] is None
+    code, output = run("--storage=lightning_logs/moved/journal.log")
+    assert code == 0, output
+    assert json.loads(page.with_name("report.json").read_text())["study"]["name"] == "tune"
+    code, output = run("--study=tune")
+    assert code == "error: There is no study tune in lightning_logs/tune/journal.log."
+
+
 def test_several_seeds_give_means_and_a_test_over_seeds(run, made):
     base = "lightning_logs/baseline/version_"
-    code, output = run(f"one={base}0,{base}1", f"other={base}1,lightning_logs/tuned/version_0", "--study=none")
+    code, output = run(f"one={base}0,{base}1", f"other={base}1,lightning_logs/tuned/version_0")
     assert code == 0, output
     found = json.loads(Path("lightning_logs/report/report.json").read_text())
     values = [found["models"][name]["metrics"]["test/accuracy (last epoch)"] for name in ("one", "other")]
@@ -257,7 +277,7 @@ def test_a_new_metric_of_the_classifier_is_reported(run, monkeypatch):
         "metrics",
         lambda self, logits, labels, loss: {**metrics(self, logits, labels, loss), "zeros": labels == 0},
     )
-    code, output = run("--study=none")
+    code, output = run()
     assert code == 0, output
     found = json.loads(Path("lightning_logs/report/report.json").read_text())
     zeros = found["models"]["tuned"]["per_class"]["support"][0] / found["images"]
@@ -271,7 +291,7 @@ def test_a_checkpoint_cannot_have_a_module_imported(run):
     checkpoint = torch.load(path, weights_only=True)
     checkpoint["hyper_parameters"]["_class_path"] = "this.Classifier"
     torch.save(checkpoint, path)
-    code, output = run("--study=none")
+    code, output = run()
     assert code == 0, output
     assert "this" not in sys.modules
 

@@ -4,6 +4,8 @@ import csv
 import json
 import os
 import re
+import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -202,7 +204,8 @@ def stopped_worker(cwd, execution):
                         yield pid, trial.number
                         return
                 finally:
-                    os.kill(pid, signal.SIGCONT)
+                    with suppress(ProcessLookupError):
+                        os.kill(pid, signal.SIGCONT)
     raise AssertionError("no worker was caught")
 
 
@@ -361,7 +364,7 @@ def test_a_fault_of_the_machine_ends_the_search_and_is_no_trial_s(whole, tune, t
     blocked.touch()  # where a folder belongs
     code, _, errors = tune("--n_trials=5", "--workers=1")
     assert code == 1
-    assert re.search(r"^error: .*trial_001.*: File exists. What is finished is kept: .*\n$", errors)
+    assert re.search(r"^error: .*trial_001.*: (File exists|Not a directory). What is finished is kept: .*\n$", errors)
     blocked.unlink()
     code, _, errors = tune("--n_trials=5", "--workers=1")
     assert code == 0, errors
@@ -425,13 +428,225 @@ def test_pruners_end_bad_trials(tune, tmp_path, pruner, pruned_at):
     assert pruned, output
 
 
-def test_the_baseline_can_be_the_first_trial(tune, tmp_path):
-    space = choices(**{"model.network.init_args.dropout.0": [0.1, 0.2]})
-    tune(space, "--enqueue_baseline=true", "--n_trials=1", "--executions_per_trial=1")
-    tune(space, "--enqueue_baseline=true", "--n_trials=2", "--executions_per_trial=1")
-    trials = load(tmp_path / "here").trials
-    assert len(trials) == 2
-    assert trials[0].params == {"model.network.init_args.dropout.0": 0.2}
+def test_the_baseline_can_be_a_trial(tune, tmp_path):
+    key, values = "model.network.init_args.dropout.0", [0.1, 0.15, 0.2, 0.25, 0.3]
+    options = [choices(**{key: values}), "--enqueue_baseline=true", "--executions_per_trial=1"]
+
+    def drawn():
+        return [trial.params[key] for trial in load(tmp_path / "here").trials]
+
+    def other():
+        return next(value for value in values if value not in drawn())
+
+    tune(*options, "--n_trials=1")
+    assert drawn() == [0.2]
+    tune(*options, "--n_trials=2")  # it is there already
+    given = other()
+    tune(*options, "--n_trials=3", f"--model.network.dropout=[{given},0.2]")  # of an old study
+    assert len(drawn()) == 3
+    assert drawn()[2] == given
+    code, output, _ = tune(*options, "--n_trials=3", f"--model.network.dropout=[{other()},0.2]")
+    assert code == 0
+    assert "enqueue_baseline: not done, the study has its 3 trials. --n_trials 4 has room" in output
+    code, _, errors = tune(*options, "--model.network.dropout=[0.4,0.2]", folder="new")
+    assert code == 1
+    assert f"{key} is 0.4 in the config, but one of 0.1, 0.15, 0.2, 0.25, 0.3 is searched" in errors
+    assert not (tmp_path / "new/lightning_logs").exists()
+
+
+def test_a_study_is_of_its_data_and_its_training(tune, data_dir, tmp_path):
+    options = ["--n_trials=1", "--executions_per_trial=1"]
+    assert tune(*options)[0] == 0
+    other = tmp_path / "other"
+    shutil.copytree(data_dir, other)
+    with (other / "train-images-idx3-ubyte").open("r+b") as file:
+        file.seek(20_000)
+        file.write(b"\x07")  # one pixel
+    for more, message in (
+        ([f"--data.data_dir={other}"], "data.digest is "),
+        (["--data.val_split=0.3"], "data.val_split is 0.2 in the study, 0.3 in the command"),
+        (["--trainer.gradient_clip_val=0.1"], "trainer.gradient_clip_val is None in the study, 0.1 in the command"),
+        (["--trainer.callbacks+=EarlyStopping", "--trainer.callbacks.monitor=val/loss"], "trainer.callbacks is None"),
+        (["--seed_everything=7"], "seed_everything is 42 in the study, 7 in the command"),
+        (["--model.lr_interval=step"], "model.lr_interval is None in the study, step in the command"),
+    ):
+        code, _, errors = tune(*options, *more)
+        assert code == 1
+        assert "The study tune has other settings: " in errors
+        assert message in errors
+        assert errors.count("in the command") == 1
+    shutil.copytree(data_dir, tmp_path / "moved")
+    code, output, errors = tune(
+        *options, f"--data.data_dir={tmp_path / 'moved'}", "--n_trials=2", "--workers=1", "--num_threads=2",
+        "--name=other", "--sampler=TPESampler", "--trainer.enable_progress_bar=false", "--data.eval_batch_size=50",
+        "--grace_period=30", "--trainer.accelerator=cpu",
+    )  # fmt: skip
+    assert code == 0, errors
+    assert "2 completed" in output
+
+
+def test_a_study_of_the_version_before_is_compared_in_what_it_has(tune, tmp_path):
+    options = ["--n_trials=1", "--executions_per_trial=1"]
+    tune(*options)
+    study = load(tmp_path / "here")
+    settings = study.user_attrs["settings"]
+    del settings["version"], settings["data"]["digest"]
+    settings["trainer"] = {"max_epochs": 2}
+    study.set_user_attr("settings", settings)
+    assert tune(*options, "--trainer.gradient_clip_val=0.1")[0] == 0
+    code, _, errors = tune(*options, "--trainer.max_epochs=3")
+    assert code == 1
+    assert "trainer.max_epochs is 2 in the study, 3 in the command" in errors
+
+
+def epochs_of(run):
+    with (run / "metrics.csv").open() as file:
+        return len([*csv.DictReader(file)])
+
+
+def test_the_refit_has_what_was_searched(tune, tmp_path):
+    options = ["--n_trials=1", "--executions_per_trial=1", "--refit=true", "--refit_epochs=3"]
+    code, output, errors = tune(choices(**{"trainer.max_epochs": [1], "trainer.gradient_clip_val": [0.5]}), *options)
+    assert code == 0, errors
+    assert "trainer.max_epochs was searched: 1. --refit_epochs 3 is not used." in output
+    run = tmp_path / "here/lightning_logs/tuned/version_0"
+    assert epochs_of(run) == 1
+    assert yaml.safe_load((run / "config.yaml").read_text())["trainer"]["gradient_clip_val"] == 0.5
+    assert tune(*options, folder="plain")[0] == 0
+    assert epochs_of(tmp_path / "plain/lightning_logs/tuned/version_0") == 3
+
+
+def test_any_trial_is_a_config_by_its_number(tune, data_dir, capfd, tmp_path):
+    options = ["--n_trials=3", "--executions_per_trial=1"]
+    _, output, _ = tune(*options)
+    here = tmp_path / "here/lightning_logs"
+    study = load(tmp_path / "here")
+    assert "Of another: python -m mnist_lightning tune" in output
+    assert "--trial N" in output
+    number = next(trial.number for trial in study.trials if trial.number != study.best_trial.number)
+    code, output, errors = tune(*options, "--n_trials=9", f"--trial={number}", "--refit=true", "--refit_epochs=1")
+    assert code == 0, errors
+    assert len(load(tmp_path / "here").trials) == 3  # it does not search on
+    config = yaml.safe_load((here / f"tune/trial_{number:03}/config.yaml").read_text())
+    assert config["origin"] == {"study_name": "tune", "trial": number}
+    params = study.trials[number].params
+    assert config["model"]["network"]["init_args"]["units"][0] == params["model.network.init_args.units.0"]
+    run = here / "tuned/version_0"
+    assert yaml.safe_load((run / "config.yaml").read_text())["origin"] == config["origin"]
+    # that of an execution trains as any other does, and gives the trial's value
+    code, _, errors = in_process(capfd, "fit", f"--config={here / f'tune/trial_{number:03}/execution_0/config.yaml'}")
+    assert code == 0, errors
+    again = here / "tuned/version_1"
+    assert (again / "checkpoints/best.ckpt").is_file()
+    with (again / "metrics.csv").open() as file:
+        scores = [float(row["val/accuracy"]) for row in csv.DictReader(file)]
+    assert max(scores) == pytest.approx(study.trials[number].value)
+    code, _, errors = tune(*options, "--trial=7")
+    assert code == 1
+    assert "The study tune has no trial 7: its numbers are 0, 1, 2" in errors
+
+
+def test_what_is_printed_at_the_end_can_be_typed(tune, capfd, data_dir, tmp_path):
+    options = ["--n_trials=2", "--executions_per_trial=1", "--refit=true", "--refit_epochs=1", "--study_name=mine"]
+    _, output, _ = tune(*options, "--name=better")
+    assert "Train the notebook's baseline, to compare: python -m mnist_lightning fit" in output
+    in_process(capfd, "fit", f"--data.data_dir={data_dir}", "--trainer.max_epochs=1")
+    _, output, _ = tune(*options, "--name=better")
+    (words,) = re.findall(r"^Compare them: python -m mnist_lightning (.*)", output, re.MULTILINE)
+    code, output, errors = in_process(capfd, *shlex.split(words))
+    assert code == 0, errors
+    report = json.loads(Path("lightning_logs/report/report.json").read_text())
+    assert [*report["models"]] == ["baseline", "better"]
+    assert report["study"]["name"] == "mine"
+
+
+def test_executions_keep_the_user_s_loggers(tune, tmp_path):
+    code, _, errors = tune(
+        "--n_trials=2", "--workers=2", "--trainer.logger+=CSVLogger", "--trainer.logger.save_dir=csv",
+        "--refit=true", "--refit_epochs=1",
+    )  # fmt: skip
+    assert code == 0, errors
+    for trial in load(tmp_path / "here").trials:
+        for execution in trial.user_attrs["executions"]:
+            name = f"trial_{trial.number:03}_execution_{execution['execution']}"
+            with (tmp_path / f"here/csv/lightning_logs/tune_{name}/metrics.csv").open() as file:
+                rows = [*csv.DictReader(file)]
+            values = [float(row["val/accuracy"]) for row in rows if row["val/accuracy"]]
+            assert values == pytest.approx([value for _, value in execution["values"]])
+            assert [float(row["score"]) for row in rows if row.get("score")] == pytest.approx([execution["score"]])
+    assert (tmp_path / "here/csv/lightning_logs/version_0/metrics.csv").is_file()  # of the refit
+    assert (tmp_path / "here/lightning_logs/tuned/version_0/checkpoints/last.ckpt").is_file()
+
+
+@pytest.mark.parametrize("logger", ["MLFlowLogger", "WandbLogger"])
+def test_each_execution_is_a_run_of_a_tracking_server(data_dir, tmp_path, logger):
+    package = pytest.importorskip({"MLFlowLogger": "mlflow", "WandbLogger": "wandb"}[logger])
+    option = "offline=true" if logger == "WandbLogger" else "tracking_uri=sqlite:///m.db"
+    options = [f"--trainer.logger+={logger}", f"--trainer.logger.{option}", "--n_trials=2", "--workers=2"]
+    parent = start(data_dir, tmp_path, *options)
+    output, _ = parent.communicate(timeout=180)
+    assert parent.returncode == 0, output
+    assert "2 completed, 0 pruned, 0 failed" in output
+    if logger == "WandbLogger":
+        assert len([*tmp_path.glob("wandb/offline-run-*")]) == 4
+    else:
+        client = package.MlflowClient(f"sqlite:///{tmp_path / 'm.db'}")
+        runs = client.search_runs([experiment.experiment_id for experiment in client.search_experiments()])
+        names = {f"tune_trial_{trial:03}_execution_{execution}" for trial in range(2) for execution in range(2)}
+        assert {run.info.run_name for run in runs} == names
+        assert all("score" in run.data.metrics for run in runs)
+
+
+def test_a_study_that_is_moved_away_ends_its_search(data_dir, tmp_path):
+    parent = start(data_dir, tmp_path, "--n_trials=50", "--workers=1")
+    wait_for(lambda: reported(tmp_path))
+    (tmp_path / "lightning_logs/tune").rename(tmp_path / "moved")
+    output, _ = parent.communicate(timeout=60)
+    assert parent.returncode == 1, output
+    assert "was moved or deleted while" in output
+    assert "Traceback" not in output
+    assert session(parent.pid) == []
+    assert not (tmp_path / "lightning_logs/tune/journal.log").exists()
+    trials = optuna.load_study(storage=open_storage(str(tmp_path / "moved/journal.log")), study_name="tune").trials
+    assert TrialState.COMPLETE in [trial.state for trial in trials]
+
+
+@pytest.mark.parametrize("moment", ["at its start", "while it imports", "in a trial"])
+def test_several_signals_at_once_end_a_search(data_dir, tmp_path, moment):
+    parent = start(data_dir, tmp_path, "--n_trials=50", "--workers=2")
+    if moment == "in a trial":
+        wait_for(lambda: reported(tmp_path))
+    else:
+        time.sleep(0.3 if moment == "at its start" else 1.5)
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGINT):
+        os.killpg(parent.pid, number) if number == signal.SIGINT else os.kill(parent.pid, number)
+    output, _ = parent.communicate(timeout=20)
+    assert parent.returncode != 0
+    wait_for(lambda: session(parent.pid) == [], seconds=10)
+    assert "Traceback" not in output
+    assert "ignored" not in output
+    if moment == "in a trial":
+        assert parent.returncode == 130
+        assert "Stopped. Continue:" in output
+        assert (tmp_path / "lightning_logs/tune/best.yaml").is_file()
+        assert all(trial.state != TrialState.RUNNING for trial in load(tmp_path).trials)
+
+
+def test_the_death_of_the_fork_server_loses_nothing(whole, data_dir, tmp_path):
+    parent = start(data_dir, tmp_path, "--n_trials=5", "--workers=1")
+    with stopped_worker(tmp_path, execution=1) as (pid, _):
+        server = int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+        for child in Path(f"/proc/{parent.pid}/task/{parent.pid}/children").read_text().split():
+            os.kill(int(child), signal.SIGKILL)  # the resource tracker as well
+        wait_for(lambda: process_name(server).endswith(":None"))
+        wait_for(lambda: process_name(pid).endswith(":None"))  # nobody else would end it
+    output, _ = parent.communicate(timeout=60)
+    assert parent.returncode == 0, output
+    assert "Traceback" not in output
+    assert outcome(load(tmp_path)) == outcome(load(whole[0]))
+    for trial in load(tmp_path).trials:
+        assert [execution["execution"] for execution in trial.user_attrs["executions"]] == [0, 1]
+    assert session(parent.pid) == []
 
 
 def test_any_key_of_trainer_model_and_data_can_be_searched(tune, tmp_path):
@@ -506,12 +721,14 @@ def test_another_space_is_refused(tune):
     tune("--n_trials=1", "--executions_per_trial=1")
     code, _, errors = tune("--n_trials=1", "--executions_per_trial=1", choices(**{"data.batch_size": [32]}))
     assert code == 1
-    assert "data.batch_size is not searched in the study, one of 32 in the command" in errors
+    assert "data.batch_size is 32 in the study, one of 32 in the command" in errors
 
 
 def test_tune_yaml_spells_out_the_defaults(capfd):
     spelled, default = spelled_and_default(capfd, "tune", ROOT / "configs/tune.yaml")
-    for key in set(default) - {"trainer", "search_space", "sampler", "pruner", "storage", "workers"}:
+    for key in set(default) - {
+        "trainer", "search_space", "sampler", "pruner", "storage", "workers", "trial", "origin", "tensorboard",
+    }:  # fmt: skip
         if key == "model":
             for name in ("lr_scheduler", "lr_interval", "lr_frequency"):
                 default["model"].pop(name)

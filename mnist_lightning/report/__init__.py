@@ -21,7 +21,7 @@ def main(command: str, description: str, arguments: list[str]) -> None:
         default="last",
         help="those of the last epoch, as the notebook, or of the best validation epoch (default: last)",
     )
-    parser.add_argument("--study", default="tune", help="name of the study to show, if there is one (default: tune)")
+    parser.add_argument("--study", help="name of the study to show (default: the one that made a model)")
     parser.add_argument("--storage", help="its journal file or URL (default: journal.log in its folder)")
     parser.add_argument("--logs", type=Path, default=Path("lightning_logs"), help="(default: lightning_logs)")
     parser.add_argument("--output", type=Path, help="folder of the report, written anew (default: LOGS/report)")
@@ -32,6 +32,8 @@ def main(command: str, description: str, arguments: list[str]) -> None:
     from mnist_lightning.parsing import corrected
     from mnist_lightning.report.page import write
     from mnist_lightning.runs import user_errors
+    from mnist_lightning.signals import leave_as_usual
 
+    leave_as_usual()
     with user_errors(), corrected():
         write(**vars(options))

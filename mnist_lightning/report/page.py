@@ -66,7 +66,7 @@ class Report:
                 f"{statistics.mean(first.accuracies):.4f} and {statistics.mean(second.accuracies):.4f} "
                 f"(Welch's t-test: p {format_p(self.seeds_p_value)})."
             )
-        self.verdict = text[0].upper() + text[1:]
+        self.verdict = text
 
     def to_json(self) -> dict[str, Any]:
         """The content of ``report.json``."""
@@ -104,14 +104,14 @@ class Report:
 
 
 def write(
-    models: Sequence[str], weights: str, study: str, storage: str | None, logs: Path, output: Path | None
+    models: Sequence[str], weights: str, study: str | None, storage: str | None, logs: Path, output: Path | None
 ) -> None:
     """Write the report.
 
     Args:
         models: Two of NAME or NAME=PATH,PATH,...
         weights: ``last`` or ``best``.
-        study: Name of the study.
+        study: Name of the study, or None for the one that made the last model that one has made.
         storage: Its storage, or None for the journal in its folder.
         logs: Folder of the runs.
         output: Folder of the report, or None for ``report`` in ``logs``.
@@ -122,7 +122,8 @@ def write(
     output = output or logs / "report"
     if output.exists() and any(output.iterdir()) and not (output / "report.json").is_file():
         raise MisconfigurationException(f"{output} holds something else than a report: choose another --output.")
-    report = Report(load_models(models, weights, logs), load_study(study, storage, logs))
+    loaded = load_models(models, weights, logs)
+    report = Report(loaded, load_study(study, storage, logs, loaded))
     sections = [*model_sections(report), *study_sections(report)]
     save(report, sections, output)
     print(report.quantities.rename_axis(None).to_string())
@@ -146,20 +147,33 @@ def load_models(arguments: Sequence[str], weights: str, logs: Path) -> list[Mode
     return models
 
 
-def load_study(name: str, storage: str | None, logs: Path) -> optuna.Study | None:
+def load_study(name: str | None, storage: str | None, logs: Path, models: Sequence[Model]) -> optuna.Study | None:
     """Load the study, if there is one with a complete trial; see :func:`write`."""
-    journal = logs / name / "journal.log"
-    if storage is None and not journal.is_file():
+    origins = {origin["study_name"]: model for model in models if (origin := _origin(model))}
+    if name is None and not origins:
         return None
+    found = name or [*origins][-1]
+    source = storage or str(logs / found / "journal.log")
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     try:
-        study = optuna.load_study(storage=open_storage(storage or str(journal)), study_name=name)
+        if storage is None and not Path(source).is_file():
+            raise KeyError(source)
+        study = optuna.load_study(storage=open_storage(source), study_name=found)
     except KeyError as error:
-        raise MisconfigurationException(f"There is no study {name} in {storage or journal}.") from error
+        if name is None and storage is None:
+            print(f"{origins[found].name} is of the study {found}, which is not in {source}. Show it: --storage URL\n")
+            return None
+        raise MisconfigurationException(f"There is no study {found} in {source}.") from error
     if not study.get_trials(states=(TrialState.COMPLETE,)):
         return None
     check_trials(study, study.best_trial.distributions)
     return study
+
+
+def _origin(model: Model) -> dict[str, Any] | None:
+    """The study and trial that made a model's first run, if one has."""
+    origin = model.runs[0].config.get("origin")
+    return origin if isinstance(origin, dict) and {"study_name", "trial"} <= origin.keys() else None
 
 
 def _quantities(model: Model) -> pd.Series:
@@ -236,7 +250,13 @@ def study_sections(report: Report) -> list[Section]:
     if len({trial.value for trial in study.get_trials(states=(TrialState.COMPLETE,))}) > 1:
         pictures = [*plots.study_plots(study, names), *pictures]
     title = f"The study {study.study_name}"
-    return [Section(title, text=report.edges, table=table, pictures=pictures)]
+    origins = [(model.name, _origin(model)) for model in report.models]
+    made = [
+        f"{name} is its trial {origin['trial']}."
+        for name, origin in origins
+        if origin and origin["study_name"] == study.study_name
+    ]
+    return [Section(title, text=" ".join([*made, report.edges]).strip(), table=table, pictures=pictures)]
 
 
 def describe_edges(study: optuna.Study) -> str:

@@ -3,7 +3,6 @@
 import csv
 import os
 import shlex
-import signal
 import sys
 import time
 from collections.abc import Sequence
@@ -17,7 +16,7 @@ import optuna
 import torch
 import yaml
 from jsonargparse import Namespace, lazy_instance
-from jsonargparse.typing import PositiveFloat, PositiveInt
+from jsonargparse.typing import NonNegativeInt, PositiveFloat, PositiveInt
 from lightning.pytorch.cli import LightningArgumentParser
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from optuna.exceptions import UpdateFinishedTrialError
@@ -29,11 +28,13 @@ from tqdm import tqdm
 
 from mnist_lightning.cli import RunCLI, fit, quieten_lightning
 from mnist_lightning.parsing import corrected
-from mnist_lightning.runs import PROG, RUN_KEYS, atomic_write, format_table, newest_file, user_errors
+from mnist_lightning.runs import PROG, RUN_KEYS, atomic_write, flatten, format_table, newest_file, user_errors
+from mnist_lightning.signals import Interrupt, interruptible
 from mnist_lightning.tune.search import Search
 from mnist_lightning.tune.space import (
     NOTEBOOK_SPACE,
     bounds,
+    check_in_space,
     check_values,
     config_with,
     describe,
@@ -46,9 +47,11 @@ from mnist_lightning.tune.storage import open_storage
 from mnist_lightning.tune.study import (
     ATTEMPTS,
     SWEEPS,
+    find_trial,
     give_back,
     is_complete,
     is_counted,
+    is_there,
     open_study,
     process_name,
     results,
@@ -75,9 +78,10 @@ class SearchOptions:
         storage: Path of a journal file or URL of an Optuna storage; by default journal.log in the study's folder.
         workers: Processes that train; by default one for each GPU or, without any, each CPU core.
         grace_period: Seconds after which the trials of a machine that has vanished are run by others.
-        enqueue_baseline: Whether a new study starts with the values that the config has.
+        enqueue_baseline: Whether the values that the config has are a trial, the first of a new study.
+        trial: Take this trial of the study instead of searching on and taking the best.
         refit: Whether the best is trained anew at the end, as a run of its own.
-        refit_epochs: Epochs of that.
+        refit_epochs: Epochs of that, unless trainer.max_epochs was searched.
     """
 
     search_space: dict[str, dict[str, Any]] = field(default_factory=lambda: NOTEBOOK_SPACE)
@@ -92,6 +96,7 @@ class SearchOptions:
     workers: PositiveInt | None = None
     grace_period: PositiveFloat = 60.0
     enqueue_baseline: bool = False
+    trial: NonNegativeInt | None = None
     refit: bool = True
     refit_epochs: PositiveInt = 20
 
@@ -119,20 +124,26 @@ def main(command: str, description: str, arguments: Sequence[str]) -> None:
     quieten_lightning()
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     with user_errors(), corrected():
-        tune(SearchCLI(command, arguments, description), f"{PROG} {command} {shlex.join(arguments)}")
+        run = SearchCLI(command, arguments, description)
+        with interruptible() as interrupt:
+            tune(run, f"{PROG} {command} {shlex.join(arguments)}", interrupt)
 
 
-def tune(run: SearchCLI, command: str) -> None:
+def tune(run: SearchCLI, command: str, interrupt: Interrupt) -> None:
     """Search, print the results, refit the best.
 
     Args:
         run: Gives the options, and the config of a run.
         command: What was typed, to be typed again.
+        interrupt: Of the process.
     """
     options = Namespace(**{field.name: run.config[field.name] for field in fields(SearchOptions)})
-    base = {key: value for key, value in run.plain_config().items() if key in RUN_KEYS}
+    base = {key: value for key, value in run.plain_config().items() if key in ("name", "origin", *RUN_KEYS)}
     space = make_space(options.search_space, base)
     check_values(space, base, run.parser)  # type: ignore[arg-type]
+    baseline = {key: get_value(base, key) for key in space}
+    if options.enqueue_baseline:
+        check_in_space(baseline, space)
     _check_training(run)
     print("Search space:")
     width = max(map(len, space))
@@ -142,29 +153,35 @@ def tune(run: SearchCLI, command: str) -> None:
     folder = run.logs / options.study_name
     search = Search(options, base, space, options.storage or str(folder / "journal.log"), folder, process_name())
     storage = open_storage(search.storage)
-    study, is_new = open_study(storage, options.study_name, options.direction, _settings(search), space)
+    folder.mkdir(parents=True, exist_ok=True)
+    settings = _settings(search, run.datamodule.digest())
+    study, _ = open_study(storage, options.study_name, options.direction, settings, space)
     search.use_sampler(study)
     study.pruner = run.config_init.pruner
-    if is_new and options.enqueue_baseline:
-        study.enqueue_trial({key: get_value(base, key) for key in space})
-    took_part = not is_complete(study, options.n_trials)
-    interrupted = took_part and Workers(search, study, _devices(run.config)).run()
+    if options.enqueue_baseline and not is_there(study, baseline):
+        if is_complete(study, options.n_trials):
+            count = len(study.get_trials(deepcopy=False)) + 1
+            print(
+                f"enqueue_baseline: not done, the study has its {options.n_trials} trials. --n_trials {count} has room"
+            )
+        else:
+            study.enqueue_trial(baseline)
+    took_part = options.trial is None and not is_complete(study, options.n_trials)
+    interrupted = took_part and Workers(search, study, _devices(run.config)).run(interrupt)
     _print_results(study, search)
+    path = None
+    if options.trial is not None or study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,)):
+        trial = study.best_trial if options.trial is None else find_trial(study, options.trial, space)
+        path, config = _write_config(trial, run, search)
+        print(f"\nConfig of trial {trial.number}: {path}    Train it: {PROG} fit --config {path}")
+        print(f"Of another: {command} --trial N")
     if interrupted:
         print(f"\nStopped. Continue: {command}")
         sys.exit(130)
-    if not study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,)):
+    if path is None:
         failed = [trial for trial in study.trials if "error" in trial.user_attrs]
         reason = f" The first failed: {failed[0].user_attrs['error']}" if failed else ""
         raise MisconfigurationException(f"No trial was completed, so there is nothing to refit.{reason}")
-    best = run.plain_config(run.parser.parse_object(config_with(base, study.best_params)))
-    best = {"name": run.config.name, **{key: best[key] for key in RUN_KEYS}}
-    best["trainer"]["max_epochs"] = int(options.refit_epochs)
-    path = folder / "best.yaml"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with atomic_write(path) as partial:
-        partial.write_text(yaml.safe_dump(best, sort_keys=False))
-    print(f"\nBest config: {path}    Train it: {PROG} fit --config {path}")
     if not options.refit:
         return
     # several commands that share the study end together
@@ -173,7 +190,22 @@ def tune(run: SearchCLI, command: str) -> None:
     if took_part and last != search.owner:
         print(f"Refit: left to {last}, which ended the last trial. The same command, given again, does it here.")
     else:
-        _refit(path, best, run.logs)
+        _refit(path, config, run.logs, options)
+
+
+def _write_config(trial: FrozenTrial, run: SearchCLI, search: Search) -> tuple[Path, dict[str, Any]]:
+    """Write the config that refits a trial; gives its file and itself."""
+    options = search.options
+    config = run.plain_config(run.parser.parse_object(config_with(search.base, trial.params)))
+    config = {key: config[key] for key in search.base}
+    config["origin"] = {"study_name": options.study_name, "trial": trial.number}
+    if "trainer.max_epochs" not in search.space:
+        config["trainer"]["max_epochs"] = int(options.refit_epochs)
+    path = search.folder / ("best.yaml" if options.trial is None else f"trial_{trial.number:03}/config.yaml")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with atomic_write(path) as partial:
+        partial.write_text(yaml.safe_dump(config, sort_keys=False))
+    return path, config
 
 
 def _check_training(run: SearchCLI) -> None:
@@ -192,12 +224,23 @@ def _check_training(run: SearchCLI) -> None:
         )
 
 
-def _settings(search: Search) -> dict[str, Any]:
+PLUMBING = {
+    *("accelerator", "strategy", "devices", "num_nodes", "benchmark", "inference_mode", "num_sanity_val_steps"),
+    *("logger", "log_every_n_steps", "enable_progress_bar", "enable_model_summary", "profiler", "detect_anomaly"),
+    *("default_root_dir", "enable_checkpointing", "model_registry", "limit_test_batches", "limit_predict_batches"),
+}
+"""Keys of the trainer on which no value of a study depends."""
+
+
+def _settings(search: Search, digest: str) -> dict[str, Any]:
     """What a value of the study depends on, beside its space."""
     settings = config_with(search.base, {key: bounds(values)[0] for key, values in search.space.items()})
-    del settings["num_threads"], settings["data"]["data_dir"]
-    settings["trainer"] = {"max_epochs": settings["trainer"]["max_epochs"]}
-    return {**settings, **{key: search.options[key] for key in ("metric", "executions_per_trial")}}
+    for key in ("name", "origin", "num_threads", "tensorboard"):
+        del settings[key]
+    settings["trainer"] = {key: value for key, value in settings["trainer"].items() if key not in PLUMBING}
+    settings["data"] = {**settings["data"], "digest": digest}
+    del settings["data"]["data_dir"], settings["data"]["eval_batch_size"]
+    return {**settings, **{key: search.options[key] for key in ("metric", "executions_per_trial")}, "version": 2}
 
 
 def _devices(options: Any) -> list[str | None]:
@@ -227,19 +270,18 @@ class Workers:
         self._workers: list[Worker] = []
         self._shown = {trial.number for trial in study.get_trials(deepcopy=False) if trial.state.is_finished()}
 
-    def run(self) -> bool:
+    def run(self, interrupt: Interrupt) -> bool:
         """Search until the study is complete; gives whether it was interrupted."""
         options = self.search.options
         total = options.n_trials * options.executions_per_trial * self.search.epochs
         shape = "{desc} |{bar}| {percentage:3.0f} % [{elapsed} < {remaining}]"
         self.bar: tqdm[Any] = tqdm(total=total, bar_format=shape, leave=False, disable=None)
-        terminate = signal.signal(signal.SIGTERM, signal.default_int_handler)  # what a cluster sends before it kills
         try:
-            self._watch()
+            self._watch(interrupt)
         except KeyboardInterrupt:
-            return True
+            pass
         finally:
-            interrupt = signal.signal(signal.SIGINT, signal.SIG_IGN)
+            interrupt.is_put_off = True
             for worker in self._workers:
                 worker.process.terminate()  # all at once
             for worker in self._workers:
@@ -250,16 +292,16 @@ class Workers:
                 for trial in self._own_trials():
                     give_back(self.study, trial, attempts=trial.user_attrs.get("attempts", 0))
             self.bar.close()
-            signal.signal(signal.SIGTERM, terminate)
-            signal.signal(signal.SIGINT, interrupt)
-        return False
+            interrupt.is_put_off = False
+        return interrupt.received
 
-    def _watch(self) -> None:
+    def _watch(self, interrupt: Interrupt) -> None:
         """Keep the workers at work, and show how far the study is."""
-        self._workers = [Worker(self.search, device) for device in self.devices]
+        for device in self.devices:
+            self._workers.append(Worker(self.search, device))
         heartbeats: dict[int, tuple[float | None, int]] = {}
         next_sweep, early_deaths = 0.0, 0
-        while self._workers:
+        while self._workers and not interrupt.received:  # some code swallows a KeyboardInterrupt
             if time.monotonic() > next_sweep:
                 for trial in self._own_trials():
                     with suppress(UpdateFinishedTrialError):
@@ -271,7 +313,7 @@ class Workers:
             self._show_progress()
             for worker in [worker for worker in self._workers if worker.process.sentinel in ended]:
                 self._workers.remove(worker)
-                words, code = worker.last_words(), worker.end()
+                code, words = worker.end(), worker.last_words()
                 if words is not None:
                     raise MisconfigurationException(words)
                 if code == 0:
@@ -350,13 +392,18 @@ def _print_results(study: Study, search: Search) -> None:
         print(f"Importance (fANOVA): {shown}")
 
 
-def _refit(path: Path, config: dict[str, Any], logs: Path) -> None:
+def _refit(path: Path, config: dict[str, Any], logs: Path, options: Namespace) -> None:
     """Train a config as an ordinary run, unless there is one already, and show it beside the baseline."""
+    epochs = config["trainer"]["max_epochs"]
     for run in sorted((logs / config["name"]).glob("version_*")):
-        if (run / "test.csv").exists() and config.items() <= yaml.safe_load((run / "config.yaml").read_text()).items():
-            print(f"Refit: it is there already, {run}")
-            break
+        if (run / "test.csv").exists():
+            found = flatten(yaml.safe_load((run / "config.yaml").read_text()))
+            if all(found.get(key, value) == value for key, value in flatten(config).items()):
+                print(f"Refit: it is there already, {run}")
+                break
     else:
+        if epochs != options.refit_epochs:
+            print(f"\ntrainer.max_epochs was searched: {epochs}. --refit_epochs {options.refit_epochs} is not used.")
         print(f"\nRefit: {PROG} fit --config {path}")
         fit(RunCLI("fit", ["--config", str(path)]))
     tests = {}
@@ -364,8 +411,14 @@ def _refit(path: Path, config: dict[str, Any], logs: Path) -> None:
         newest = newest_file((logs / name).glob("version_*/test.csv"))
         if newest is not None:
             with newest.open(newline="") as file:
-                tests[str(newest.parent)] = next(csv.DictReader(file))
-    metrics = [key for key in list(tests.values())[-1] if key.startswith("test/")]
-    rows = [[run, *(f"{float(test.get(key, 'nan')):.4f}" for key in metrics)] for run, test in tests.items()]
+                tests[name] = newest.parent, next(csv.DictReader(file))
+    metrics = [key for key in list(tests.values())[-1][1] if key.startswith("test/")]
+    rows = [[str(run), *(f"{float(test.get(k, 'nan')):.4f}" for k in metrics)] for run, test in tests.values()]
     titles = ["test, weights of the last epoch", *(key.removeprefix("test/").replace("_", " ") for key in metrics)]
-    print(f"\n{format_table([titles, *rows])}\n\nCompare them: {PROG} report")
+    print(f"\n{format_table([titles, *rows])}")
+    if len(tests) == 2:
+        models = [f"{name}={run}" for name, (run, _) in tests.items()]
+        storage = ["--storage", options.storage] if options.storage else []
+        print(f"\nCompare them: {PROG} report {shlex.join([*models, '--study', options.study_name, *storage])}")
+    else:
+        print(f"\nTrain the notebook's baseline, to compare: {PROG} fit")

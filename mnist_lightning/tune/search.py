@@ -18,18 +18,19 @@ from typing import Any
 
 import numpy as np
 import optuna
+import yaml
 from filelock import FileLock
 from jsonargparse import Namespace
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.loggers import TensorBoardLogger
-from lightning.pytorch.utilities.exceptions import SIGTERMException
+from lightning.pytorch.loggers import TensorBoardLogger, WandbLogger
+from lightning.pytorch.utilities.exceptions import MisconfigurationException, SIGTERMException
 from optuna.exceptions import UpdateFinishedTrialError
 from optuna.pruners import BasePruner, NopPruner, WilcoxonPruner
 from optuna.samplers import BaseSampler, BruteForceSampler, GridSampler, QMCSampler
 from optuna.study import Study
 from optuna.trial import FrozenTrial, TrialState
 
-from mnist_lightning.cli import RunCLI
+from mnist_lightning.cli import EXECUTION, RunCLI
 from mnist_lightning.tune.space import SearchSpace, config_with, instantiate, max_epochs, size
 from mnist_lightning.tune.storage import open_storage
 from mnist_lightning.tune.study import ATTEMPTS, TrialSampler, ask, give_back, is_complete, process_name, set_attributes
@@ -63,7 +64,8 @@ class Search:
     @property
     def lock(self) -> FileLock:
         """Held while a process of this command changes who is at what."""
-        self.folder.mkdir(parents=True, exist_ok=True)
+        if not self.folder.is_dir():
+            raise MisconfigurationException(f"{self.folder} was moved or deleted while its study was searched.")
         return FileLock(self.folder / ".lock")
 
     def best(self, values: Any) -> Any:
@@ -153,15 +155,28 @@ class TrialRunner:
         config = config_with(search.base, trial.params)
         if config["seed_everything"] is not False:  # the same seeds in all trials, so that they compare
             config["seed_everything"] += execution
-        config["trainer"].update(enable_progress_bar=False, enable_checkpointing=False, logger=None)
+        config["origin"] = {"study_name": search.options.study_name, "trial": trial.number}
         progress = Progress(self, trial, execution)
+        folder, name, lost = search.folder / f"trial_{trial.number:03}", f"execution_{execution}", 0
+        while (folder / name).exists():  # the log of a lost execution stays
+            lost += 1
+            name = f"execution_{execution}_again_{lost}"
+        loggers: list[Any] = []
         try:
-            run = RunCLI("fit", config)
-            folder, name, lost = search.folder / f"trial_{trial.number:03}", f"execution_{execution}", 0
-            while (folder / name).exists():  # the log of a lost execution stays
-                lost += 1
-                name = f"execution_{execution}_again_{lost}"
-            run.trainer.loggers = [TensorBoardLogger(search.folder, folder.name, name, default_hp_metric=False)]
+            named = copy.deepcopy(config)
+            _name_loggers(named["trainer"]["logger"], f"{search.options.study_name}_{folder.name}_{name}")
+            run = RunCLI(EXECUTION, named)
+            complete = {key: value for key, value in run.plain_config().items() if key in config}
+            complete["trainer"]["logger"] = config["trainer"]["logger"]
+            loggers = [*run.trainer.loggers]
+            with search.lock:
+                (folder / name).mkdir(parents=True)
+                for logger in loggers:
+                    logger.experiment  # noqa: B018  # two at once could fail to make the same database
+            (folder / name / "config.yaml").write_text(yaml.safe_dump(complete, sort_keys=False))
+            if config["tensorboard"]:
+                tensorboard = TensorBoardLogger(search.folder, folder.name, name, default_hp_metric=False)
+                run.trainer.loggers = [tensorboard, *loggers]
             run.trainer.callbacks.append(progress)  # type: ignore[attr-defined]
             run.trainer.fit(run.model, datamodule=run.datamodule)
         except (OSError, SIGTERMException, UpdateFinishedTrialError):  # the machine is at fault, or it is not ours
@@ -170,6 +185,10 @@ class TrialRunner:
             if self.is_own(trial):
                 self._fail(trial, f"{type(error).__name__}: {' '.join(str(error).split())}")
             return
+        finally:
+            for logger in loggers:
+                if isinstance(logger, WandbLogger):  # or the next would go on with the same run
+                    logger.experiment.finish()
         result = {
             "execution": execution,
             "seed": None if config["seed_everything"] is False else config["seed_everything"],
@@ -179,13 +198,14 @@ class TrialRunner:
         }
         with search.lock:
             trial = self._trial(trial.number)
-            if not self._is_own(trial):
+            workers = trial.user_attrs.get("workers", {})
+            if not self._is_own(trial) or workers.get(str(execution)) != self.name:  # others have it
                 return
             if progress.pruned:
                 self.study.tell(trial.number, state=TrialState.PRUNED)
                 return
             results = sorted([*_executions(trial), result], key=lambda each: each["execution"])
-            workers = {e: name for e, name in trial.user_attrs["workers"].items() if e != str(execution)}
+            workers = {e: name for e, name in workers.items() if e != str(execution)}
             # a trial that gets on is not what kills its processes
             set_attributes(self.study, trial, executions=results, workers=workers, attempts=0)
             pruned = self.report(trial, {})
@@ -253,6 +273,15 @@ class TrialRunner:
         return self.study.get_trials(deepcopy=False)[number]
 
 
+def _name_loggers(config: Any, name: str) -> None:
+    """Give the user's loggers, of which each execution has its own, the execution's name if they have none."""
+    keys = {"CSVLogger": "version", "TensorBoardLogger": "version", "MLFlowLogger": "run_name", "WandbLogger": "name"}
+    for logger in config if isinstance(config, list) else [config]:
+        key = keys.get(logger["class_path"].rpartition(".")[2]) if isinstance(logger, dict) else None
+        if key is not None and logger.setdefault("init_args", {}).get(key) is None:
+            logger["init_args"][key] = name
+
+
 def _executions(trial: FrozenTrial) -> list[dict[str, Any]]:
     executions: list[dict[str, Any]] = trial.user_attrs.get("executions", [])
     return executions
@@ -286,4 +315,7 @@ class Progress(Callback):
         """Log hyper-parameters and score for TensorBoard's page "HParams"."""
         score = self._runner.search.best(self.curve.values())
         for logger in trainer.loggers:
-            logger.log_hyperparams(self._trial.params, {"score": score})
+            if isinstance(logger, TensorBoardLogger):
+                logger.log_hyperparams(self._trial.params, {"score": score})
+            else:
+                logger.log_metrics({"score": score}, step=trainer.global_step)

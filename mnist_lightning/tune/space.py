@@ -106,6 +106,24 @@ def check_values(space: SearchSpace, base: dict[str, Any], parser: Parser) -> No
     parser.exit_on_error = True
 
 
+def check_in_space(values: dict[str, Any], space: SearchSpace) -> None:
+    """See that values can be a trial.
+
+    Raises:
+        MisconfigurationException: One is not among those that are searched.
+    """
+    for key, distribution in space.items():
+        try:
+            is_in = distribution._contains(distribution.to_internal_repr(values[key]))
+        except (TypeError, ValueError):  # not among the choices
+            is_in = False
+        if not is_in:
+            raise MisconfigurationException(
+                f"enqueue_baseline: {key} is {values[key]} in the config, but {describe(distribution)} is searched. "
+                f"Give another --{key}, or widen its space."
+            )
+
+
 def config_with(base: dict[str, Any], params: dict[str, Any]) -> dict[str, Any]:
     """A config of a run with these values of the search space."""
     config = copy.deepcopy(base)

@@ -6,7 +6,8 @@ import re
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Generator
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,10 +25,36 @@ PATIENCE = 600.0
 
 
 class JournalFile(JournalFileBackend):
-    """Optuna's journal file, which stays readable when a writer dies or the disk is full in the middle of a line."""
+    """Optuna's journal file, which stays readable when a writer dies or the disk is full in the middle of a line.
+
+    One that is moved or deleted while it is used is not begun anew, nor is another in its place continued.
+    """
+
+    def __init__(self, path: str) -> None:
+        super().__init__(path)
+        self._identity = self._identify()
+
+    def _identify(self) -> tuple[int, int] | None:
+        with suppress(FileNotFoundError):
+            status = os.stat(self._file_path)
+            return status.st_dev, status.st_ino
+        return None
+
+    def _check(self) -> None:
+        if self._identify() != self._identity:
+            raise MisconfigurationException(
+                f"{self._file_path} was moved or deleted while it was in use. Put it back, and give the command again; "
+                "or give it where the study is now."
+            )
+
+    def read_logs(self, log_number_from: int) -> Generator[dict[str, Any], None, None]:
+        """Read operations."""
+        self._check()
+        yield from super().read_logs(log_number_from)
 
     def append_logs(self, logs: list[dict[str, Any]]) -> None:
         """Append operations; what is left of a line that was never finished is removed first."""
+        self._check()
         lines = b"".join(json.dumps(log, separators=(",", ":")).encode() + b"\n" for log in logs)
         with get_lock_file(self._lock), open(self._file_path, "r+b") as file:
             if end := file.seek(0, os.SEEK_END):

@@ -19,6 +19,7 @@ from optuna.storages import BaseStorage
 from optuna.study import Study, StudyDirection
 from optuna.trial import FrozenTrial, TrialState
 
+from mnist_lightning.runs import flatten
 from mnist_lightning.tune.space import SearchSpace, describe, short_key, short_value
 
 if TYPE_CHECKING:
@@ -150,25 +151,30 @@ def check_trials(study: Study, space: SearchSpace) -> None:
             ) from error
 
 
-def _differences(found: dict[str, Any], own: dict[str, Any], prefix: str = "") -> list[str]:
-    differences = []
-    for key in [*found, *(key for key in own if key not in found)]:
-        there, here = (settings.get(key) for settings in (found, own))
-        if isinstance(there, dict) and isinstance(here, dict):
-            differences += _differences(there, here, "" if key == "search_space" else f"{prefix}{key}.")
-        elif there != here:
-            there, here = (_describe(value, key in settings) for value, settings in ((there, found), (here, own)))
-            differences.append(f"{prefix}{key} is {there} in the study, {here} in the command")
-    return differences
+def _differences(found: dict[str, Any], own: dict[str, Any]) -> list[str]:
+    there, here = _flat(found), _flat(own)
+    # studies of the first version had less settings
+    keys = [*there, *(key for key in here if "version" in found or key in own["search_space"])]
+    return [
+        f"{key} is {_describe(key, there)} in the study, {_describe(key, here)} in the command"
+        for key in dict.fromkeys(keys)
+        if there.get(key) != here.get(key)
+    ]
 
 
-def _describe(value: Any, is_there: bool) -> str:
-    if not is_there:
+def _flat(settings: dict[str, Any]) -> dict[str, Any]:
+    space = settings.get("search_space")
+    rest = {key: value for key, value in settings.items() if key != "search_space"}
+    return {**flatten(rest), **(space if isinstance(space, dict) else {})}
+
+
+def _describe(key: str, flat: dict[str, Any]) -> str:
+    if key not in flat:
         return "not searched"
     try:
-        return describe(json_to_distribution(value))
+        return describe(json_to_distribution(flat[key]))
     except (KeyError, TypeError, ValueError):  # another setting
-        return str(value)
+        return str(flat[key])
 
 
 def results(study: Study, keys: Sequence[str]) -> "pd.DataFrame":
@@ -261,6 +267,27 @@ def ask(study: Study, space: SearchSpace, n_trials: int, owner: str) -> int | No
             return trial.number
         study.tell(trial, state=TrialState.FAIL, skip_if_finished=True)
     return None
+
+
+def is_there(study: Study, params: dict[str, Any]) -> bool:
+    """Whether a trial has these parameters, or waits to get them."""
+    trials = study.get_trials(deepcopy=False)
+    return any(params in (trial.params, trial.system_attrs.get("fixed_params")) for trial in trials)
+
+
+def find_trial(study: Study, number: int, space: SearchSpace) -> FrozenTrial:
+    """A trial with all of its parameters.
+
+    Raises:
+        MisconfigurationException: There is none of this number.
+    """
+    trials = study.get_trials(deepcopy=False)
+    if number < len(trials) and trials[number].params.keys() == space.keys():
+        return trials[number]
+    drawn = [str(trial.number) for trial in trials if trial.params.keys() == space.keys()]
+    raise MisconfigurationException(
+        f"The study {study.study_name} has no trial {number}: its numbers are {', '.join(drawn) or 'none yet'}."
+    )
 
 
 def is_complete(study: Study, n_trials: int) -> bool:

@@ -6,10 +6,14 @@ import os
 import signal
 import sys
 import threading
+import time
 import warnings
 from collections.abc import Callable
+from contextlib import suppress
 from multiprocessing.connection import Connection, wait
 from typing import TYPE_CHECKING, Any
+
+from mnist_lightning.signals import ENDINGS
 
 if TYPE_CHECKING:
     from mnist_lightning.tune.search import Search
@@ -20,12 +24,18 @@ _CONTEXT: Any = multiprocessing.get_context(_METHOD)
 
 
 def start_server() -> None:
-    """Start to import what workers need, in a process beside this one."""
+    """Start to import what workers need, in a process beside this one, unless there is one already."""
     if _METHOD == "forkserver":
-        from multiprocessing import forkserver
+        from multiprocessing import forkserver, resource_tracker
 
         _CONTEXT.set_forkserver_preload(["mnist_lightning.tune.search"])
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # that it died; it has nothing to track
+            resource_tracker.ensure_running()  # first: it unblocks the signals
+        # Ctrl-C reaches every process of a terminal, and the parent decides; what is blocked is so in all workers
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
         forkserver.ensure_running()
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 class Worker:
@@ -43,6 +53,7 @@ class Worker:
     def __init__(self, search: "Search", device: str | None) -> None:
         from mnist_lightning.tune.study import process_name
 
+        start_server()
         self.device = device
         self._last_words, sender = multiprocessing.Pipe(duplex=False)
         self.process = _CONTEXT.Process(target=_work, args=(search, device, sender), daemon=True)
@@ -51,7 +62,7 @@ class Worker:
         self.name = process_name(self.process.pid)
 
     def last_words(self) -> str | None:
-        """Why it could not go on, if it said so before it ended."""
+        """Why it could not go on, if it said so before it ended; waits for its end."""
         try:
             words: str = self._last_words.recv()
         except (EOFError, ConnectionError):
@@ -60,17 +71,23 @@ class Worker:
 
     def end(self) -> int:
         """End the process, if it is not dead already; gives its exit code, negative for a signal."""
+        from mnist_lightning.tune.study import process_name
+
         self.process.terminate()
         self.process.join(timeout=3)
         self.process.kill()  # it does not answer
         self.process.join()
-        self._last_words.close()
+        # if the server died, its processes are taken for dead, but live
+        with suppress(ProcessLookupError):
+            while self.name.rpartition(":")[2] and process_name(self.process.pid) == self.name:
+                os.kill(self.process.pid, signal.SIGKILL)
+                time.sleep(0.05)
         code: int = self.process.exitcode
         return code
 
 
 def _work(search: "Search", device: str | None, last_words: "Connection[str, str]") -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches every process of a terminal; the parent decides
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # where it could not be blocked
     if device is not None:
         os.environ["CUDA_VISIBLE_DEVICES"] = device
     warnings.simplefilter("ignore")
@@ -105,7 +122,9 @@ def _end_of_parent() -> None:
 
 
 def _termination() -> Callable[[], object]:
-    """What waits for SIGTERM, which the parent sends."""
+    """What waits for SIGTERM, which the parent sends, or SIGHUP, which a terminal sends when it is closed."""
     terminated = threading.Event()
-    signal.signal(signal.SIGTERM, lambda *_: terminated.set())
+    for number in ENDINGS:
+        if number != signal.SIGINT:
+            signal.signal(number, lambda *_: terminated.set())
     return terminated.wait
