@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -609,6 +610,38 @@ def test_a_study_that_is_moved_away_ends_its_search(data_dir, tmp_path):
     assert not (tmp_path / "lightning_logs/tune/journal.log").exists()
     trials = optuna.load_study(storage=open_storage(str(tmp_path / "moved/journal.log")), study_name="tune").trials
     assert TrialState.COMPLETE in [trial.state for trial in trials]
+
+
+@pytest.mark.parametrize("finish", [True, False])
+def test_a_search_ends_when_its_time_is_over(tune, whole, tmp_path, finish):
+    options = ["--n_trials=500", "--workers=2", f"--finish_trials={str(finish).lower()}"]
+    begin = time.monotonic()
+    code, output, errors = tune(*options, "--timeout=9s", "--refit=true", "--refit_epochs=1")
+    assert code == 0, errors
+    assert 9 < time.monotonic() - begin < 60
+    assert "The time is over. Continue: " in output
+    assert "Best: trial" in output
+    assert (tmp_path / "here/lightning_logs/tuned/version_0/test.csv").is_file()
+    study = load(tmp_path / "here")
+    states = Counter(trial.state for trial in study.trials)
+    assert states[TrialState.COMPLETE] >= 1
+    assert states[TrialState.RUNNING] == 0
+    if finish:
+        assert states[TrialState.COMPLETE] == len(study.trials)
+    count = len(study.trials) + 1  # without a time, it goes on to the end
+    code, output, errors = tune(f"--n_trials={count}", "--workers=2")
+    assert code == 0, errors
+    assert f"{count} completed" in output
+    study = load(tmp_path / "here")
+    assert [t.params for t in study.trials[:5]] == [t.params for t in load(whole[0]).trials][: len(study.trials)]
+
+
+@pytest.mark.parametrize("timeout", ["0", "x", "5 minutes", "-3"])
+def test_a_time_that_is_none_is_refused(tune, tmp_path, timeout):
+    code, _, errors = tune(f"--timeout={timeout}", folder="new")
+    assert code in (1, 2)
+    assert "timeout" in errors
+    assert not (tmp_path / "new/lightning_logs").exists()
 
 
 @pytest.mark.parametrize("moment", ["at its start", "while it imports", "in a trial"])

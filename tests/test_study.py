@@ -309,3 +309,19 @@ def test_a_process_elsewhere_with_the_number_of_one_here_is_another(journal, mon
     monkeypatch.setattr(studies, "_machine", lambda: "another container of this host")
     sweep(study, {})
     assert study.trials[0].state == TrialState.RUNNING
+
+
+def test_the_first_command_sets_the_time_of_all(journal, monkeypatch):
+    study, other = make(journal), make(journal)
+    studies.renew_deadline(study, 60.0)
+    studies.renew_deadline(other, 3600.0)
+    studies.renew_deadline(other, None)
+    assert 50 < studies.time_left(study) <= 60
+    now = time.time()
+    monkeypatch.setattr(studies.time, "time", lambda: now + 61)
+    assert studies.is_over(study)
+    studies.renew_deadline(other, 3600.0)  # it goes on with new time
+    assert 3500 < studies.time_left(study) <= 3600
+    monkeypatch.setattr(studies.time, "time", lambda: now + 5000)
+    studies.renew_deadline(study, None)
+    assert studies.time_left(other) == math.inf

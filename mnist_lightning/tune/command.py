@@ -1,7 +1,9 @@
 """The command ``tune``: starts workers, watches the study, and refits the best."""
 
 import csv
+import math
 import os
+import re
 import shlex
 import sys
 import time
@@ -51,12 +53,15 @@ from mnist_lightning.tune.study import (
     give_back,
     is_complete,
     is_counted,
+    is_over,
     is_there,
     open_study,
     process_name,
+    renew_deadline,
     results,
     set_attributes,
     sweep,
+    time_left,
 )
 from mnist_lightning.tune.worker import Worker
 
@@ -73,6 +78,9 @@ class SearchOptions:
         sampler: Draws the trials. Its seed is seed_everything, unless given.
         pruner: Ends bad trials early, after an epoch or an execution.
         n_trials: Trials of the study in all, those of earlier commands and of other processes included.
+        timeout: Time after which no trial is begun, such as 90 (seconds), 30m, 2h or 1d; all commands that share the
+            study at the same time keep to that of the first.
+        finish_trials: Whether trials that run when the time is over are trained to their end, not put back.
         executions_per_trial: Trainings of a trial, with the seeds seed_everything, seed_everything + 1, ...
         study_name: Name of the study, and of its folder in lightning_logs.
         storage: Path of a journal file or URL of an Optuna storage; by default journal.log in the study's folder.
@@ -90,6 +98,8 @@ class SearchOptions:
     sampler: BaseSampler = lazy_instance(RandomSampler)  # noqa: RUF009
     pruner: BasePruner = lazy_instance(NopPruner)  # noqa: RUF009
     n_trials: PositiveInt = 10
+    timeout: PositiveFloat | str | None = None
+    finish_trials: bool = True
     executions_per_trial: PositiveInt = 2
     study_name: str = "tune"
     storage: str | None = None
@@ -138,6 +148,7 @@ def tune(run: SearchCLI, command: str, interrupt: Interrupt) -> None:
         interrupt: Of the process.
     """
     options = Namespace(**{field.name: run.config[field.name] for field in fields(SearchOptions)})
+    timeout = None if options.timeout is None else _seconds(options.timeout)
     base = {key: value for key, value in run.plain_config().items() if key in ("name", "origin", *RUN_KEYS)}
     space = make_space(options.search_space, base)
     check_values(space, base, run.parser)  # type: ignore[arg-type]
@@ -167,8 +178,12 @@ def tune(run: SearchCLI, command: str, interrupt: Interrupt) -> None:
         else:
             study.enqueue_trial(baseline)
     took_part = options.trial is None and not is_complete(study, options.n_trials)
+    if took_part:
+        renew_deadline(study, timeout)
     interrupted = took_part and Workers(search, study, _devices(run.config)).run(interrupt)
     _print_results(study, search)
+    if took_part and not interrupted and is_over(study) and not is_complete(study, options.n_trials):
+        print(f"\nThe time is over. Continue: {command}")
     path = None
     if options.trial is not None or study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,)):
         trial = study.best_trial if options.trial is None else find_trial(study, options.trial, space)
@@ -206,6 +221,13 @@ def _write_config(trial: FrozenTrial, run: SearchCLI, search: Search) -> tuple[P
     with atomic_write(path) as partial:
         partial.write_text(yaml.safe_dump(config, sort_keys=False))
     return path, config
+
+
+def _seconds(timeout: float | str) -> float:
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)([smhd]?)", str(timeout))
+    if not match or not float(match[1]):
+        raise MisconfigurationException(f"timeout {timeout} is no time: give seconds, or 30m, 2h, 1d.")
+    return float(match[1]) * {"m": 60, "h": 3600, "d": 86400}.get(match[2], 1)
 
 
 def _check_training(run: SearchCLI) -> None:
@@ -302,6 +324,8 @@ class Workers:
         heartbeats: dict[int, tuple[float | None, int]] = {}
         next_sweep, early_deaths = 0.0, 0
         while self._workers and not interrupt.received:  # some code swallows a KeyboardInterrupt
+            if not self.search.options.finish_trials and is_over(self.study):
+                break
             if time.monotonic() > next_sweep:
                 for trial in self._own_trials():
                     with suppress(UpdateFinishedTrialError):
@@ -361,6 +385,8 @@ class Workers:
         if TrialState.COMPLETE in states:
             best = self.search.best(trial.value for trial in finished if trial.state == TrialState.COMPLETE)
             self.bar.desc += f", best {best:.4f}"
+        if (left := time_left(self.study)) < math.inf:
+            self.bar.desc += f", {tqdm.format_interval(left)} until no trial is begun"
         epochs = 1 if not isinstance(self.study.pruner, WilcoxonPruner) else self.search.epochs  # to a reported step
         steps = sum(len(trial.intermediate_values) for trial in trials if not trial.state.is_finished())
         of_trial = self.search.options.executions_per_trial * self.search.epochs

@@ -33,7 +33,16 @@ from optuna.trial import FrozenTrial, TrialState
 from mnist_lightning.cli import EXECUTION, RunCLI
 from mnist_lightning.tune.space import SearchSpace, config_with, instantiate, max_epochs, size
 from mnist_lightning.tune.storage import open_storage
-from mnist_lightning.tune.study import ATTEMPTS, TrialSampler, ask, give_back, is_complete, process_name, set_attributes
+from mnist_lightning.tune.study import (
+    ATTEMPTS,
+    TrialSampler,
+    ask,
+    give_back,
+    is_complete,
+    is_over,
+    process_name,
+    set_attributes,
+)
 
 
 @dataclass
@@ -118,7 +127,7 @@ class TrialRunner:
             if taken is not None:
                 with suppress(UpdateFinishedTrialError):  # others took this machine for dead, and have the trial now
                     self._train(*taken)
-            elif is_complete(self.study, self.search.options.n_trials):
+            elif is_complete(self.study, self.search.options.n_trials) or (is_over(self.study) and not self._running()):
                 return
             else:
                 time.sleep(1)
@@ -127,12 +136,13 @@ class TrialRunner:
         """Claim an execution: of a trial that this command has, or else of a new one."""
         in_turn = not isinstance(self.study.pruner, NopPruner)  # a pruner looks at one execution after the other
         while True:
-            running = self.study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
-            for trial in filter(self._is_own, running):
+            for trial in filter(self._is_own, self._running()):
                 if not trial.user_attrs.get("workers") or (self._free(trial) and not in_turn):
                     number: int | None = trial.number
                     break
             else:
+                if is_over(self.study):
+                    return None
                 number = ask(self.study, self.search.space, self.search.options.n_trials, self.search.owner)
             if number is None:
                 return None
@@ -252,6 +262,9 @@ class TrialRunner:
     def is_own(self, trial: FrozenTrial) -> bool:
         """Whether a trial is still this command's: others may have taken it for dead, or given it up."""
         return self._is_own(self._trial(trial.number))
+
+    def _running(self) -> list[FrozenTrial]:
+        return self.study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
 
     def _is_own(self, trial: FrozenTrial) -> bool:
         return trial.state == TrialState.RUNNING and trial.user_attrs.get("owner") == self.search.owner

@@ -269,6 +269,26 @@ def ask(study: Study, space: SearchSpace, n_trials: int, owner: str) -> int | No
     return None
 
 
+def renew_deadline(study: Study, timeout: float | None) -> None:
+    """Let no trial begin after ``timeout`` seconds from now, or without end; a time that others have set counts first.
+
+    Clocks of machines must agree about as well as the time is meant.
+    """
+    if time_left(study) in (0.0, math.inf):  # it is over, or nobody has set one
+        study.set_user_attr("deadline", None if timeout is None else time.time() + timeout)
+
+
+def time_left(study: Study) -> float:
+    """Seconds until no trial may begin any more, infinite if nobody has set a time."""
+    deadline = study.user_attrs.get("deadline")
+    return math.inf if deadline is None else max(0.0, deadline - time.time())
+
+
+def is_over(study: Study) -> bool:
+    """Whether no trial may begin any more."""
+    return time_left(study) == 0
+
+
 def is_there(study: Study, params: dict[str, Any]) -> bool:
     """Whether a trial has these parameters, or waits to get them."""
     trials = study.get_trials(deepcopy=False)
