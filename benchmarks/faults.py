@@ -241,7 +241,9 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0, help="of the moments")
     arguments = parser.parse_args()
     draw = random.Random(arguments.seed)  # noqa: S311
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell has it ignored by what it starts in background
+    # a shell has SIGINT ignored by what it starts in background, nohup has SIGHUP
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     for part, command in ((fits, FIT), (searches, TUNE), (storms, STORM)):
         if part.__name__ not in arguments.which:

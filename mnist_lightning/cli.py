@@ -31,7 +31,7 @@ from mnist_lightning.checkpoints import (
 from mnist_lightning.classifier import Classifier
 from mnist_lightning.data import MNISTDataModule
 from mnist_lightning.loops import FitLoop, NoProfiler
-from mnist_lightning.parsing import Parser, corrected
+from mnist_lightning.parsing import Parser, corrected, shorten
 from mnist_lightning.runs import (
     LOGS,
     PROG,
@@ -175,7 +175,7 @@ class RunCLI(LightningCLI):
             self.config = self.parser.parse_object({"model": model, "ckpt_path": str(path)}, config)
         except ArgumentError as error:
             raise MisconfigurationException(
-                f"{path} cannot be used: its hyper-parameters are refused. {' '.join(str(error).split())}"
+                f"{path} cannot be used: its hyper-parameters are refused. {shorten(str(error))}"
             ) from error
         self.parser.exit_on_error = True
         for key, value in model.items():

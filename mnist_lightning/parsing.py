@@ -4,7 +4,9 @@ The corrections wrap private functions of jsonargparse (4.53). They hold within 
 enters, so importing the package changes nothing for others.
 """
 
+import argparse
 import inspect
+import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -24,6 +26,27 @@ from mnist_lightning.classifier import TOTALS
 MAX_NODES = 10_000
 """Values in a config file; aliases in a few lines of YAML may stand for billions."""
 
+USUAL = (
+    *("trainer.max_epochs", "trainer.accelerator", "trainer.devices", "trainer.precision", "trainer.callbacks"),
+    *("data.data_dir", "data.batch_size", "data.val_split"),
+    *("model.network", "model.optimizer", "model.lr_scheduler"),
+)
+"""What people change of a run, for the short help."""
+
+HELP = {
+    "config": "YAML file with values for any option; what is typed counts before it.",
+    "print_config": "Print the value of every option, and exit.",
+    "seed_everything": "Seed of all that is random.",
+    "ckpt_path": "Checkpoint to continue from or to evaluate: last, best (of the newest run), or a path.",
+    "verbose": "Whether the results are printed.",
+    "trainer.max_epochs": "Epochs of training.",
+    "trainer.accelerator": "cpu, gpu, mps, ...",
+    "trainer.devices": "How many of them train together.",
+    "trainer.precision": "32-true, bf16-mixed, bf16-true, 16-mixed, ...",
+    "trainer.callbacks": "Lightning's callbacks, such as +=EarlyStopping --trainer.callbacks.monitor=val/loss.",
+}
+"""Shorter than Lightning's own."""
+
 typed: set[str] = set()
 """Options on the command line while it is parsed, without their dashes."""
 
@@ -33,12 +56,40 @@ class Parser(LightningArgumentParser):
 
     def parse_args(self, args: Any = None, *arguments: Any, **kwargs: Any) -> Namespace:  # type: ignore[override]
         args = sys.argv[1:] if args is None else args
+        if {"-h", "--help"} & {*args} and args[-1] != "all":
+            self.print_short_help()
+            self.exit(0)
+        args = args[:-1] if [*args[-2:]] == ["--help", "all"] else args
         typed.update(word.partition("=")[0].lstrip("-") for word in args if word.startswith("--"))
         try:
             config: Namespace = super().parse_args(_order(args), *arguments, **kwargs)
         finally:
             typed.clear()  # a config that is parsed later, as of a trial, was not typed
         return config
+
+    def print_short_help(self) -> None:
+        """Print the options that are not Lightning's, and what people change of those that are."""
+        short = argparse.ArgumentParser(
+            prog=self.prog,
+            usage="%(prog)s [options]",
+            description=self.description,
+            epilog="All options: --help all. Those of a class: --model.network.help MLP. All values: --print_config.",
+            add_help=False,
+        )
+        own, usual = short.add_argument_group("options of the command"), short.add_argument_group("of every run")
+        actions, defaults = {action.dest: action for action in self._actions}, self.get_defaults()
+        others = [
+            key for key in actions if "." not in key and key not in ("help", "origin", "trainer", "model", "data")
+        ]
+        for group, keys in ((own, others), (usual, USUAL)):
+            for key in keys:
+                default = defaults.get(key)
+                if isinstance(default, Namespace | dict):
+                    default = default.get("class_path", "").rpartition(".")[2]
+                text = HELP.get(key) or str(actions[key].help).replace("``", "")
+                text += f" (default: {default})" if default not in (None, "", argparse.SUPPRESS) else ""
+                group.add_argument(f"--{key}", metavar="", help=text.replace("%", "%%"))
+        short.print_help()
 
     def parse_path(self, cfg_path: Any, **kwargs: Any) -> Namespace:
         """Parse a config file, once it is known to be one that can be parsed."""
@@ -57,8 +108,32 @@ class Parser(LightningArgumentParser):
         """Print the message and end with exit code 2."""
         if not self.exit_on_error:
             super().error(message, ex)
-        print(f"error: {' '.join(message.split())}\nAll options: add --help", file=sys.stderr)
+        print(f"error: {shorten(message)}\nAll options: add --help", file=sys.stderr)
         self.exit(2)
+
+
+def shorten(message: str) -> str:
+    """What jsonargparse says of a value, as key, value and what was expected."""
+    text = " ".join(message.split())
+    text = re.sub(r"- Expected a path but \S+ either not accessible or invalid - ", "", text)
+    of_class = r"(?:Problem with given class_path '[^']*'|Type \S.*? expects a function or a callable class): "
+    text = re.sub(rf'(Parser key "[^"]*)": {of_class}Parser key "', r"\1.", text)
+    text = re.sub(r"\. Got value: Namespace\(.*", "", text)
+    union = (
+        r"Does not validate against any of the Union subtypes Subtypes: \[(.*)\] Errors: - (.*) Given value type: .*"
+    )
+    if match := re.search(rf"{union}? Given value: (.*)", text):
+        types, errors, value = match.groups()
+        value = re.sub(r"^Namespace\(class_path='([^']*)'.*", r"\1", value)
+        reasons = [error for error in errors.split(" - ") if not error.startswith("Expected a <class")]
+        reasons = [re.sub(rf"^{of_class}", "", reason) for reason in reasons if "typing.Literal" not in reason]
+        reason = f" ({reasons[0]})" if reasons else ""
+        text = f"{text[: match.start()]}{value} is none of {types}{reason}"
+    text = re.sub(r"Expected a dot import path string: (\S+)", r"there is no class \1", text)
+    text = re.sub(r"<class '([\w.]+)'>", r"\1", text)
+    text = re.sub(r"typing\.Literal\[([^]]*)\]", r"\1", text)
+    text = re.sub(r"\b(?:typing|torch|lightning|collections)\.(?:\w+\.)*(\w+)", r"\1", text).replace("NoneType", "null")
+    return re.sub(r'Parser key "([^"]*)"', r"\1", text)
 
 
 def _order(words: Sequence[str]) -> list[str]:

@@ -1,7 +1,9 @@
 """What ends a process from outside: SIGINT (Ctrl-C), SIGTERM and SIGHUP, of which several may come at once."""
 
+import math
 import os
 import signal
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -31,8 +33,12 @@ def ignore() -> None:
     _handle(lambda *_: None)
 
 
+TOGETHER = 2.0
+"""Seconds after a signal in which another is no new one."""
+
+
 class Interrupt:
-    """The first of them raises KeyboardInterrupt, unless that is put off; all others do nothing.
+    """The first of them raises KeyboardInterrupt, unless that is put off; what comes together with it does nothing.
 
     Attributes:
         received: Whether one came.
@@ -42,10 +48,12 @@ class Interrupt:
     def __init__(self) -> None:
         self.received = False
         self.is_put_off = False
+        self._last = -math.inf
 
     def __call__(self, *_: object) -> None:
-        is_first, self.received = not self.received, True
-        if is_first and not self.is_put_off:
+        self.received = True
+        is_new, self._last = time.monotonic() - self._last > TOGETHER, time.monotonic()
+        if is_new and not self.is_put_off:
             raise KeyboardInterrupt
 
 

@@ -68,6 +68,15 @@ def test_help_of_a_command_explains_its_options(monkeypatch, capfd):
     ):
         assert option in out
     assert "Images in a training batch" in out
+    assert len(out.splitlines()) < 60
+    assert "--help all" in out
+    code, every, _ = in_process(capfd, "fit", "--help", "all")
+    assert code == 0
+    assert "--trainer.limit_train_batches" in every
+    assert "--trainer.limit_train_batches" not in out
+    code, out, _ = in_process(capfd, "fit", "--model.network.help", "MLP")
+    assert code == 0
+    assert "--model.network.units" in out
 
 
 # --- configuration ------------------------------------------------------------------------------------------
@@ -635,11 +644,16 @@ def damaged(path: Path, content: bytes) -> str:
     ("arguments", "message"),
     [
         (["--nope=3"], "unrecognized arguments: --nope=3"),
-        (["--trainer.max_epochs=many"], 'Parser key "trainer.max_epochs"'),
-        (["--data.batch_size=0"], 'Parser key "data.batch_size": Not of type PositiveInt: 0'),
-        (["--data.batch_size=x"], 'Parser key "data.batch_size"'),
-        (["--data.val_split=1"], 'Parser key "data.val_split"'),
-        (["--num_threads=0"], 'Parser key "num_threads"'),
+        (["--trainer.max_epochs=many"], "trainer.max_epochs: many is none of int, null"),
+        (["--data.batch_size=0"], "data.batch_size: Not of type PositiveInt: 0"),
+        (["--data.batch_size=x"], "error: data.batch_size: "),
+        (["--data.val_split=1"], "error: data.val_split: "),
+        (["--model.lr_interval=batch"], "error: model.lr_interval: batch is none of 'epoch', 'step', null"),
+        (["--model.network=Foo"], "error: model.network: there is no class Foo"),
+        (["--model.network.units=x"], "error: model.network.units: Expected a Sequence. Got value: x"),
+        (["--model.optimizer.lr=fast"], "error: model.optimizer.lr: Expected a float. Got value: fast"),
+        (["--model.lr_scheduler=OneCycleLR"], "(the following arguments are required: max_lr)"),
+        (["--num_threads=0"], "error: num_threads: "),
         (["--config=nope.yaml"], "nope.yaml"),
         (["--model.network=Nope"], "Nope"),
         (["--model.network.units=[5]"], "dropout has 2 values for 1 hidden layers"),

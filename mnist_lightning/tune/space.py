@@ -9,7 +9,7 @@ from jsonargparse import ArgumentError, ArgumentParser
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
 
-from mnist_lightning.parsing import Parser
+from mnist_lightning.parsing import Parser, shorten
 from mnist_lightning.runs import PROG
 
 SearchSpace = dict[str, BaseDistribution]
@@ -101,7 +101,7 @@ def check_values(space: SearchSpace, base: dict[str, Any], parser: Parser) -> No
             try:
                 parser.parse_object(config_with(base, {**first, key: value}))
             except ArgumentError as error:
-                reason = " ".join(str(error.message).split())
+                reason = shorten(str(error.message))
                 raise MisconfigurationException(f"search_space: {key} cannot be {value!r}. {reason}") from error
     parser.exit_on_error = True
 
