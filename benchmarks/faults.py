@@ -178,7 +178,7 @@ def storms(killed: Path, whole: Path, draw: random.Random) -> Counter[str]:
     while not is_through:
         process = start(killed, STORM)
         try:
-            process.wait(draw.uniform(0, 9))
+            process.wait(draw.uniform(0, 14))
             is_through = True
             assert process.returncode == 0, (killed / "output.txt").read_text()
         except subprocess.TimeoutExpired:

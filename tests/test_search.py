@@ -455,6 +455,23 @@ def test_the_baseline_can_be_a_trial(tune, tmp_path):
     assert not (tmp_path / "new/lightning_logs").exists()
 
 
+def test_a_study_is_shown_while_it_is_searched(whole, data_dir, tune, tmp_path):
+    (tmp_path / "here").mkdir()
+    parent = start(data_dir, tmp_path / "here", "--n_trials=500", "--workers=1")
+    wait_for(lambda: reported(tmp_path / "here"))
+    code, output, errors = tune("--show")
+    parent.kill()
+    parent.wait()
+    assert code == 0, errors
+    assert re.search(r"^Trials of study tune: \d+ completed, 0 pruned, 0 failed, 1 running$", output, re.MULTILINE)
+    assert "Best: trial" in output
+    assert "Refit" not in output
+    code, _, errors = tune("--show", "--study_name=none")
+    assert code == 1
+    assert "There is no study none in lightning_logs/none/journal.log" in errors
+    assert not (tmp_path / "here/lightning_logs/none").exists()
+
+
 def test_a_study_is_of_its_data_and_its_training(tune, data_dir, tmp_path):
     options = ["--n_trials=1", "--executions_per_trial=1"]
     assert tune(*options)[0] == 0
@@ -760,7 +777,7 @@ def test_another_space_is_refused(tune):
 def test_tune_yaml_spells_out_the_defaults(capfd):
     spelled, default = spelled_and_default(capfd, "tune", ROOT / "configs/tune.yaml")
     for key in set(default) - {
-        "trainer", "search_space", "sampler", "pruner", "storage", "workers", "trial", "origin", "tensorboard",
+        "trainer", "search_space", "sampler", "pruner", "storage", "workers", "trial", "origin", "tensorboard", "show",
     }:  # fmt: skip
         if key == "model":
             for name in ("lr_scheduler", "lr_interval", "lr_frequency"):

@@ -117,6 +117,7 @@ class SearchCLI(RunCLI):
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         super().add_arguments_to_parser(parser)
         parser.add_class_arguments(SearchOptions, as_group=False)
+        parser.add_argument("--show", action="store_true", help="Print the results so far of the study, and no more.")
         parser.set_defaults({"name": "tuned", "trainer.max_epochs": 10, "data.batch_size": 32})
 
     def before_instantiate_classes(self) -> None:
@@ -136,7 +137,30 @@ def main(command: str, description: str, arguments: Sequence[str]) -> None:
     with user_errors(), corrected():
         run = SearchCLI(command, arguments, description)
         with interruptible() as interrupt:
+            if run.config.show:
+                show(run)
+                return
             tune(run, f"{PROG} {command} {shlex.join(arguments)}", interrupt)
+
+
+def show(run: SearchCLI) -> None:
+    """Print the results so far of a study, from any machine and while it is searched.
+
+    Raises:
+        MisconfigurationException: There is no such study.
+    """
+    name, journal = run.config.study_name, run.logs / run.config.study_name / "journal.log"
+    source = run.config.storage or str(journal)
+    try:
+        if run.config.storage is None and not journal.is_file():
+            raise KeyError(name)
+        study = optuna.load_study(storage=open_storage(source), study_name=name)
+    except KeyError as error:
+        raise MisconfigurationException(f"There is no study {name} in {source}.") from error
+    settings = study.user_attrs.get("settings")
+    if not isinstance(settings, dict):
+        raise MisconfigurationException(f"The study {name} was not made by tune.")
+    _print_results(study, str(settings["metric"]))
 
 
 def tune(run: SearchCLI, command: str, interrupt: Interrupt) -> None:
@@ -179,9 +203,16 @@ def tune(run: SearchCLI, command: str, interrupt: Interrupt) -> None:
             study.enqueue_trial(baseline)
     took_part = options.trial is None and not is_complete(study, options.n_trials)
     if took_part:
+        words = [
+            "--show",
+            "--study_name",
+            options.study_name,
+            *(["--storage", options.storage] if options.storage else []),
+        ]
+        print(f"While it runs: {PROG} tune {shlex.join(words)}    tensorboard --logdir {run.logs}")
         renew_deadline(study, timeout)
     interrupted = took_part and Workers(search, study, _devices(run.config)).run(interrupt)
-    _print_results(study, search)
+    _print_results(study, options.metric)
     if took_part and not interrupted and is_over(study) and not is_complete(study, options.n_trials):
         print(f"\nThe time is over. Continue: {command}")
     path = None
@@ -398,18 +429,21 @@ class Workers:
             print(line, flush=True)
 
 
-def _print_results(study: Study, search: Search) -> None:
+def _print_results(study: Study, metric: str) -> None:
     trials = study.get_trials(deepcopy=False)
     complete = [trial for trial in trials if trial.state == TrialState.COMPLETE]
     states = [("completed", TrialState.COMPLETE), ("pruned", TrialState.PRUNED), ("failed", TrialState.FAIL)]
     numbers = [f"{sum(t.state == state and is_counted(t) for t in trials)} {name}" for name, state in states]
+    unfinished = [("running", TrialState.RUNNING), ("waiting", TrialState.WAITING)]
+    counts = [(sum(t.state == state for t in trials), name) for name, state in unfinished]
+    numbers += [f"{count} {name}" for count, name in counts if count]
     print(f"\nTrials of study {study.study_name}: {', '.join(numbers)}")
     if not complete:
         return
-    metric = search.options.metric
-    print(results(study, list(search.space)).head(10).rename(columns={"value": metric}).to_string(index=False))
+    keys = list(study.best_params)
+    print(results(study, keys).head(10).rename(columns={"value": metric}).to_string(index=False))
     print(f"\nBest: trial {study.best_trial.number}, {metric} {study.best_value:.4f}")
-    for key in search.space:
+    for key in keys:
         print(f"  {key}: {study.best_params[key]}")
     if len({trial.value for trial in complete}) > 1:
         evaluator = optuna.importance.FanovaImportanceEvaluator(seed=0)
