@@ -3,21 +3,28 @@
 import json
 import os
 import shutil
+import signal
 import socket
 import struct
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import optuna
 import pytest
 import yaml
+from optuna.trial import TrialState
 
 from mnist_lightning.__main__ import main
 from mnist_lightning.data import MNISTDataModule
+from mnist_lightning.tune.storage import open_storage
+from mnist_lightning.tune.study import is_counted
 
 ROOT = Path(__file__).parents[1]
 SPACE = {
@@ -159,3 +166,102 @@ def postgresql() -> Iterator[Callable[..., str]]:
     finally:
         control("stop", "-m", "immediate")
         shutil.rmtree(folder)
+
+
+def choices(**values):
+    """A search space of choices."""
+    space = {key: {"class_path": "CategoricalDistribution", "init_args": {"choices": v}} for key, v in values.items()}
+    return f"--search_space={json.dumps(space)}"
+
+
+@pytest.fixture
+def tune(data_dir, tmp_path, monkeypatch, capfd):
+    """Runs ``tune`` in this process in a folder of its own, with real workers."""
+
+    def run(*more, folder="here", **keywords):
+        (tmp_path / folder).mkdir(exist_ok=True)
+        monkeypatch.chdir(tmp_path / folder)
+        return in_process(capfd, *tune_options(data_dir, *more, **keywords))
+
+    return run
+
+
+def load(folder, name="tune"):
+    storage = open_storage(str(Path(folder) / f"lightning_logs/{name}/journal.log"))
+    return optuna.load_study(storage=storage, study_name=name)
+
+
+def outcome(study):
+    """What must not depend on workers, interruptions and processes: parameters and value of each trial that counts."""
+    trials = [trial for trial in study.trials if is_counted(trial)]
+    return sorted((tuple(trial.params.values()), trial.value) for trial in trials)
+
+
+@pytest.fixture(scope="session")
+def whole(data_dir, tmp_path_factory):
+    """An uninterrupted study of five trials, by one worker."""
+    cwd = tmp_path_factory.mktemp("whole")
+    command = [sys.executable, "-m", "mnist_lightning", *tune_options(data_dir, "--n_trials=5", "--workers=1")]
+    result = subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=120)
+    assert result.returncode == 0, result.stderr
+    return cwd, result.stdout
+
+
+def start(data_dir, cwd, *more, epochs=2):
+    command = [sys.executable, "-m", "mnist_lightning", *tune_options(data_dir, *more, epochs=epochs)]
+    return subprocess.Popen(
+        command, cwd=cwd, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
+    )
+
+
+def wait_for(condition, seconds=60):
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "it did not happen"
+        time.sleep(0.02)
+
+
+def reported(cwd):
+    """Whether a trial is running that has had its first epoch, after one that is complete."""
+    journal = cwd / "lightning_logs/tune/journal.log"
+    if not journal.exists():
+        return False
+    states = [trial.state for trial in load(cwd).trials if trial.intermediate_values]
+    return TrialState.COMPLETE in states and TrialState.RUNNING in states
+
+
+def session(leader):
+    """The processes of a session that are left."""
+    left = []
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            _, _, fields = stat.read_text().rpartition(")")
+        except OSError:
+            continue
+        state, _, _, number, *_ = fields.split()
+        if int(number) == leader and state != "Z":
+            left.append(stat.parent.name)
+    return left
+
+
+@contextmanager
+def stopped_worker(cwd, execution):
+    """Stop a worker while it is at an execution with this number; gives its process and the number of the trial."""
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline:
+        journal = cwd / "lightning_logs/tune/journal.log"
+        for trial in load(cwd).trials if journal.exists() and b'"workers"' in journal.read_bytes() else []:
+            name = trial.user_attrs.get("workers", {}).get(str(execution))
+            if name and trial.state == TrialState.RUNNING:
+                pid = int(name.split(":")[-2])
+                os.kill(pid, signal.SIGSTOP)
+                try:
+                    now = load(cwd).trials[trial.number]
+                    is_at_it = now.state == TrialState.RUNNING and name in now.user_attrs["workers"].values()
+                    if is_at_it and not journal.with_name("journal.log.lock").is_symlink():
+                        yield pid, trial.number
+                        return
+                finally:
+                    with suppress(ProcessLookupError):
+                        os.kill(pid, signal.SIGCONT)
+    raise AssertionError("no worker was caught")

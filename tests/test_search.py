@@ -1,4 +1,4 @@
-"""The search with real workers on small data: results, faults, pruning, and what a person sees."""
+"""The search with real workers on small data: results, pruning, time, and what a person sees."""
 
 import csv
 import json
@@ -6,63 +6,28 @@ import os
 import re
 import shlex
 import shutil
-import signal
-import subprocess
-import sys
 import time
 from collections import Counter
-from contextlib import contextmanager, suppress
 from pathlib import Path
 
-import optuna
 import pytest
 import yaml
-from conftest import ROOT, SPACE, in_process, spelled_and_default, tune_options
+from conftest import (
+    ROOT,
+    SPACE,
+    choices,
+    in_process,
+    load,
+    outcome,
+    reported,
+    spelled_and_default,
+    start,
+    wait_for,
+)
 from optuna.trial import TrialState
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from mnist_lightning.tune.space import NOTEBOOK_SPACE
-from mnist_lightning.tune.storage import open_storage
-from mnist_lightning.tune.study import give_back, is_counted, process_name, set_attributes
-
-
-def choices(**values):
-    """A search space of choices."""
-    space = {key: {"class_path": "CategoricalDistribution", "init_args": {"choices": v}} for key, v in values.items()}
-    return f"--search_space={json.dumps(space)}"
-
-
-@pytest.fixture
-def tune(data_dir, tmp_path, monkeypatch, capfd):
-    """Runs ``tune`` in this process in a folder of its own, with real workers."""
-
-    def run(*more, folder="here", **keywords):
-        (tmp_path / folder).mkdir(exist_ok=True)
-        monkeypatch.chdir(tmp_path / folder)
-        return in_process(capfd, *tune_options(data_dir, *more, **keywords))
-
-    return run
-
-
-def load(folder, name="tune"):
-    storage = open_storage(str(Path(folder) / f"lightning_logs/{name}/journal.log"))
-    return optuna.load_study(storage=storage, study_name=name)
-
-
-def outcome(study):
-    """What must not depend on workers, interruptions and processes: parameters and value of each trial that counts."""
-    trials = [trial for trial in study.trials if is_counted(trial)]
-    return sorted((tuple(trial.params.values()), trial.value) for trial in trials)
-
-
-@pytest.fixture(scope="module")
-def whole(data_dir, tmp_path_factory):
-    """An uninterrupted study of five trials, by one worker."""
-    cwd = tmp_path_factory.mktemp("whole")
-    command = [sys.executable, "-m", "mnist_lightning", *tune_options(data_dir, "--n_trials=5", "--workers=1")]
-    result = subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=120)
-    assert result.returncode == 0, result.stderr
-    return cwd, result.stdout
 
 
 def test_a_study_is_shown_and_kept(whole):
@@ -150,100 +115,6 @@ def test_the_refit_is_a_run_beside_the_baseline(tune, command, tmp_path):
     assert not run.with_name("version_1").exists()
 
 
-def start(data_dir, cwd, *more, epochs=2):
-    command = [sys.executable, "-m", "mnist_lightning", *tune_options(data_dir, *more, epochs=epochs)]
-    return subprocess.Popen(
-        command, cwd=cwd, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
-    )
-
-
-def wait_for(condition, seconds=60):
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, "it did not happen"
-        time.sleep(0.02)
-
-
-def reported(cwd):
-    """Whether a trial is running that has had its first epoch, after one that is complete."""
-    journal = cwd / "lightning_logs/tune/journal.log"
-    if not journal.exists():
-        return False
-    states = [trial.state for trial in load(cwd).trials if trial.intermediate_values]
-    return TrialState.COMPLETE in states and TrialState.RUNNING in states
-
-
-def session(leader):
-    """The processes of a session that are left."""
-    left = []
-    for stat in Path("/proc").glob("[0-9]*/stat"):
-        try:
-            _, _, fields = stat.read_text().rpartition(")")
-        except OSError:
-            continue
-        state, _, _, number, *_ = fields.split()
-        if int(number) == leader and state != "Z":
-            left.append(stat.parent.name)
-    return left
-
-
-@contextmanager
-def stopped_worker(cwd, execution):
-    """Stop a worker while it is at an execution with this number; gives its process and the number of the trial."""
-    deadline = time.monotonic() + 60
-    while time.monotonic() < deadline:
-        journal = cwd / "lightning_logs/tune/journal.log"
-        for trial in load(cwd).trials if journal.exists() and b'"workers"' in journal.read_bytes() else []:
-            name = trial.user_attrs.get("workers", {}).get(str(execution))
-            if name and trial.state == TrialState.RUNNING:
-                pid = int(name.split(":")[-2])
-                os.kill(pid, signal.SIGSTOP)
-                try:
-                    now = load(cwd).trials[trial.number]
-                    is_at_it = now.state == TrialState.RUNNING and name in now.user_attrs["workers"].values()
-                    if is_at_it and not journal.with_name("journal.log.lock").is_symlink():
-                        yield pid, trial.number
-                        return
-                finally:
-                    with suppress(ProcessLookupError):
-                        os.kill(pid, signal.SIGCONT)
-    raise AssertionError("no worker was caught")
-
-
-def test_a_killed_worker_loses_only_its_execution(whole, data_dir, tmp_path):
-    parent = start(data_dir, tmp_path, "--n_trials=5", "--workers=1")
-    with stopped_worker(tmp_path, execution=1) as (pid, number):
-        os.kill(pid, signal.SIGKILL)
-    output, _ = parent.communicate(timeout=60)
-    assert parent.returncode == 0, output
-    study = load(tmp_path)
-    assert outcome(study) == outcome(load(whole[0]))
-    assert len(study.trials) == 5
-    assert f"Trial {number:3} goes on with another worker" in output
-    assert study.trials[number].user_attrs["attempts"] == 0  # it got on
-    assert [execution["execution"] for execution in study.trials[number].user_attrs["executions"]] == [0, 1]
-
-
-def test_a_trial_that_kills_its_workers_fails_and_the_study_goes_on(command, monkeypatch, tmp_path):
-    (tmp_path / "mine.py").write_text(
-        "import os, signal\n"
-        "from mnist_lightning.networks import MLP\n"
-        "class Net(MLP):\n"
-        "    def __init__(self, deadly: bool = False):\n"
-        "        super().__init__(units=[8], dropout=0, l2=0)\n"
-        "        if deadly:\n"
-        "            os.kill(os.getpid(), signal.SIGKILL)\n"
-    )
-    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}{os.pathsep}{os.environ.get('PYTHONPATH', '')}")
-    result = command(
-        tmp_path, "tune", choices(**{"model.network.init_args.deadly": [True, False]}), "--model.network=mine.Net",
-        "--sampler=BruteForceSampler", "--workers=1", "--refit=false", "--trainer.max_epochs=1",
-    )  # fmt: skip
-    assert "1 completed, 0 pruned, 1 failed" in result.stdout
-    errors = [trial.user_attrs["error"] for trial in load(tmp_path).trials if "error" in trial.user_attrs]
-    assert errors == ["3 processes died that ran it"]
-
-
 def test_the_executions_of_the_last_trials_are_shared_out(data_dir, tmp_path):
     parent = start(data_dir, tmp_path, "--n_trials=1", "--workers=2", epochs=30)
     together = []
@@ -262,139 +133,6 @@ def test_the_executions_of_the_last_trials_are_shared_out(data_dir, tmp_path):
     assert [execution["seed"] for execution in trial.user_attrs["executions"]] == [42, 43]
     assert sorted(trial.intermediate_values) == [*range(60)]
     assert trial.intermediate_values[59] == trial.value
-
-
-def test_a_killed_parent_leaves_no_process_and_no_trial_behind(whole, data_dir, tune, tmp_path):
-    cwd = tmp_path / "here"
-    cwd.mkdir()
-    parent = start(data_dir, cwd, "--n_trials=5", "--workers=2")
-    wait_for(lambda: reported(cwd))
-    parent.kill()
-    parent.wait()
-    wait_for(lambda: not session(parent.pid))
-    before = load(cwd)
-    assert any(trial.state == TrialState.RUNNING for trial in before.trials)
-    finished = {trial.number: trial.value for trial in before.trials if trial.state == TrialState.COMPLETE}
-    code, _, errors = tune("--n_trials=5")
-    assert code == 0, errors
-    study = load(cwd)
-    assert outcome(study) == outcome(load(whole[0]))
-    assert all(trial.state == TrialState.COMPLETE for trial in study.trials)
-    assert finished.items() <= {trial.number: trial.value for trial in study.trials}.items()
-
-
-def test_ctrl_c_puts_trials_back_and_says_how_to_continue(whole, data_dir, tune, tmp_path):
-    cwd = tmp_path / "here"
-    cwd.mkdir()
-    parent = start(data_dir, cwd, "--n_trials=5", "--workers=2")
-    wait_for(lambda: reported(cwd))
-    os.killpg(parent.pid, signal.SIGINT)  # a terminal sends it to all
-    output, _ = parent.communicate(timeout=30)
-    assert parent.returncode == 130
-    assert "Traceback" not in output
-    assert "Best: trial" in output
-    assert output.splitlines()[-1].startswith("Stopped. Continue: python -m mnist_lightning tune --data.data_dir=")
-    wait_for(lambda: not session(parent.pid))
-    states = [trial.state for trial in load(cwd).trials]
-    assert TrialState.RUNNING not in states
-    assert TrialState.WAITING in states
-    code, _, errors = tune("--n_trials=5")
-    assert code == 0, errors
-    assert outcome(load(cwd)) == outcome(load(whole[0]))
-
-
-def test_machines_share_a_database_that_is_restarted_while_some_of_them_vanish(whole, data_dir, postgresql, tmp_path):
-    url = postgresql("status")
-    more = [f"--storage={url}", "--n_trials=14", "--workers=1", "--grace_period=3", "--refit=true", "--refit_epochs=1"]
-    parents = [start(data_dir, tmp_path, *more, epochs=4) for _ in range(4)]
-
-    def running():
-        with suppress(KeyError):
-            trials = optuna.load_study(storage=open_storage(url), study_name="tune").trials
-            return [t.user_attrs | {"number": t.number} for t in trials if t.state == TrialState.RUNNING]
-        return []
-
-    def all_are_at_it():
-        return len({trial["owner"] for trial in running() if trial.get("workers")}) == 4
-
-    wait_for(all_are_at_it)
-    names = [process_name(parent.pid) for parent in parents[:2]]
-    workers = [name for trial in running() if trial.get("owner") in names for name in trial["workers"].values()]
-    for parent in parents[:2]:
-        parent.kill()
-    wait_for(lambda: not any(process_name(int(name.split(":")[1])) == name for name in workers))  # they follow
-    killed = [trial["number"] for trial in running() if trial.get("owner") in names]
-    postgresql("restart", "-m", "immediate")
-    outputs = [parent.communicate(timeout=120)[0] for parent in parents]
-    for parent, output in zip(parents[2:], outputs[2:], strict=True):
-        assert parent.returncode == 0, output
-        assert "14 completed, 0 pruned, 0 failed" in output
-        assert "The storage answers again." in output
-    assert sum("Refit: left to" in output for output in outputs) == 1
-    assert len([*tmp_path.glob("lightning_logs/tuned/version_*")]) == 1
-    study = optuna.load_study(storage=open_storage(url), study_name="tune")
-    counted = [trial for trial in study.trials if is_counted(trial)]
-    assert [trial.state for trial in counted] == [TrialState.COMPLETE] * 14
-    assert all(trial.state.is_finished() for trial in study.trials)
-    assert study.best_value == max(trial.value for trial in counted)
-    drawn = [list(trial.params.values()) for trial in counted]
-    for trial in load(whole[0]).trials:  # the draws of one process, undisturbed
-        assert list(trial.params.values()) in drawn
-    assert all(f"Trial {number:3} is run again" in "".join(outputs) for number in killed)
-    for trial in counted:
-        assert [execution["execution"] for execution in trial.user_attrs["executions"]] == [0, 1]
-
-
-def test_a_trial_that_others_have_taken_is_left_to_them(whole, data_dir, tmp_path):
-    parent = start(data_dir, tmp_path, "--n_trials=5", "--workers=1")
-    with stopped_worker(tmp_path, execution=0) as (_, number):
-        study = load(tmp_path)
-        set_attributes(study, study.trials[number], owner="another command")
-    wait_for(lambda: sum(trial.state == TrialState.COMPLETE for trial in load(tmp_path).trials) == 4)
-    study = load(tmp_path)
-    assert study.trials[number].state == TrialState.RUNNING
-    give_back(study, study.trials[number], attempts=1)
-    output, _ = parent.communicate(timeout=60)
-    assert parent.returncode == 0, output
-    assert outcome(load(tmp_path)) == outcome(load(whole[0]))
-
-
-def test_a_fault_of_the_machine_ends_the_search_and_is_no_trial_s(whole, tune, tmp_path):
-    blocked = tmp_path / "here/lightning_logs/tune/trial_001"
-    blocked.parent.mkdir(parents=True)
-    blocked.touch()  # where a folder belongs
-    code, _, errors = tune("--n_trials=5", "--workers=1")
-    assert code == 1
-    assert re.search(r"^error: .*trial_001.*: (File exists|Not a directory). What is finished is kept: .*\n$", errors)
-    blocked.unlink()
-    code, _, errors = tune("--n_trials=5", "--workers=1")
-    assert code == 0, errors
-    assert outcome(load(tmp_path / "here")) == outcome(load(whole[0]))
-
-
-def test_a_trial_that_diverges_or_raises_is_recorded_with_its_reason(tune, tmp_path):
-    space = choices(**{
-        "model.optimizer.init_args.lr": [1e-3, 1e30],
-        "model.network.init_args.activation": ["ReLU", "Bogus"],
-    })  # fmt: skip
-    code, output, _ = tune(space, "--n_trials=9", "--executions_per_trial=1", "--sampler=BruteForceSampler")
-    assert code == 0
-    trials = {tuple(trial.params.values()): trial for trial in load(tmp_path / "here").trials}
-    assert len(trials) == 4  # and then the sampler has nothing left
-    assert sum(map(is_counted, load(tmp_path / "here").trials)) == 4
-    assert trials[1e-3, "ReLU"].state == TrialState.COMPLETE
-    diverged = trials[1e30, "ReLU"].user_attrs["error"]
-    assert diverged.startswith("ArithmeticError: ")
-    assert "after epoch 1" in diverged
-    assert "Bogus" in trials[1e-3, "Bogus"].user_attrs["error"]
-    assert "1 completed, 0 pruned, 3 failed" in output
-
-
-def test_a_study_without_any_success_ends_with_the_reason(tune):
-    code, _, errors = tune(choices(**{"model.network.init_args.activation": ["Bogus"]}), "--n_trials=1")
-    assert code == 1
-    assert "No trial was completed" in errors
-    assert "Bogus" in errors
 
 
 @pytest.mark.parametrize(
@@ -615,20 +353,6 @@ def test_each_execution_is_a_run_of_a_tracking_server(data_dir, tmp_path, logger
         assert all("score" in run.data.metrics for run in runs)
 
 
-def test_a_study_that_is_moved_away_ends_its_search(data_dir, tmp_path):
-    parent = start(data_dir, tmp_path, "--n_trials=50", "--workers=1")
-    wait_for(lambda: reported(tmp_path))
-    (tmp_path / "lightning_logs/tune").rename(tmp_path / "moved")
-    output, _ = parent.communicate(timeout=60)
-    assert parent.returncode == 1, output
-    assert "was moved or deleted while" in output
-    assert "Traceback" not in output
-    assert session(parent.pid) == []
-    assert not (tmp_path / "lightning_logs/tune/journal.log").exists()
-    trials = optuna.load_study(storage=open_storage(str(tmp_path / "moved/journal.log")), study_name="tune").trials
-    assert TrialState.COMPLETE in [trial.state for trial in trials]
-
-
 @pytest.mark.parametrize("finish", [True, False])
 def test_a_search_ends_when_its_time_is_over(tune, whole, tmp_path, finish):
     options = ["--n_trials=500", "--workers=2", f"--finish_trials={str(finish).lower()}"]
@@ -659,44 +383,6 @@ def test_a_time_that_is_none_is_refused(tune, tmp_path, timeout):
     assert code in (1, 2)
     assert "timeout" in errors
     assert not (tmp_path / "new/lightning_logs").exists()
-
-
-@pytest.mark.parametrize("moment", ["at its start", "while it imports", "in a trial"])
-def test_several_signals_at_once_end_a_search(data_dir, tmp_path, moment):
-    parent = start(data_dir, tmp_path, "--n_trials=50", "--workers=2")
-    if moment == "in a trial":
-        wait_for(lambda: reported(tmp_path))
-    else:
-        time.sleep(0.3 if moment == "at its start" else 1.5)
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGINT):
-        os.killpg(parent.pid, number) if number == signal.SIGINT else os.kill(parent.pid, number)
-    output, _ = parent.communicate(timeout=20)
-    assert parent.returncode != 0
-    wait_for(lambda: session(parent.pid) == [], seconds=10)
-    assert "Traceback" not in output
-    assert "ignored" not in output
-    if moment == "in a trial":
-        assert parent.returncode == 130
-        assert "Stopped. Continue:" in output
-        assert (tmp_path / "lightning_logs/tune/best.yaml").is_file()
-        assert all(trial.state != TrialState.RUNNING for trial in load(tmp_path).trials)
-
-
-def test_the_death_of_the_fork_server_loses_nothing(whole, data_dir, tmp_path):
-    parent = start(data_dir, tmp_path, "--n_trials=5", "--workers=1")
-    with stopped_worker(tmp_path, execution=1) as (pid, _):
-        server = int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
-        for child in Path(f"/proc/{parent.pid}/task/{parent.pid}/children").read_text().split():
-            os.kill(int(child), signal.SIGKILL)  # the resource tracker as well
-        wait_for(lambda: process_name(server).endswith(":None"))
-        wait_for(lambda: process_name(pid).endswith(":None"))  # nobody else would end it
-    output, _ = parent.communicate(timeout=60)
-    assert parent.returncode == 0, output
-    assert "Traceback" not in output
-    assert outcome(load(tmp_path)) == outcome(load(whole[0]))
-    for trial in load(tmp_path).trials:
-        assert [execution["execution"] for execution in trial.user_attrs["executions"]] == [0, 1]
-    assert session(parent.pid) == []
 
 
 def test_any_key_of_trainer_model_and_data_can_be_searched(tune, tmp_path):

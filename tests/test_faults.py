@@ -1,0 +1,235 @@
+"""What kills, stops or hinders a search costs no more than time."""
+
+import os
+import re
+import signal
+import time
+from contextlib import suppress
+from pathlib import Path
+
+import optuna
+import pytest
+from conftest import choices, load, outcome, reported, session, start, stopped_worker, wait_for
+from optuna.trial import TrialState
+
+from mnist_lightning.tune.storage import open_storage
+from mnist_lightning.tune.study import give_back, is_counted, process_name, set_attributes
+
+
+def test_a_killed_worker_loses_only_its_execution(whole, data_dir, tmp_path):
+    parent = start(data_dir, tmp_path, "--n_trials=5", "--workers=1")
+    with stopped_worker(tmp_path, execution=1) as (pid, number):
+        os.kill(pid, signal.SIGKILL)
+    output, _ = parent.communicate(timeout=60)
+    assert parent.returncode == 0, output
+    study = load(tmp_path)
+    assert outcome(study) == outcome(load(whole[0]))
+    assert len(study.trials) == 5
+    assert f"Trial {number:3} goes on with another worker" in output
+    assert study.trials[number].user_attrs["attempts"] == 0  # it got on
+    assert [execution["execution"] for execution in study.trials[number].user_attrs["executions"]] == [0, 1]
+
+
+def test_a_trial_that_kills_its_workers_fails_and_the_study_goes_on(command, monkeypatch, tmp_path):
+    (tmp_path / "mine.py").write_text(
+        "import os, signal\n"
+        "from mnist_lightning.networks import MLP\n"
+        "class Net(MLP):\n"
+        "    def __init__(self, deadly: bool = False):\n"
+        "        super().__init__(units=[8], dropout=0, l2=0)\n"
+        "        if deadly:\n"
+        "            os.kill(os.getpid(), signal.SIGKILL)\n"
+    )
+    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}{os.pathsep}{os.environ.get('PYTHONPATH', '')}")
+    result = command(
+        tmp_path, "tune", choices(**{"model.network.init_args.deadly": [True, False]}), "--model.network=mine.Net",
+        "--sampler=BruteForceSampler", "--workers=1", "--refit=false", "--trainer.max_epochs=1",
+    )  # fmt: skip
+    assert "1 completed, 0 pruned, 1 failed" in result.stdout
+    errors = [trial.user_attrs["error"] for trial in load(tmp_path).trials if "error" in trial.user_attrs]
+    assert errors == ["3 processes died that ran it"]
+
+
+def test_a_killed_parent_leaves_no_process_and_no_trial_behind(whole, data_dir, tune, tmp_path):
+    cwd = tmp_path / "here"
+    cwd.mkdir()
+    parent = start(data_dir, cwd, "--n_trials=5", "--workers=2")
+    wait_for(lambda: reported(cwd))
+    parent.kill()
+    parent.wait()
+    wait_for(lambda: not session(parent.pid))
+    before = load(cwd)
+    assert any(trial.state == TrialState.RUNNING for trial in before.trials)
+    finished = {trial.number: trial.value for trial in before.trials if trial.state == TrialState.COMPLETE}
+    code, _, errors = tune("--n_trials=5")
+    assert code == 0, errors
+    study = load(cwd)
+    assert outcome(study) == outcome(load(whole[0]))
+    assert all(trial.state == TrialState.COMPLETE for trial in study.trials)
+    assert finished.items() <= {trial.number: trial.value for trial in study.trials}.items()
+
+
+def test_ctrl_c_puts_trials_back_and_says_how_to_continue(whole, data_dir, tune, tmp_path):
+    cwd = tmp_path / "here"
+    cwd.mkdir()
+    parent = start(data_dir, cwd, "--n_trials=5", "--workers=2")
+    wait_for(lambda: reported(cwd))
+    os.killpg(parent.pid, signal.SIGINT)  # a terminal sends it to all
+    output, _ = parent.communicate(timeout=30)
+    assert parent.returncode == 130
+    assert "Traceback" not in output
+    assert "Best: trial" in output
+    assert output.splitlines()[-1].startswith("Stopped. Continue: python -m mnist_lightning tune --data.data_dir=")
+    wait_for(lambda: not session(parent.pid))
+    states = [trial.state for trial in load(cwd).trials]
+    assert TrialState.RUNNING not in states
+    assert TrialState.WAITING in states
+    code, _, errors = tune("--n_trials=5")
+    assert code == 0, errors
+    assert outcome(load(cwd)) == outcome(load(whole[0]))
+
+
+def test_machines_share_a_database_that_is_restarted_while_some_of_them_vanish(whole, data_dir, postgresql, tmp_path):
+    url = postgresql("status")
+    more = [f"--storage={url}", "--n_trials=14", "--workers=1", "--grace_period=3", "--refit=true", "--refit_epochs=1"]
+    parents = [start(data_dir, tmp_path, *more, epochs=4) for _ in range(4)]
+
+    def running():
+        with suppress(KeyError):
+            trials = optuna.load_study(storage=open_storage(url), study_name="tune").trials
+            return [t.user_attrs | {"number": t.number} for t in trials if t.state == TrialState.RUNNING]
+        return []
+
+    def all_are_at_it():
+        return len({trial["owner"] for trial in running() if trial.get("workers")}) == 4
+
+    wait_for(all_are_at_it)
+    names = [process_name(parent.pid) for parent in parents[:2]]
+    workers = [name for trial in running() if trial.get("owner") in names for name in trial.get("workers", {}).values()]
+    for parent in parents[:2]:
+        parent.kill()
+    wait_for(lambda: not any(process_name(int(name.split(":")[1])) == name for name in workers))  # they follow
+    killed = [trial["number"] for trial in running() if trial.get("owner") in names]
+    postgresql("restart", "-m", "immediate")
+    outputs = [parent.communicate(timeout=120)[0] for parent in parents]
+    for parent, output in zip(parents[2:], outputs[2:], strict=True):
+        assert parent.returncode == 0, output
+        assert "14 completed, 0 pruned, 0 failed" in output
+        assert "The storage answers again." in output
+    assert sum("Refit: left to" in output for output in outputs) == 1
+    assert len([*tmp_path.glob("lightning_logs/tuned/version_*")]) == 1
+    study = optuna.load_study(storage=open_storage(url), study_name="tune")
+    counted = [trial for trial in study.trials if is_counted(trial)]
+    assert [trial.state for trial in counted] == [TrialState.COMPLETE] * 14
+    assert all(trial.state.is_finished() for trial in study.trials)
+    assert study.best_value == max(trial.value for trial in counted)
+    drawn = [list(trial.params.values()) for trial in counted]
+    for trial in load(whole[0]).trials:  # the draws of one process, undisturbed
+        assert list(trial.params.values()) in drawn
+    assert all(f"Trial {number:3} is run again" in "".join(outputs) for number in killed)
+    for trial in counted:
+        assert [execution["execution"] for execution in trial.user_attrs["executions"]] == [0, 1]
+
+
+def test_a_trial_that_others_have_taken_is_left_to_them(whole, data_dir, tmp_path):
+    parent = start(data_dir, tmp_path, "--n_trials=5", "--workers=1")
+    with stopped_worker(tmp_path, execution=0) as (_, number):
+        study = load(tmp_path)
+        set_attributes(study, study.trials[number], owner="another command")
+    wait_for(lambda: sum(trial.state == TrialState.COMPLETE for trial in load(tmp_path).trials) == 4)
+    study = load(tmp_path)
+    assert study.trials[number].state == TrialState.RUNNING
+    give_back(study, study.trials[number], attempts=1)
+    output, _ = parent.communicate(timeout=60)
+    assert parent.returncode == 0, output
+    assert outcome(load(tmp_path)) == outcome(load(whole[0]))
+
+
+def test_a_fault_of_the_machine_ends_the_search_and_is_no_trial_s(whole, tune, tmp_path):
+    blocked = tmp_path / "here/lightning_logs/tune/trial_001"
+    blocked.parent.mkdir(parents=True)
+    blocked.touch()  # where a folder belongs
+    code, _, errors = tune("--n_trials=5", "--workers=1")
+    assert code == 1
+    assert re.search(r"^error: .*trial_001.*: (File exists|Not a directory). What is finished is kept: .*\n$", errors)
+    blocked.unlink()
+    code, _, errors = tune("--n_trials=5", "--workers=1")
+    assert code == 0, errors
+    assert outcome(load(tmp_path / "here")) == outcome(load(whole[0]))
+
+
+def test_a_study_that_is_moved_away_ends_its_search(data_dir, tmp_path):
+    parent = start(data_dir, tmp_path, "--n_trials=50", "--workers=1")
+    wait_for(lambda: reported(tmp_path))
+    (tmp_path / "lightning_logs/tune").rename(tmp_path / "moved")
+    output, _ = parent.communicate(timeout=60)
+    assert parent.returncode == 1, output
+    assert "was moved or deleted while" in output
+    assert "Traceback" not in output
+    assert session(parent.pid) == []
+    assert not (tmp_path / "lightning_logs/tune/journal.log").exists()
+    trials = optuna.load_study(storage=open_storage(str(tmp_path / "moved/journal.log")), study_name="tune").trials
+    assert TrialState.COMPLETE in [trial.state for trial in trials]
+
+
+@pytest.mark.parametrize("moment", ["at its start", "while it imports", "in a trial"])
+def test_several_signals_at_once_end_a_search(data_dir, tmp_path, moment):
+    parent = start(data_dir, tmp_path, "--n_trials=50", "--workers=2")
+    if moment == "in a trial":
+        wait_for(lambda: reported(tmp_path))
+    else:
+        time.sleep(0.3 if moment == "at its start" else 1.5)
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGINT):
+        os.killpg(parent.pid, number) if number == signal.SIGINT else os.kill(parent.pid, number)
+    output, _ = parent.communicate(timeout=20)
+    assert parent.returncode != 0
+    wait_for(lambda: session(parent.pid) == [], seconds=10)
+    assert "Traceback" not in output
+    assert "ignored" not in output
+    if moment == "in a trial":
+        assert parent.returncode == 130
+        assert "Stopped. Continue:" in output
+        assert (tmp_path / "lightning_logs/tune/best.yaml").is_file()
+        assert all(trial.state != TrialState.RUNNING for trial in load(tmp_path).trials)
+
+
+def test_the_death_of_the_fork_server_loses_nothing(whole, data_dir, tmp_path):
+    parent = start(data_dir, tmp_path, "--n_trials=5", "--workers=1")
+    with stopped_worker(tmp_path, execution=1) as (pid, _):
+        server = int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+        for child in Path(f"/proc/{parent.pid}/task/{parent.pid}/children").read_text().split():
+            os.kill(int(child), signal.SIGKILL)  # the resource tracker as well
+        wait_for(lambda: process_name(server).endswith(":None"))
+        wait_for(lambda: process_name(pid).endswith(":None"))  # nobody else would end it
+    output, _ = parent.communicate(timeout=60)
+    assert parent.returncode == 0, output
+    assert "Traceback" not in output
+    assert outcome(load(tmp_path)) == outcome(load(whole[0]))
+    for trial in load(tmp_path).trials:
+        assert [execution["execution"] for execution in trial.user_attrs["executions"]] == [0, 1]
+    assert session(parent.pid) == []
+
+
+def test_a_trial_that_diverges_or_raises_is_recorded_with_its_reason(tune, tmp_path):
+    space = choices(**{
+        "model.optimizer.init_args.lr": [1e-3, 1e30],
+        "model.network.init_args.activation": ["ReLU", "Bogus"],
+    })  # fmt: skip
+    code, output, _ = tune(space, "--n_trials=9", "--executions_per_trial=1", "--sampler=BruteForceSampler")
+    assert code == 0
+    trials = {tuple(trial.params.values()): trial for trial in load(tmp_path / "here").trials}
+    assert len(trials) == 4  # and then the sampler has nothing left
+    assert sum(map(is_counted, load(tmp_path / "here").trials)) == 4
+    assert trials[1e-3, "ReLU"].state == TrialState.COMPLETE
+    diverged = trials[1e30, "ReLU"].user_attrs["error"]
+    assert diverged.startswith("ArithmeticError: ")
+    assert "after epoch 1" in diverged
+    assert "Bogus" in trials[1e-3, "Bogus"].user_attrs["error"]
+    assert "1 completed, 0 pruned, 3 failed" in output
+
+
+def test_a_study_without_any_success_ends_with_the_reason(tune):
+    code, _, errors = tune(choices(**{"model.network.init_args.activation": ["Bogus"]}), "--n_trials=1")
+    assert code == 1
+    assert "No trial was completed" in errors
+    assert "Bogus" in errors
