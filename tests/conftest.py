@@ -80,7 +80,7 @@ def command(data_dir: Path) -> Run:
     ) -> subprocess.CompletedProcess[str]:
         small = [f"--data.data_dir={data_dir}"] if data else []
         arguments = [sys.executable, "-m", "mnist_lightning", name, *small, *options]
-        result = subprocess.run(arguments, cwd=cwd, capture_output=True, text=True, timeout=120)
+        result = subprocess.run(arguments, cwd=cwd, capture_output=True, text=True, timeout=300)
         assert not check or result.returncode == 0, result.stderr
         return result
 
@@ -156,7 +156,7 @@ def postgresql() -> Iterator[Callable[..., str]]:
 
     def control(*arguments: str) -> str:
         command = [pg_ctl, "-D", str(folder / "data"), "-l", str(folder / "log"), "-w", *arguments]
-        subprocess.run(command, check=True, user=user, cwd=folder, stdout=subprocess.DEVNULL, timeout=60)
+        subprocess.run(command, check=True, user=user, cwd=folder, stdout=subprocess.DEVNULL, timeout=240)
         return f"postgresql://tester@127.0.0.1:{port}/postgres"
 
     try:
@@ -202,7 +202,7 @@ def whole(data_dir, tmp_path_factory):
     """An uninterrupted study of five trials, by one worker."""
     cwd = tmp_path_factory.mktemp("whole")
     command = [sys.executable, "-m", "mnist_lightning", *tune_options(data_dir, "--n_trials=5", "--workers=1")]
-    result = subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=120)
+    result = subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=300)
     assert result.returncode == 0, result.stderr
     return cwd, result.stdout
 
@@ -214,7 +214,7 @@ def start(data_dir, cwd, *more, epochs=2):
     )
 
 
-def wait_for(condition, seconds=60):
+def wait_for(condition, seconds=240):
     end = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < end, "it did not happen"
@@ -247,7 +247,7 @@ def session(leader):
 @contextmanager
 def stopped_worker(cwd, execution):
     """Stop a worker while it is at an execution with this number; gives its process and the number of the trial."""
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 240
     while time.monotonic() < deadline:
         journal = cwd / "lightning_logs/tune/journal.log"
         for trial in load(cwd).trials if journal.exists() and b'"workers"' in journal.read_bytes() else []:

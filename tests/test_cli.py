@@ -286,7 +286,7 @@ def test_the_script_takes_classes_of_the_current_folder(data_dir, tmp_path):
     )
     script = Path(sys.executable).with_name("mnist_lightning")
     options = [f"--data.data_dir={data_dir}", "--trainer.max_epochs=1", "--model.network=mine.Net"]
-    result = subprocess.run([script, "fit", *options], cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    result = subprocess.run([script, "fit", *options], cwd=tmp_path, capture_output=True, text=True, timeout=300)
     assert result.returncode == 0, result.stderr
 
 
@@ -386,7 +386,7 @@ def test_torchrun_takes_the_step_of_one_device(quick, data_dir, tmp_path):
     result = subprocess.run(
         [*torchrun, "-m", "mnist_lightning", "fit", "--name=two", f"--data.data_dir={data_dir}", *options,
          "--data.batch_size=500", "--trainer.devices=2"],
-        cwd=tmp_path, capture_output=True, text=True, timeout=120, check=False,
+        cwd=tmp_path, capture_output=True, text=True, timeout=300, check=False,
     )  # fmt: skip
     assert result.returncode == 0, result.stderr
     for printed in ("Data:", "Total params", "Epoch 1/1", "last epoch (1)", "Run: lightning_logs/two/version_0"):
@@ -733,7 +733,7 @@ def test_a_full_disk_is_named_and_leaves_no_broken_checkpoint(data_dir, tmp_path
     limited = ["bash", "-c", 'ulimit -f 1024; exec "$@"', "bash", sys.executable, "-m", "mnist_lightning", "fit"]
     result = subprocess.run(
         [*limited, f"--data.data_dir={data_dir}", "--trainer.max_epochs=4"],
-        cwd=tmp_path, capture_output=True, text=True, timeout=120, check=False,
+        cwd=tmp_path, capture_output=True, text=True, timeout=300, check=False,
     )  # fmt: skip
     assert result.returncode == 1
     assert result.stderr.splitlines()[-1].endswith("version_0/checkpoints/best.ckpt: File too large"), result.stderr

@@ -126,7 +126,7 @@ def test_the_executions_of_the_last_trials_are_shared_out(data_dir, tmp_path):
         return together or parent.poll() is not None
 
     wait_for(are_together)
-    output, _ = parent.communicate(timeout=60)
+    output, _ = parent.communicate(timeout=240)
     assert parent.returncode == 0, output
     assert together
     (trial,) = load(tmp_path).trials
@@ -340,7 +340,7 @@ def test_each_execution_is_a_run_of_a_tracking_server(data_dir, tmp_path, logger
     option = "offline=true" if logger == "WandbLogger" else "tracking_uri=sqlite:///m.db"
     options = [f"--trainer.logger+={logger}", f"--trainer.logger.{option}", "--n_trials=2", "--workers=2"]
     parent = start(data_dir, tmp_path, *options)
-    output, _ = parent.communicate(timeout=180)
+    output, _ = parent.communicate(timeout=300)
     assert parent.returncode == 0, output
     assert "2 completed, 0 pruned, 0 failed" in output
     if logger == "WandbLogger":
@@ -359,7 +359,7 @@ def test_a_search_ends_when_its_time_is_over(tune, whole, tmp_path, finish):
     begin = time.monotonic()
     code, output, errors = tune(*options, "--timeout=9s", "--refit=true", "--refit_epochs=1")
     assert code == 0, errors
-    assert 9 < time.monotonic() - begin < 60
+    assert 9 < time.monotonic() - begin < 200
     assert "The time is over. Continue: " in output
     assert "Best: trial" in output
     assert (tmp_path / "here/lightning_logs/tuned/version_0/test.csv").is_file()
