@@ -140,7 +140,7 @@ def main(command: str, description: str, arguments: Sequence[str]) -> None:
             if run.config.show:
                 show(run)
                 return
-            tune(run, f"{PROG} {command} {shlex.join(arguments)}", interrupt)
+            tune(run, shlex.join([*PROG.split(), command, *arguments]), interrupt)
 
 
 def show(run: SearchCLI) -> None:
