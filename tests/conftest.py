@@ -224,7 +224,7 @@ def wait_for(condition, seconds=240):
 def reported(cwd):
     """Whether a trial is running that has had its first epoch, after one that is complete."""
     journal = cwd / "lightning_logs/tune/journal.log"
-    if not journal.exists():
+    if not journal.exists() or b'"workers"' not in journal.read_bytes():  # the study may not be there yet
         return False
     states = [trial.state for trial in load(cwd).trials if trial.intermediate_values]
     return TrialState.COMPLETE in states and TrialState.RUNNING in states
