@@ -166,7 +166,7 @@ def test_a_study_that_is_moved_away_ends_its_search(data_dir, tmp_path):
     assert parent.returncode == 1, output
     assert "was moved or deleted while" in output
     assert "Traceback" not in output
-    assert session(parent.pid) == []
+    wait_for(lambda: session(parent.pid) == [])
     assert not (tmp_path / "lightning_logs/tune/journal.log").exists()
     trials = optuna.load_study(storage=open_storage(str(tmp_path / "moved/journal.log")), study_name="tune").trials
     assert TrialState.COMPLETE in [trial.state for trial in trials]
@@ -207,7 +207,7 @@ def test_the_death_of_the_fork_server_loses_nothing(whole, data_dir, tmp_path):
     assert outcome(load(tmp_path)) == outcome(load(whole[0]))
     for trial in load(tmp_path).trials:
         assert [execution["execution"] for execution in trial.user_attrs["executions"]] == [0, 1]
-    assert session(parent.pid) == []
+    wait_for(lambda: session(parent.pid) == [])
 
 
 def test_a_trial_that_diverges_or_raises_is_recorded_with_its_reason(tune, tmp_path):
