@@ -118,7 +118,8 @@ class Classifier(LightningModule):
         if "total_steps" in given and given["total_steps"] is given.get("epochs") is None:  # OneCycleLR's defaults
             totals.append("total_steps")
         # what kind it is decides how often it steps, so how many steps it must have: one is made to be looked at
-        sample = self.lr_scheduler(self.optimizer(self.parameters()), **dict.fromkeys(totals, 100))
+        steps = dict.fromkeys(totals, 100)
+        sample = self.lr_scheduler(self.optimizer(self.parameters()), **steps)
         monitor = getattr(sample, "monitor", None)
         interval, frequency = self.lr_interval, self.lr_frequency
         if interval is None:
@@ -126,7 +127,6 @@ class Classifier(LightningModule):
         if frequency is None:
             of_validation = interval == "epoch" and monitor and not monitor.startswith("train/") and self._trainer
             frequency = (self.trainer.check_val_every_n_epoch or 1) if of_validation else 1
-        steps: dict[str, int] = {}
         if totals and self._trainer:
             total = self._scheduler_steps(interval, frequency)
             if math.isinf(total):
@@ -134,7 +134,7 @@ class Classifier(LightningModule):
                     f"{' and '.join(totals)} of the lr_scheduler cannot be -1 in a training without max_epochs."
                 )
             steps = dict.fromkeys(totals, max(1, int(total)))
-        scheduler = self.lr_scheduler(optimizer, **{**dict.fromkeys(totals, 100), **steps})
+        scheduler = self.lr_scheduler(optimizer, **steps)
         config = {"scheduler": scheduler, "interval": interval, "frequency": frequency, "monitor": monitor}
         return {"optimizer": optimizer, "lr_scheduler": config}
 

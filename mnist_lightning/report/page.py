@@ -20,8 +20,7 @@ from mnist_lightning.report.comparison import compare, format_p, seeds_p_value, 
 from mnist_lightning.report.evaluation import Model, check_same_data, load_run
 from mnist_lightning.runs import newest_complete_run
 from mnist_lightning.tune.space import bounds, short_key, short_value
-from mnist_lightning.tune.storage import open_storage
-from mnist_lightning.tune.study import check_trials, results
+from mnist_lightning.tune.study import check_trials, find_study, results
 
 
 @dataclass
@@ -155,15 +154,12 @@ def load_study(name: str | None, storage: str | None, logs: Path, models: Sequen
     found = name or [*origins][-1]
     source = storage or str(logs / found / "journal.log")
     optuna.logging.set_verbosity(optuna.logging.ERROR)
-    try:
-        if storage is None and not Path(source).is_file():
-            raise KeyError(source)
-        study = optuna.load_study(storage=open_storage(source), study_name=found)
-    except KeyError as error:
-        if name is None and storage is None:
-            print(f"{origins[found].name} is of the study {found}, which is not in {source}. Show it: --storage URL\n")
-            return None
-        raise MisconfigurationException(f"There is no study {found} in {source}.") from error
+    study = find_study(found, source)
+    if study is None and name is None and storage is None:
+        print(f"{origins[found].name} is of the study {found}, which is not in {source}. Show it: --storage URL\n")
+        return None
+    if study is None:
+        raise MisconfigurationException(f"There is no study {found} in {source}.")
     if not study.get_trials(states=(TrialState.COMPLETE,)):
         return None
     check_trials(study, study.best_trial.distributions)

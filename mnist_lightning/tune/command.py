@@ -49,6 +49,7 @@ from mnist_lightning.tune.storage import open_storage
 from mnist_lightning.tune.study import (
     ATTEMPTS,
     SWEEPS,
+    find_study,
     find_trial,
     give_back,
     is_complete,
@@ -149,14 +150,11 @@ def show(run: SearchCLI) -> None:
     Raises:
         MisconfigurationException: There is no such study.
     """
-    name, journal = run.config.study_name, run.logs / run.config.study_name / "journal.log"
-    source = run.config.storage or str(journal)
-    try:
-        if run.config.storage is None and not journal.is_file():
-            raise KeyError(name)
-        study = optuna.load_study(storage=open_storage(source), study_name=name)
-    except KeyError as error:
-        raise MisconfigurationException(f"There is no study {name} in {source}.") from error
+    name = run.config.study_name
+    source = run.config.storage or str(run.logs / name / "journal.log")
+    study = find_study(name, source)
+    if study is None:
+        raise MisconfigurationException(f"There is no study {name} in {source}.")
     settings = study.user_attrs.get("settings")
     if not isinstance(settings, dict):
         raise MisconfigurationException(f"The study {name} was not made by tune.")

@@ -21,6 +21,7 @@ from optuna.trial import FrozenTrial, TrialState
 
 from mnist_lightning.runs import flatten
 from mnist_lightning.tune.space import SearchSpace, describe, short_key, short_value
+from mnist_lightning.tune.storage import open_storage
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -125,6 +126,16 @@ def open_study(
         )
     check_trials(study, space)
     return study, False
+
+
+def find_study(name: str, source: str) -> Study | None:
+    """Load a study from a journal's path or a storage's URL; None if there is none, and nothing is made."""
+    if "://" not in source and not Path(source).is_file():
+        return None
+    try:
+        return optuna.load_study(storage=open_storage(source), study_name=name)
+    except KeyError:
+        return None
 
 
 def check_trials(study: Study, space: SearchSpace) -> None:
