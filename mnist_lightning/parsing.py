@@ -10,7 +10,6 @@ import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from operator import itemgetter
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -142,13 +141,16 @@ def _order(words: Sequence[str]) -> list[str]:
     for word in words:
         is_option = word.startswith("--") or word.partition("=")[0] == "-c"
         options.append([word]) if is_option else options[-1].append(word)
-    ranks = (
-        {"-c": 0, "--config": 0, "--trainer": 1, "--model": 1, "--data": 1, "--print_config": 3}.get(
-            option[0].partition("=")[0] if option else "", 2
-        )
-        for option in options
-    )
-    return [word for _, option in sorted(zip(ranks, options, strict=True), key=itemgetter(0)) for word in option]
+
+    def rank(option: list[str]) -> int:
+        name = option[0].partition("=")[0] if option else ""
+        if name == "-c" or ("--config".startswith(name) and len(name) > 2):  # argparse takes abbreviations
+            return 0
+        if name in ("--trainer", "--model", "--data"):
+            return 1
+        return 3 if "--print_config".startswith(name) and len(name) > 2 else 2
+
+    return [word for option in sorted(options, key=rank) for word in option]
 
 
 @contextmanager

@@ -66,7 +66,7 @@ def test_a_short_name_means_the_package_s_own_class(model):
 
 
 @pytest.mark.parametrize(
-    "file", [["--config=x.yaml"], ["--config", "x.yaml"], ["-c", "x.yaml"], ["--model=model.yaml"]]
+    "file", [["--config=x.yaml"], ["--config", "x.yaml"], ["-c", "x.yaml"], ["--conf=x.yaml"], ["--model=model.yaml"]]
 )
 def test_what_is_typed_counts_whatever_the_order(model, monkeypatch, tmp_path, file):
     monkeypatch.chdir(tmp_path)
