@@ -204,9 +204,12 @@ def model_sections(report: Report) -> list[Section]:
         for title in ("precision", "recall", "F1")
         for model in models
     }
+    given = [
+        {k: v for k, v in model.runs[0].config.items() if k != "origin"} for model in models
+    ]  # the study's section
     configs = {
-        model.name: pd.Series(pd.json_normalize(model.runs[0].config).to_dict("records")[0], dtype=object).map(str)
-        for model in models
+        model.name: pd.Series(pd.json_normalize(config).to_dict("records")[0], dtype=object).map(str)
+        for model, config in zip(models, given, strict=True)
     }
     config = pd.DataFrame(configs).fillna("-").rename_axis("key")
     config = config[(config != "None").any(axis=1)]
