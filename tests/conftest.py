@@ -89,9 +89,8 @@ def command(data_dir: Path) -> Run:
 
 def tune_options(data_dir: Path, *more: str, epochs: int = 2) -> list[str]:
     """Arguments of a small search without a refit."""
-    space = (
-        [] if any(option.startswith("--search_space") for option in more) else [f"--search_space={json.dumps(SPACE)}"]
-    )
+    has_space = any(option.startswith(("--search_space", "--config=")) for option in more)
+    space = [] if has_space else [f"--search_space={json.dumps(SPACE)}"]
     return [
         "tune", f"--data.data_dir={data_dir}", f"--trainer.max_epochs={epochs}", "--refit=false", *space, *more,
     ]  # fmt: skip

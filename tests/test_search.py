@@ -189,7 +189,7 @@ def test_the_baseline_can_be_a_trial(tune, tmp_path):
     assert "enqueue_baseline: not done, the study has its 3 trials. --n_trials 4 has room" in output
     code, _, errors = tune(*options, "--model.network.dropout=[0.4,0.2]", folder="new")
     assert code == 1
-    assert f"{key} is 0.4 in the config, but one of 0.1, 0.15, 0.2, 0.25, 0.3 is searched" in errors
+    assert f"{key} is 0.4, but one of 0.1, 0.15, 0.2, 0.25, 0.3 is searched" in errors
     assert not (tmp_path / "new/lightning_logs").exists()
 
 
@@ -407,6 +407,50 @@ def test_any_key_of_trainer_model_and_data_can_be_searched(tune, tmp_path):
     assert EventAccumulator(str(run)).Reload().Scalars("val/accuracy")[-1].step == 1000 / 50 - 1
 
 
+def test_what_a_trial_searches_can_depend_on_what_it_drew(tune, tmp_path):
+    network, length = "model.network.init_args", "model.network.init_args.units.length"
+    space = {
+        f"{network}.units": [[8], [8, 16]],
+        f"{network}.dropout.1": [0.5],
+        "model.lr_scheduler.class_path": ["OneCycleLR", None],
+        "model.lr_scheduler.init_args.max_lr": [0.01],
+    }
+    space = {key: {"class_path": "CategoricalDistribution", "init_args": {"choices": v}} for key, v in space.items()}
+    space[f"{network}.dropout.1"]["when"] = {f"{network}.units": [[8, 16]]}
+    space["model.lr_scheduler.init_args.max_lr"]["when"] = {"model.lr_scheduler.class_path": "OneCycleLR"}
+    options = ["--model.network.l2=0.001", "--model.network.dropout=[0.25,0.25]", "--executions_per_trial=1"]
+    sampler = ["--sampler=BruteForceSampler", "--n_trials=9"]
+    code, output, errors = tune(f"--search_space={json.dumps(space)}", *options, *sampler, epochs=1)
+    assert code == 0, errors
+    assert f"{network}.dropout.1" in output
+    assert "one of 0.5, when units is [8, 16]" in output
+    assert length not in output
+    models = []
+    for file in (tmp_path / "here/lightning_logs/tune").glob("trial_*/execution_0/config.yaml"):
+        model = yaml.safe_load(file.read_text())["model"]
+        arguments, scheduler = model["network"]["init_args"], model["lr_scheduler"]
+        models.append((arguments["units"], arguments["dropout"], scheduler and scheduler["init_args"]["max_lr"]))
+    assert sorted(models, key=str) == [
+        ([8, 16], [0.25, 0.5], 0.01),
+        ([8, 16], [0.25, 0.5], None),
+        ([8], [0.25], 0.01),
+        ([8], [0.25], None),
+    ]
+    best = yaml.safe_load((tmp_path / "here/lightning_logs/tune/best.yaml").read_text())["model"]["network"]
+    assert best["init_args"]["units"] in ([8], [8, 16])
+
+
+def test_deep_yaml_draws_two_to_four_layers(tune, tmp_path):
+    config = f"--config={ROOT / 'configs/deep.yaml'}"
+    code, _, errors = tune(config, "--n_trials=4", "--trainer.limit_train_batches=2")
+    assert code == 0, errors
+    for trial in load(tmp_path / "here").trials:
+        layers = trial.params["model.network.init_args.units.length"]
+        for key in ("units", "dropout", "l2"):
+            drawn = {name for name in trial.params if f".{key}." in name and not name.endswith("length")}
+            assert drawn == {f"model.network.init_args.{key}.{layer}" for layer in range(layers)}
+
+
 def test_no_trial_touches_the_test_images(data_dir, tune, tmp_path):
     folder = tmp_path / "no_test"
     folder.mkdir()
@@ -424,7 +468,21 @@ def test_no_trial_touches_the_test_images(data_dir, tune, tmp_path):
     [
         (["--search_space={}"], "search_space is empty"),
         ([choices(**{"model.network.init_args.unitz.0": [1]})], "no key model.network.init_args.unitz.0"),
-        ([choices(**{"model.network.init_args.units.2": [1]})], "no key model.network.init_args.units.2"),
+        ([choices(**{"model.network.init_args.units.3": [1]})], "no key model.network.init_args.units.3"),
+        (
+            [choices(**{"model.network.init_args.units.length": [2, 3]})],
+            "model.network.init_args.units.length cannot be 3. dropout has 2 values for 3 hidden layers",
+        ),
+        (
+            [
+                '--search_space={"model.optimizer.class_path": {"class_path": "CategoricalDistribution", "init_args": '
+                '{"choices": ["KerasSGD", "KerasAdam"]}}, "model.optimizer.init_args.momentum": {"class_path": '
+                '"FloatDistribution", "init_args": {"low": 0, "high": 1}, "when": {"model.optimizer.class_path": '
+                '["KerasSGD", "KerasAdam"]}}}',
+                "--model.optimizer=KerasAdam",
+            ],
+            "model.optimizer.class_path cannot be 'KerasAdam'. ",
+        ),
         ([choices(**{"n_trials": [1]})], "no key n_trials"),
         ([choices(**{"data.batch_size": [32, "many"]})], "data.batch_size cannot be 'many'"),
         ([choices(**{"data.batch_size": [32, 0]})], "data.batch_size cannot be 0"),

@@ -1,8 +1,127 @@
-"""Search spaces in words and short names."""
+"""Search spaces: conditions, values and configs, words and short names."""
 
+import pytest
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
+from optuna.samplers import BruteForceSampler, RandomSampler, TPESampler
+from optuna.trial import TrialState
 
-from mnist_lightning.tune.space import describe, short_key, size
+from mnist_lightning.tune import study as studies
+from mnist_lightning.tune.space import SearchSpace, config_with, describe, make_space, params_of, short_key, size
+from mnist_lightning.tune.storage import open_storage
+from mnist_lightning.tune.study import TrialSampler, open_study, process_name
+
+BASE = {
+    "trainer": {"max_epochs": 2},
+    "model": {
+        "network": {"class_path": "MLP", "init_args": {"units": [128, 64], "dropout": [0.2, 0.2], "l2": 0.01}},
+        "optimizer": {"class_path": "mnist_lightning.optimizers.KerasAdam", "init_args": {"lr": 0.003}},
+        "lr_scheduler": None,
+    },
+}
+NETWORK = "model.network.init_args"
+LENGTH = f"{NETWORK}.units.length"
+
+
+def integer(low, high, **more):
+    return {"class_path": "IntDistribution", "init_args": {"low": low, "high": high}, **more}
+
+
+def choice(*choices, **more):
+    return {"class_path": "CategoricalDistribution", "init_args": {"choices": [*choices]}, **more}
+
+
+DEEP = {
+    f"{NETWORK}.dropout.2": choice(0.1, 0.5, when={LENGTH: 3}),  # before what it depends on
+    f"{NETWORK}.units.2": integer(16, 32, when={LENGTH: 3}),
+    LENGTH: integer(1, 3),
+    f"{NETWORK}.dropout.1": choice(0.1, 0.5, when={LENGTH: [2, 3]}),
+    "model.optimizer.class_path": choice("KerasAdam", "torch.optim.SGD"),
+    "model.optimizer.init_args.momentum": choice(0.5, 0.9, when={"model.optimizer.class_path": "SGD"}),
+    "model.lr_scheduler.class_path": choice(None, "OneCycleLR"),
+    "model.lr_scheduler.init_args.max_lr": choice(0.1, when={"model.lr_scheduler.class_path": "OneCycleLR"}),
+}
+
+
+def test_a_config_has_what_was_drawn_and_nothing_else():
+    space = make_space(DEEP, BASE)
+    flat = {LENGTH: 1, "model.optimizer.class_path": "KerasAdam", "model.lr_scheduler.class_path": None}
+    assert space.has_all(flat)
+    assert not space.has_all({**flat, LENGTH: 2})
+    model = config_with(BASE, flat, space)["model"]
+    assert model["network"]["init_args"] == {"units": [128], "dropout": [0.2], "l2": 0.01}
+    assert model["optimizer"] == BASE["model"]["optimizer"]  # the same class by its short name: its arguments stay
+    assert model["lr_scheduler"] is None
+
+    deep = {
+        **{LENGTH: 3, f"{NETWORK}.units.2": 32, f"{NETWORK}.dropout.1": 0.5, f"{NETWORK}.dropout.2": 0.1},
+        **{"model.optimizer.class_path": "torch.optim.SGD", "model.optimizer.init_args.momentum": 0.9},
+        **{"model.lr_scheduler.class_path": "OneCycleLR", "model.lr_scheduler.init_args.max_lr": 0.1},
+    }
+    assert space.has_all(deep)
+    model = config_with(BASE, deep, space)["model"]
+    assert model["network"]["init_args"] == {"units": [128, 64, 32], "dropout": [0.2, 0.5, 0.1], "l2": 0.01}
+    assert model["optimizer"] == {"class_path": "torch.optim.SGD", "init_args": {"momentum": 0.9}}
+    assert model["lr_scheduler"] == {"class_path": "OneCycleLR", "init_args": {"max_lr": 0.1}}
+    assert BASE["model"]["network"]["init_args"]["units"] == [128, 64]
+
+
+def test_a_choice_can_be_a_list():
+    space = make_space({f"{NETWORK}.units": choice([64], [128, 64], 32)}, BASE)
+    params = params_of({f"{NETWORK}.units": [128, 64]}, space, "here")
+    assert config_with(BASE, params, space)["model"]["network"]["init_args"]["units"] == [128, 64]
+    assert describe(space[f"{NETWORK}.units"]) == "one of [64], [128, 64], 32"
+
+
+@pytest.mark.parametrize(
+    ("space", "message"),
+    [
+        ({f"{NETWORK}.units.0": integer(8, 9, when={"data.x": 1})}, "depends on data.x, which is not searched"),
+        ({LENGTH: integer(1, 2), f"{NETWORK}.units.1": integer(8, 9, when={LENGTH: 3})}, "is 3, but 1 to 2, step 1 is"),
+        ({f"{NETWORK}.units.3": integer(8, 9)}, "have no key model.network.init_args.units.3"),
+        ({f"{NETWORK}.unit.length": integer(1, 2)}, "have no key model.network.init_args.unit.length"),
+        (
+            {f"{NETWORK}.units.{i}": integer(8, 9, when={f"{NETWORK}.units.{1 - i}": 8}) for i in (0, 1)},
+            "or depends on it",
+        ),
+        ({"model.optimizer.class_path": choice("A", "B", when=3)}, "has no valid distribution"),
+    ],
+)
+def test_conditions_that_cannot_be_are_refused(space, message):
+    with pytest.raises(MisconfigurationException, match=message):
+        make_space(space, BASE)
+
+
+@pytest.mark.parametrize("make", [RandomSampler, lambda seed: TPESampler(multivariate=True, group=True, seed=seed)])
+def test_samplers_draw_a_key_only_where_it_has_a_sense(tmp_path, make):
+    space = make_space(DEEP, BASE)
+    study, _ = open_study(open_storage(str(tmp_path / "journal.log")), "study", "maximize", {}, space)
+    study.sampler = TrialSampler(study, make)
+    for _ in range(30):
+        number = studies.ask(study, space, 30, process_name())
+        study.tell(number, len(study.trials[number].params))
+    assert all(space.has_all(trial.params) for trial in study.trials)
+    assert {trial.params[LENGTH] for trial in study.trials} == {1, 2, 3}
+    same, _ = open_study(open_storage(str(tmp_path / "journal.log")), "study", "maximize", {}, make_space(DEEP, BASE))
+    assert same.trials == study.trials
+    other = make_space({**DEEP, f"{NETWORK}.units.2": integer(16, 32, when={LENGTH: [2, 3]})}, BASE)
+    with pytest.raises(MisconfigurationException, match=r"units\.2 is 16 to 32, step 1, when units.length is 3 in the"):
+        open_study(open_storage(str(tmp_path / "journal.log")), "study", "maximize", {}, other)
+
+
+def test_a_tree_of_values_is_searched_whole(tmp_path):
+    space = make_space(DEEP, BASE)
+    # depth 1, 2 (with two rates) and 3 (with four, and seventeen widths); SGD with two momenta; a schedule or none
+    assert size(space) == (1 + 2 + 2 * 2 * 17) * (1 + 2) * 2
+    small = {key: value for key, value in DEEP.items() if "units.2" not in key}
+    space = make_space(small, BASE)
+    assert size(space) == (1 + 2 + 4) * 3 * 2
+    study, _ = open_study(open_storage(str(tmp_path / "journal.log")), "study", "maximize", {}, space)
+    study.sampler = TrialSampler(study, lambda _: BruteForceSampler(seed=0), size(space))
+    while (number := studies.ask(study, space, 1000, process_name())) is not None:
+        study.tell(number, 0.0)
+    complete = study.get_trials(states=(TrialState.COMPLETE,))
+    assert len({tuple(sorted(trial.params.items(), key=str)) for trial in complete}) == len(complete) == size(space)
 
 
 def test_distributions_in_words():
@@ -20,6 +139,6 @@ def test_short_keys_are_what_the_config_s_nesting_leaves():
 
 def test_the_size_of_a_space():
     space = {"a": IntDistribution(32, 512, step=32), "b": CategoricalDistribution([1, 2, 3])}
-    assert size(space) == 16 * 3
-    assert size({**space, "c": FloatDistribution(0.1, 0.5, step=0.1)}) == 16 * 3 * 5
-    assert size({**space, "c": FloatDistribution(0.1, 0.5)}) == float("inf")
+    assert size(SearchSpace(space)) == 16 * 3
+    assert size(SearchSpace({**space, "c": FloatDistribution(0.1, 0.5, step=0.1)})) == 16 * 3 * 5
+    assert size(SearchSpace({**space, "c": FloatDistribution(0.1, 0.5)})) == float("inf")

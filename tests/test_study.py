@@ -16,6 +16,7 @@ from optuna.samplers import BruteForceSampler, GridSampler, RandomSampler, TPESa
 from optuna.trial import TrialState
 
 from mnist_lightning.tune import study as studies
+from mnist_lightning.tune.space import SearchSpace
 from mnist_lightning.tune.storage import open_storage
 from mnist_lightning.tune.study import (
     SWEEPS,
@@ -29,7 +30,7 @@ from mnist_lightning.tune.study import (
     sweep,
 )
 
-SPACE = {"a": IntDistribution(1, 1000), "b": CategoricalDistribution(["x", "y"])}
+SPACE = SearchSpace({"a": IntDistribution(1, 1000), "b": CategoricalDistribution(["x", "y"])})
 
 
 @pytest.fixture
@@ -110,7 +111,7 @@ def test_a_sampler_that_learns_sees_the_trials_before(journal, sampler):
 @pytest.mark.parametrize("sampler", [lambda grid: GridSampler(grid, seed=0), lambda _: BruteForceSampler(seed=0)])
 def test_a_finite_space_is_known_to_be_exhausted_by_all_who_draw(journal, sampler):
     grid = {"a": [1, 2], "b": ["x", "y"]}
-    space = {"a": IntDistribution(1, 2), "b": SPACE["b"]}
+    space = SearchSpace({"a": IntDistribution(1, 2), "b": SPACE["b"]})
     first, second = (make(journal, space, lambda number: sampler(grid), combinations=4) for _ in range(2))
     assert not is_complete(first, 99)
     trials = [ask(study, space, 99) for study in (first, second, first)]
@@ -139,10 +140,10 @@ def test_the_same_settings_continue_a_study(journal):
     ("settings", "space", "message"),
     [
         ({"epochs": 4}, SPACE, "epochs is 3 in the study, 4 in the command"),
-        ({"epochs": 3}, {"a": SPACE["a"]}, "b is one of x, y in the study, not searched in the command"),
+        ({"epochs": 3}, SearchSpace({"a": SPACE["a"]}), "b is one of x, y in the study, not searched in the command"),
         (
             {"epochs": 3},
-            {**SPACE, "a": FloatDistribution(0.1, 1, log=True)},
+            SearchSpace({**SPACE, "a": FloatDistribution(0.1, 1, log=True)}),
             "a is 1 to 1000, step 1 in the study, 0.1 to 1, logarithmic in the command",
         ),
     ],

@@ -162,7 +162,7 @@ def load_study(name: str | None, storage: str | None, logs: Path, models: Sequen
         raise MisconfigurationException(f"There is no study {found} in {source}.")
     if not study.get_trials(states=(TrialState.COMPLETE,)):
         return None
-    check_trials(study, study.best_trial.distributions)
+    check_trials(study)
     return study
 
 

@@ -35,13 +35,14 @@ from mnist_lightning.signals import Interrupt, interruptible
 from mnist_lightning.tune.search import Search
 from mnist_lightning.tune.space import (
     NOTEBOOK_SPACE,
-    bounds,
-    check_in_space,
+    SearchSpace,
     check_values,
     config_with,
     describe,
+    describe_conditions,
     get_value,
     make_space,
+    params_of,
     short_key,
     short_value,
 )
@@ -174,14 +175,14 @@ def tune(run: SearchCLI, command: str, interrupt: Interrupt) -> None:
     base = {key: value for key, value in run.plain_config().items() if key in ("name", "origin", *RUN_KEYS)}
     space = make_space(options.search_space, base)
     check_values(space, base, run.parser)  # type: ignore[arg-type]
-    baseline = {key: get_value(base, key) for key in space}
+    baseline: dict[str, Any] = {}
     if options.enqueue_baseline:
-        check_in_space(baseline, space)
+        baseline = params_of(_values(base, space), space, "enqueue_baseline")
     _check_training(run)
     print("Search space:")
     width = max(map(len, space))
     for key, distribution in space.items():
-        print(f"  {key:{width}}  {describe(distribution)}")
+        print(f"  {key:{width}}  {describe(distribution)}{describe_conditions(space.conditions.get(key, {}))}")
 
     folder = run.logs / options.study_name
     search = Search(options, base, space, options.storage or str(folder / "journal.log"), folder, process_name())
@@ -237,10 +238,19 @@ def tune(run: SearchCLI, command: str, interrupt: Interrupt) -> None:
         _refit(path, config, run.logs, options)
 
 
+def _values(base: dict[str, Any], space: SearchSpace) -> dict[str, Any]:
+    """The values that a config has at the keys of a space, as far as it has them."""
+    values = {}
+    for key in space:
+        with suppress(KeyError, TypeError, IndexError, ValueError):
+            values[key] = get_value(base, key)
+    return values
+
+
 def _write_config(trial: FrozenTrial, run: SearchCLI, search: Search) -> tuple[Path, dict[str, Any]]:
     """Write the config that refits a trial; gives its file and itself."""
     options = search.options
-    config = run.plain_config(run.parser.parse_object(config_with(search.base, trial.params)))
+    config = run.plain_config(run.parser.parse_object(config_with(search.base, trial.params, search.space)))
     config = {key: config[key] for key in search.base}
     config["origin"] = {"study_name": options.study_name, "trial": trial.number}
     if "trainer.max_epochs" not in search.space:
@@ -285,7 +295,7 @@ PLUMBING = {
 
 def _settings(search: Search, digest: str) -> dict[str, Any]:
     """What a value of the study depends on, beside its space."""
-    settings = config_with(search.base, {key: bounds(values)[0] for key, values in search.space.items()})
+    settings = config_with(search.base, search.space.example({}), search.space)
     for key in ("name", "origin", "num_threads", "tensorboard"):
         del settings[key]
     settings["trainer"] = {key: value for key, value in settings["trainer"].items() if key not in PLUMBING}
@@ -438,11 +448,11 @@ def _print_results(study: Study, metric: str) -> None:
     print(f"\nTrials of study {study.study_name}: {', '.join(numbers)}")
     if not complete:
         return
-    keys = list(study.best_params)
+    keys = list(dict.fromkeys(key for trial in complete for key in trial.params))
     print(results(study, keys).head(10).rename(columns={"value": metric}).to_string(index=False))
     print(f"\nBest: trial {study.best_trial.number}, {metric} {study.best_value:.4f}")
-    for key in keys:
-        print(f"  {key}: {study.best_params[key]}")
+    for key, value in study.best_params.items():
+        print(f"  {key}: {value}")
     if len({trial.value for trial in complete}) > 1:
         evaluator = optuna.importance.FanovaImportanceEvaluator(seed=0)
         importances = optuna.importance.get_param_importances(study, evaluator=evaluator)

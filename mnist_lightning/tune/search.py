@@ -84,6 +84,8 @@ class Search:
     def use_sampler(self, study: Study) -> None:
         """Let the study draw as this search does."""
         sampler_class, combinations = type(instantiate(BaseSampler, self.options.sampler)), math.inf
+        if sampler_class is GridSampler and self.space.conditions:
+            raise MisconfigurationException("GridSampler knows no conditions (when): take BruteForceSampler.")
         if sampler_class is GridSampler:
             combinations = math.prod(map(len, self.options.sampler.init_args.search_space.values()))
         elif sampler_class is BruteForceSampler:
@@ -148,7 +150,7 @@ class TrialRunner:
                 return None
             trial = self._trial(number)
             free = self._free(trial)
-            if trial.params.keys() != self.search.space.keys():  # the worker that drew it died; asking completes it
+            if not self.search.space.has_all(trial.params):  # the worker that drew it died; asking completes it
                 give_back(self.study, trial, attempts=trial.user_attrs.get("attempts", 0))
             elif trial.user_attrs.get("attempts", 0) >= ATTEMPTS:
                 self._fail(trial, f"{ATTEMPTS} processes died that ran it")
@@ -162,7 +164,7 @@ class TrialRunner:
     def _train(self, trial: FrozenTrial, execution: int) -> None:
         """Run an execution, and record it."""
         search, start = self.search, time.perf_counter()
-        config = config_with(search.base, trial.params)
+        config = config_with(search.base, trial.params, search.space)
         if config["seed_everything"] is not False:  # the same seeds in all trials, so that they compare
             config["seed_everything"] += execution
         config["origin"] = {"study_name": search.options.study_name, "trial": trial.number}

@@ -3,17 +3,56 @@
 import copy
 import json
 import math
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from typing import Any
 
-from jsonargparse import ArgumentError, ArgumentParser
+from jsonargparse import ArgumentParser
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
+from torch.nn import Module
 
 from mnist_lightning.parsing import Parser, shorten
 from mnist_lightning.runs import PROG
 
-SearchSpace = dict[str, BaseDistribution]
-"""From a key of the config, with dots and the indices of lists, to the distribution of its values."""
+
+class SearchSpace(dict[str, BaseDistribution]):
+    """From a key of the config, with dots and the indices of lists, to the distribution of its values.
+
+    A key comes after those on which it depends.
+
+    Args:
+        distributions: The distributions.
+
+    Attributes:
+        conditions: From a key to those on which it depends, and the values that they must have for it to be drawn.
+    """
+
+    def __init__(self, distributions: Mapping[str, BaseDistribution] | None = None) -> None:
+        super().__init__(distributions or {})
+        self.conditions: dict[str, dict[str, list[Any]]] = {}
+
+    def is_drawn(self, key: str, params: Mapping[str, Any]) -> bool:
+        """Whether a key is drawn beside these values."""
+        conditions = self.conditions.get(key, {}).items()
+        return all(parent in params and params[parent] in values for parent, values in conditions)
+
+    def has_all(self, params: Mapping[str, Any]) -> bool:
+        """Whether these are the values of a whole trial."""
+        return {key for key in self if self.is_drawn(key, params)} == params.keys()
+
+    def example(self, values: Mapping[str, Any]) -> dict[str, Any]:
+        """The values of a trial: these, those on which they depend, and the lowest or first of all others."""
+        wanted, waiting = dict(values), [*values]
+        while waiting:
+            for parent, allowed in self.conditions.get(waiting.pop(), {}).items():
+                wanted[parent] = allowed[0]
+                waiting.append(parent)
+        params: dict[str, Any] = {}
+        for each, distribution in self.items():
+            if self.is_drawn(each, params):
+                params[each] = wanted.get(each, bounds(distribution)[0])
+        return params
 
 
 def _distribution(name: str, **arguments: Any) -> dict[str, Any]:
@@ -52,31 +91,54 @@ def make_space(config: dict[str, Any] | None, base: dict[str, Any]) -> SearchSpa
     """Make the distributions, and see that each has a key.
 
     Args:
-        config: From a key to class path and arguments of its distribution.
+        config: From a key to class path and arguments of its distribution and, if it is not always drawn, ``when``: a
+            value or several of each key on which it depends.
         base: Config of a run.
 
     Raises:
-        MisconfigurationException: A distribution or a key is none, or there are none.
+        MisconfigurationException: A distribution, a condition or a key is none, or there are none.
     """
     if not config:
         raise MisconfigurationException("search_space is empty: give at least one key and its distribution.")
-    space: SearchSpace = {}
+    distributions: dict[str, BaseDistribution] = {}
+    conditions: dict[str, Any] = {}
     for key, distribution in config.items():
         try:
-            space[key] = instantiate(BaseDistribution, distribution)
-            json.dumps(space[key]._asdict(), allow_nan=False)  # Optuna takes infinite bounds, and fails at a draw
+            conditions[key] = dict(distribution.get("when") or {})
+            distribution = copy.deepcopy({name: value for name, value in distribution.items() if name != "when"})
+            arguments = distribution.get("init_args", {})
+            if isinstance(arguments.get("choices"), list):
+                arguments["choices"] = [_encode(choice) for choice in arguments["choices"]]
+            distributions[key] = instantiate(BaseDistribution, distribution)
+            json.dumps(distributions[key]._asdict(), allow_nan=False)  # Optuna takes infinite bounds, fails at a draw
         except Exception as error:  # jsonargparse and Optuna have many
             reason = " ".join(str(error).split())
             raise MisconfigurationException(f"search_space: {key} has no valid distribution. {reason}") from error
+    space = SearchSpace()
+    while len(space) < len(distributions):
+        ready = [key for key in distributions if key not in space and conditions[key].keys() <= space.keys()]
+        if not ready:
+            key = next(key for key in distributions if key not in space)
+            parents = ", ".join(conditions[key].keys() - space.keys())
+            raise MisconfigurationException(
+                f"search_space: {key} depends on {parents}, which is not searched, or depends on it."
+            )
+        for key in ready:
+            space[key] = distributions[key]
+            if conditions[key]:
+                space.conditions[key] = {
+                    parent: _condition(key, parent, values, space[parent]) for parent, values in conditions[key].items()
+                }
     for key in space:
         try:
             if not key.startswith(("trainer.", "model.", "data.")):
                 raise KeyError(key)
-            get_value(base, key)
+            config_with(base, space.example({key: bounds(space[key])[0]}), space)
         except (AttributeError, KeyError, IndexError, ValueError, TypeError) as error:
             raise MisconfigurationException(
                 f"search_space: trainer, model and data have no key {key}. "
-                f"`{PROG} tune --print_config` shows their keys; an item of a list is its key with .0, .1, ..."
+                f"`{PROG} tune --print_config` shows their keys; an item of a list is its key with .0, .1, ..., "
+                "its number of items the key with .length."
             ) from error
         for part in space:
             if part.startswith(f"{key}."):
@@ -88,66 +150,151 @@ def make_space(config: dict[str, Any] | None, base: dict[str, Any]) -> SearchSpa
     return space
 
 
+def _condition(key: str, parent: str, values: Any, distribution: BaseDistribution) -> list[Any]:
+    """The values of ``parent`` with which ``key`` is drawn, as the distribution has them."""
+    found = []
+    for value in values if isinstance(values, list) else [values]:
+        among = _in_distribution(value, distribution)
+        if not among:
+            raise MisconfigurationException(
+                f"search_space: {key} is drawn when {parent} is {value}, but {describe(distribution)} is searched."
+            )
+        found += among
+    return found
+
+
+def _in_distribution(value: Any, distribution: BaseDistribution) -> list[Any]:
+    """A value as a distribution has it; nothing if it has not."""
+    if isinstance(distribution, CategoricalDistribution):
+        return [choice for choice in distribution.choices if _is_same(choice, _encode(value))][:1]
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    return [value] if is_number and distribution._contains(distribution.to_internal_repr(value)) else []
+
+
+def _is_same(one: Any, other: Any) -> bool:
+    """Whether two values are equal, or one is the short name of the other's class."""
+    if isinstance(one, str) and isinstance(other, str):
+        return one == other or one.endswith(f".{other}") or other.endswith(f".{one}")
+    return bool(one == other) and isinstance(one, bool) == isinstance(other, bool)
+
+
+def _encode(value: Any) -> Any:
+    """Lists and mappings as JSON: Optuna's storages keep nothing but text, numbers and None."""
+    return json.dumps(value) if isinstance(value, list | tuple | dict) else value
+
+
 def check_values(space: SearchSpace, base: dict[str, Any], parser: Parser) -> None:
     """See that each key can have the outermost of its values, or all that it chooses from.
 
     Raises:
         MisconfigurationException: It cannot.
     """
-    first = {key: bounds(distribution)[0] for key, distribution in space.items()}
     parser.exit_on_error = False
     for key, distribution in space.items():
         for value in bounds(distribution):
+            params = space.example({key: value})  # with what depends on the value
+            if key not in params:
+                raise MisconfigurationException(f"search_space: the conditions of {key} exclude each other.")
+            config = config_with(base, params, space)
             try:
-                parser.parse_object(config_with(base, {**first, key: value}))
-            except ArgumentError as error:
-                reason = shorten(str(error.message))
+                parser.parse_object(config)
+                if key.startswith("model.network."):  # networks are made of arguments that must fit together
+                    instantiate(Module, config["model"]["network"])
+            except Exception as error:  # networks raise what they like
+                reason = shorten(str(getattr(error, "message", error)))
                 raise MisconfigurationException(f"search_space: {key} cannot be {value!r}. {reason}") from error
     parser.exit_on_error = True
 
 
-def check_in_space(values: dict[str, Any], space: SearchSpace) -> None:
-    """See that values can be a trial.
+def params_of(values: Mapping[str, Any], space: SearchSpace, what: str) -> dict[str, Any]:
+    """The values of a trial, as the space has them.
+
+    Args:
+        values: From keys to values; what is not drawn beside the others is left out, what is missing will be drawn.
+        space: The search space.
+        what: Where the values come from, for the message.
 
     Raises:
         MisconfigurationException: One is not among those that are searched.
     """
+    params: dict[str, Any] = {}
     for key, distribution in space.items():
-        try:
-            is_in = distribution._contains(distribution.to_internal_repr(values[key]))
-        except (TypeError, ValueError):  # not among the choices
-            is_in = False
-        if not is_in:
-            raise MisconfigurationException(
-                f"enqueue_baseline: {key} is {values[key]} in the config, but {describe(distribution)} is searched. "
-                f"Give another --{key}, or widen its space."
-            )
+        if key in values and space.is_drawn(key, params):
+            found = _in_distribution(values[key], distribution)
+            if not found:
+                raise MisconfigurationException(
+                    f"{what}: {key} is {values[key]}, but {describe(distribution)} is searched. "
+                    f"Give another value, or widen its space."
+                )
+            params[key] = found[0]
+    return params
 
 
-def config_with(base: dict[str, Any], params: dict[str, Any]) -> dict[str, Any]:
-    """A config of a run with these values of the search space."""
+def config_with(base: dict[str, Any], params: Mapping[str, Any], space: SearchSpace) -> dict[str, Any]:
+    """A config of a run with these values of the search space.
+
+    A class comes without the arguments of the class before. A list gets as many items as its ``length`` says, the last
+    one repeated; an item that is searched, but not drawn, is not there.
+    """
     config = copy.deepcopy(base)
-    for key in sorted(params, key=lambda key: not key.endswith(".class_path")):  # a class, then its arguments
+    for key in sorted(params, key=_order):
+        value = params[key]
+        if isinstance(value, str) and value[:1] in ("[", "{"):
+            value = json.loads(value)
         parent, _, last = key.rpartition(".")
+        if last == "class_path":
+            parent, _, last = parent.rpartition(".")
+            node = get_value(config, parent)
+            before = get_value(config, f"{parent}.{last}.class_path")
+            if value is None:
+                node[int(last) if isinstance(node, list) else last] = None
+            elif before is None or not _is_same(before, value):
+                node[int(last) if isinstance(node, list) else last] = {"class_path": value, "init_args": {}}
+            continue
         node = get_value(config, parent)
-        if last == "class_path" and node[last] != params[key]:
-            node["init_args"] = {}  # not those of the class before
-        node[int(last) if isinstance(node, list) else last] = params[key]
+        if last == "length" and isinstance(node, list):
+            node[value:] = node[-1:] * (value - len(node))
+        elif isinstance(node, list):
+            index = int(last)
+            if index > len(node) or str(index) != last:  # an index has one name, so that no item is searched twice
+                raise IndexError(last)
+            node[index : index + 1] = [value]
+        elif last in node or parent.endswith(".init_args"):  # the parser knows the arguments of a class
+            node[last] = value
+        else:
+            raise KeyError(last)
+    for key in sorted(space.keys() - params.keys(), key=_order, reverse=True):
+        parent, _, last = key.rpartition(".")
+        with suppress(KeyError, TypeError, IndexError, ValueError):  # of another class
+            node = get_value(config, parent)
+            if isinstance(node, list) and last != "length":
+                del node[int(last)]
     return config
 
 
+def _order(key: str) -> tuple[int, int]:
+    """Classes come before their arguments, lengths before items, items in their order."""
+    last = key.rpartition(".")[2]
+    return ["class_path", "length"].index(last) if last in ("class_path", "length") else 2, int(
+        last
+    ) if last.isdigit() else 0
+
+
 def get_value(config: Any, key: str) -> Any:
-    """What a config has at a key with dots."""
+    """What a config has at a key with dots; the class of None is None."""
     for part in key.split("."):
-        # an index has one name, so that no item is searched twice
-        config = config[[str(i) for i in range(len(config))].index(part)] if isinstance(config, list) else config[part]
+        if isinstance(config, list):
+            config = len(config) if part == "length" else config[[str(i) for i in range(len(config))].index(part)]
+        elif config is not None or part != "class_path":
+            config = config[part]
     return config
 
 
 def max_epochs(space: SearchSpace, base: dict[str, Any]) -> Any:
     """The epochs of the longest execution."""
     epochs = space.get("trainer.max_epochs")
-    return max(bounds(epochs)) if epochs else base["trainer"]["max_epochs"]
+    is_base = epochs is None or "trainer.max_epochs" in space.conditions
+    return max([*(bounds(epochs) if epochs else []), *([base["trainer"]["max_epochs"]] if is_base else [])])
 
 
 def bounds(distribution: BaseDistribution) -> list[Any]:
@@ -160,15 +307,29 @@ def bounds(distribution: BaseDistribution) -> list[Any]:
 
 def size(space: SearchSpace) -> float:
     """The number of combinations in a space, infinite where a value has no steps."""
-    sizes: list[float] = []
-    for distribution in space.values():
-        if isinstance(distribution, CategoricalDistribution):
-            sizes.append(len(distribution.choices))
-        else:
-            assert isinstance(distribution, FloatDistribution | IntDistribution)
-            step = distribution.step
-            sizes.append(round((distribution.high - distribution.low) / step) + 1 if step else math.inf)
-    return math.prod(sizes)
+    parents = {parent for conditions in space.conditions.values() for parent in conditions}
+
+    def count(keys: Sequence[str], params: dict[str, Any]) -> float:
+        if not keys:
+            return 1
+        (key, *rest), distribution = keys, space[keys[0]]
+        if not space.is_drawn(key, params):
+            return count(rest, params)
+        values = _all_values(distribution)
+        if key in parents and values is not None:
+            return sum(count(rest, {**params, key: value}) for value in values)
+        return (math.inf if values is None else len(values)) * count(rest, params)
+
+    return count(list(space), {})
+
+
+def _all_values(distribution: BaseDistribution) -> Sequence[Any] | None:
+    """All values of a distribution, or None where they have no steps."""
+    if isinstance(distribution, CategoricalDistribution):
+        return distribution.choices
+    assert isinstance(distribution, FloatDistribution | IntDistribution)
+    low, step = distribution.low, distribution.step
+    return None if step is None else [low + i * step for i in range(round((distribution.high - low) / step) + 1)]
 
 
 def describe(distribution: BaseDistribution) -> str:
@@ -178,6 +339,12 @@ def describe(distribution: BaseDistribution) -> str:
     assert isinstance(distribution, FloatDistribution | IntDistribution)
     step = "" if distribution.step is None or distribution.log else f", step {distribution.step:g}"
     return f"{distribution.low:g} to {distribution.high:g}{step}{', logarithmic' if distribution.log else ''}"
+
+
+def describe_conditions(conditions: Mapping[str, Sequence[Any]]) -> str:
+    """When a key is drawn, in words; nothing if always."""
+    parts = [f"{short_key(key)} is {' or '.join(map(short_value, values))}" for key, values in conditions.items()]
+    return f", when {' and '.join(parts)}" if parts else ""
 
 
 def short_key(key: str) -> str:
@@ -190,4 +357,5 @@ def short_value(value: Any) -> str:
     """A value of a parameter: numbers in few digits, class paths by their last name."""
     if isinstance(value, float):
         return f"{value:.4g}"
-    return value.rpartition(".")[2] if isinstance(value, str) else str(value)
+    is_path = isinstance(value, str) and all(part.isidentifier() for part in value.split("."))
+    return value.rpartition(".")[2] if is_path else str(value)

@@ -1,5 +1,6 @@
 """The Optuna study behind ``tune``: who draws a trial, who owns it, and what becomes of it when its owner dies."""
 
+import json
 import math
 import os
 import socket
@@ -20,7 +21,7 @@ from optuna.study import Study, StudyDirection
 from optuna.trial import FrozenTrial, TrialState
 
 from mnist_lightning.runs import flatten
-from mnist_lightning.tune.space import SearchSpace, describe, short_key, short_value
+from mnist_lightning.tune.space import SearchSpace, describe, describe_conditions, short_key, short_value
 from mnist_lightning.tune.storage import open_storage
 
 if TYPE_CHECKING:
@@ -58,7 +59,7 @@ class TrialSampler(BaseSampler):
     def infer_relative_search_space(self, study: Study, trial: FrozenTrial) -> dict[str, BaseDistribution]:
         return self._sampler.infer_relative_search_space(study, trial)
 
-    def sample_relative(self, study: Study, trial: FrozenTrial, search_space: SearchSpace) -> dict[str, Any]:
+    def sample_relative(self, study: Study, trial: FrozenTrial, search_space: Any) -> dict[str, Any]:
         return self._sampler.sample_relative(study, trial, search_space)
 
     def sample_independent(self, study: Study, trial: FrozenTrial, name: str, distribution: BaseDistribution) -> Any:
@@ -103,7 +104,11 @@ def open_study(
     Raises:
         MisconfigurationException: There is one by this name, but with other settings or another space.
     """
-    own = {**settings, "direction": direction, "search_space": {key: distribution_to_json(space[key]) for key in space}}
+    searched = {key: json.loads(distribution_to_json(space[key])) for key in space}
+    for key, conditions in space.conditions.items():
+        searched[key]["when"] = conditions
+    texts = {key: json.dumps(distribution) for key, distribution in searched.items()}
+    own = {**settings, "direction": direction, "search_space": texts}
     try:
         study = optuna.create_study(storage=storage, study_name=name, direction=direction)
         study.set_user_attr("settings", own)
@@ -138,8 +143,8 @@ def find_study(name: str, source: str) -> Study | None:
         return None
 
 
-def check_trials(study: Study, space: SearchSpace) -> None:
-    """See that the trials have what ``tune`` gives them.
+def check_trials(study: Study, space: SearchSpace | None = None) -> None:
+    """See that the trials have what ``tune`` gives them, and values of the whole space if it is known.
 
     Raises:
         MisconfigurationException: One has not.
@@ -147,7 +152,7 @@ def check_trials(study: Study, space: SearchSpace) -> None:
     for trial in study.get_trials(deepcopy=False):
         attributes = trial.user_attrs
         try:
-            if trial.state == TrialState.COMPLETE and trial.params.keys() != space.keys():
+            if trial.state == TrialState.COMPLETE and space is not None and not space.has_all(trial.params):
                 raise ValueError("it has other parameters")
             for execution in attributes.get("executions", []):
                 math.fsum([execution["score"], *(index(epoch) + value for epoch, value in execution["values"])])
@@ -183,7 +188,8 @@ def _describe(key: str, flat: dict[str, Any]) -> str:
     if key not in flat:
         return "not searched"
     try:
-        return describe(json_to_distribution(flat[key]))
+        conditions = json.loads(flat[key]).get("when", {})
+        return describe(json_to_distribution(flat[key])) + describe_conditions(conditions)
     except (KeyError, TypeError, ValueError):  # another setting
         return str(flat[key])
 
@@ -197,7 +203,9 @@ def results(study: Study, keys: Sequence[str]) -> "pd.DataFrame":
     rows = []
     for trial in sorted(trials, key=lambda trial: sign * (trial.value or 0.0)):
         scores = " ".join(f"{execution['score']:.4f}" for execution in trial.user_attrs.get("executions", []))
-        rows.append([str(trial.number), f"{trial.value:.4f}", scores, *(short_value(trial.params[k]) for k in keys)])
+        rows.append(
+            [str(trial.number), f"{trial.value:.4f}", scores, *(short_value(trial.params.get(k, "-")) for k in keys)]
+        )
     return pd.DataFrame(rows, columns=["trial", "value", "executions", *map(short_key, keys)])
 
 
@@ -267,6 +275,8 @@ def ask(study: Study, space: SearchSpace, n_trials: int, owner: str) -> int | No
         trial = study.ask()
         trial.set_user_attr("owner", owner)  # first: should this process die, it is known whose the trial was
         for name, distribution in space.items():
+            if not space.is_drawn(name, trial.params):
+                continue
             if name in trial.params.keys() - trial.relative_params.keys() and math.isinf(sampler.combinations):
                 # half of it was drawn before: with this, the rest is what it would have been
                 sampler.sample_independent(study, study.get_trials(deepcopy=False)[trial.number], name, distribution)
@@ -313,9 +323,9 @@ def find_trial(study: Study, number: int, space: SearchSpace) -> FrozenTrial:
         MisconfigurationException: There is none of this number.
     """
     trials = study.get_trials(deepcopy=False)
-    if number < len(trials) and trials[number].params.keys() == space.keys():
+    if number < len(trials) and space.has_all(trials[number].params):
         return trials[number]
-    drawn = [str(trial.number) for trial in trials if trial.params.keys() == space.keys()]
+    drawn = [str(trial.number) for trial in trials if space.has_all(trial.params)]
     raise MisconfigurationException(
         f"The study {study.study_name} has no trial {number}: its numbers are {', '.join(drawn) or 'none yet'}."
     )
