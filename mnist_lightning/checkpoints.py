@@ -7,7 +7,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -93,13 +93,15 @@ class CheckpointIO(TorchCheckpointIO):
 class RunCheckpoint(ModelCheckpoint):
     """``checkpoints/best.ckpt``, ``checkpoints/last.ckpt`` and ``metrics.csv`` of a run, renewed after every epoch.
 
-    Best is the earliest epoch with the highest ``val/accuracy``. Beyond what Lightning stores, a checkpoint carries
-    the random state of Python, NumPy and torch and the metrics of all epochs so far. A run that starts from it draws
-    the same shuffles and dropout masks as one that was never interrupted, and its folder is complete: metrics of all
-    epochs, and the best checkpoint even if it came before the interruption.
+    Best is the earliest epoch with the highest ``val/accuracy``, or the best of another metric. Beyond what Lightning
+    stores, a checkpoint carries the random state of Python, NumPy and torch and the metrics of all epochs so far. A run
+    that starts from it draws the same shuffles and dropout masks as one that was never interrupted, and its folder is
+    complete: metrics of all epochs, and the best checkpoint even if it came before the interruption.
 
     Args:
         config: The run's, in plain types, to be stored in its checkpoints.
+        monitor: The metric.
+        mode: ``max`` or ``min``.
 
     Attributes:
         config: As given.
@@ -107,11 +109,13 @@ class RunCheckpoint(ModelCheckpoint):
         seconds: Training time up to the last checkpoint, validation and logs included.
     """
 
-    def __init__(self, config: dict[str, Any] | None = None) -> None:
+    def __init__(
+        self, config: dict[str, Any] | None = None, monitor: str = "val/accuracy", mode: Literal["max", "min"] = "max"
+    ) -> None:
         super().__init__(
             filename="best",
-            monitor="val/accuracy",
-            mode="max",
+            monitor=monitor,
+            mode=mode,
             save_last=True,
             save_on_train_epoch_end=True,
             enable_version_counter=False,

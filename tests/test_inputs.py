@@ -193,8 +193,8 @@ def test_a_config_runs_no_code(refused, cwd, model):
         ({RATE: spec("FloatDistribution", low=float("nan"), high=1.0)}, "has no valid distribution"),
         ({RATE: spec("FloatDistribution", low=0.1, high=float("inf"))}, "has no valid distribution"),
         ({UNITS: spec("CategoricalDistribution", choices=[])}, "has no valid distribution"),
-        ({UNITS: spec("CategoricalDistribution", choices=[[1], {"a": 2}])}, "has no valid distribution"),
-        ({"model.optimizer": spec("CategoricalDistribution", choices=[EVALUATE])}, "has no valid distribution"),
+        ({UNITS: spec("CategoricalDistribution", choices=[[1], {"a": 2}])}, r"cannot be '\[1\]'"),
+        ({"model.optimizer": spec("CategoricalDistribution", choices=[EVALUATE])}, "sympify is no class"),
         ({"model.optimizer": spec("CategoricalDistribution", choices=["os.system"])}, "cannot be 'os.system'"),
         ({UNITS: SYSTEM}, "has no valid distribution"),
         ({UNITS: spec("torch.nn.Linear", in_features=1, out_features=1)}, "has no valid distribution"),
@@ -203,9 +203,10 @@ def test_a_config_runs_no_code(refused, cwd, model):
             ({key: INTEGER}, "have no key")
             for key in (
                 "trainer.", "trainer", "..", "name", "x" * 5000,
-                *(f"model.network.init_args.units.{index}" for index in ("2", "-1", "00")),
+                *(f"model.network.init_args.units.{index}" for index in ("3", "-1", "00")),
             )
         ],
+        ({"model.network.init_args.units.2": INTEGER}, "dropout has 2 values for 3 hidden layers"),
         ({5: INTEGER}, "have no key 5"),
         ({"model.network.init_args.units": INTEGER, UNITS: INTEGER}, "is a part of"),
         ({"trainer.max_epochs": spec("CategoricalDistribution", choices=[1, None])}, "max_epochs is None"),

@@ -193,6 +193,85 @@ def test_the_baseline_can_be_a_trial(tune, tmp_path):
     assert not (tmp_path / "new/lightning_logs").exists()
 
 
+def test_trials_come_from_a_file_or_another_study_and_the_best_keeps_its_weights(tune, capfd, tmp_path):
+    units = "model.network.init_args.units.0"
+    (tmp_path / "first.yaml").write_text(f"- {{{units}: 9}}\n- {{model.optimizer.class_path: KerasSGD}}\n")
+    options = ["--executions_per_trial=1", "--n_trials=3", "--keep_checkpoints=best", "--workers=1"]
+    code, output, errors = tune(*options, f"--enqueue={tmp_path / 'first.yaml'}")
+    assert code == 0, errors
+    study = load(tmp_path / "here")
+    assert [study.trials[0].params[units], study.trials[1].params["model.optimizer.class_path"]] == [9, "KerasSGD"]
+
+    trial = study.best_trial
+    kept = sorted((tmp_path / "here").rglob("*.ckpt"))
+    folder = tmp_path / f"here/lightning_logs/tune/trial_{trial.number:03}/execution_0"
+    assert kept == [folder / "checkpoints/best.ckpt", folder / "checkpoints/last.ckpt"]
+    shown = re.search(r"Its weights: (\S+) .*Test them: .* test (.*)", output)
+    assert tmp_path / "here" / shown[1] == kept[0]
+    code, output, errors = in_process(capfd, "validate", *shown[2].split())
+    assert code == 0, errors
+    assert float(re.search(r"val/accuracy +([\d.]+)", output)[1]) == pytest.approx(trial.value)
+
+    code, output, errors = tune("--executions_per_trial=1", "--n_trials=1", "--like=tune", "--study_name=next")
+    assert code == 0, errors
+    assert load(tmp_path / "here", "next").trials[0].params == trial.params
+    space = choices(**{"model.optimizer.class_path": ["KerasAdam", "KerasSGD", "KerasRMSprop"]})
+    _, output, _ = tune("--executions_per_trial=1", "--n_trials=1", "--like=tune", "--study_name=small", space)
+    assert "like tune: l2.1, units.0 not taken, which this space does not have" in output
+    drawn = load(tmp_path / "here", "small").trials[0].params["model.optimizer.class_path"]
+    assert trial.params["model.optimizer.class_path"].endswith(drawn)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("- {data.batch_size: 4}", "trial 1 of 1: data.batch_size is not searched."),
+        ("- {model.network.init_args.units.0: 9}\n- 3", "trial 2 of 2 is no mapping"),
+        ("- {model.network.init_args.units.0: 1}", "units.0 is 1, but 8 to 32, step 1 is searched"),
+        ("{", "is no YAML"),
+        (None, "No such file"),
+    ],
+)
+def test_trials_that_cannot_be_are_refused(tune, tmp_path, content, message):
+    if content is not None:
+        (tmp_path / "first.yaml").write_text(content)
+    code, _, errors = tune(f"--enqueue={tmp_path / 'first.yaml'}")
+    assert code == 1
+    assert message in errors
+    assert len(errors.splitlines()) <= 6
+
+
+def test_several_metrics_have_a_pareto_front(tune, tmp_path):
+    units = "model.network.init_args.units.0"
+    space = choices(**{units: [4, 32, 64]})
+    options = [space, "--sampler=BruteForceSampler", "--executions_per_trial=1", "--metric", "val/loss"]
+    options += ["--metric", "parameters", "--metric=flops", "--direction=minimize", "--direction=minimize"]
+    options += ["--direction", "maximize"]
+    code, output, errors = tune(*options, "--limits.parameters=30000", epochs=3)
+    assert code == 0, errors
+    study = load(tmp_path / "here")
+    assert [direction.name for direction in study.directions] == ["MINIMIZE", "MINIMIZE", "MAXIMIZE"]
+    for trial in study.trials:
+        width = trial.params[units]
+        layers = [(784, width), (width, 64), (64, 10)]
+        loss, parameters, flops = trial.values
+        assert loss == min(value for _, value in trial.user_attrs["executions"][0]["values"])
+        assert parameters == sum((into + 1) * out for into, out in layers)
+        assert flops == sum(2 * into * out for into, out in layers)
+    assert re.search(r"^trial +val/loss +parameters +flops", output, re.MULTILINE)
+    assert "Pareto front: 3 of them" in output
+    small = min((trial for trial in study.trials if trial.values[1] <= 30000), key=lambda trial: trial.values[0])
+    assert f"Best within parameters 30,000: trial {small.number}, val/loss" in output
+    best = tmp_path / "here/lightning_logs/tune/best.yaml"
+    assert yaml.safe_load(best.read_text())["model"]["network"]["init_args"]["units"][0] == small.params[units]
+    code, _, errors = tune(*options, "--limits.parameters=3")
+    assert code == 1
+    assert "epochs is 3 in the study, 2 in the command" in errors
+    code, _, errors = tune(*options, "--limits.parameters=3", epochs=3)
+    assert code == 1
+    assert "No completed trial is within parameters 3:" in errors
+
+
 def test_a_study_is_shown_while_it_is_searched(whole, data_dir, tune, tmp_path):
     (tmp_path / "here").mkdir()
     parent = start(data_dir, tmp_path / "here", "--n_trials=500", "--workers=1")
@@ -496,6 +575,11 @@ def test_no_trial_touches_the_test_images(data_dir, tune, tmp_path):
             "data.batch_size has no valid distribution",
         ),
         (["--sampler=NoSampler"], "NoSampler"),
+        (["--metric=val/loss", "--metric=parameters", "--pruner=MedianPruner"], "A pruner knows one metric only"),
+        (["--metric=val/loss", "--metric=flops", "--direction=minimize"], "Each metric needs one direction"),
+        (["--metric=parameters", "--metric=val/loss"], "parameters cannot"),
+        (["--limits.parameters=3"], "parameters is not among the metrics"),
+        (["--like=other"], "there is no study other in lightning_logs/other/journal.log"),
         (["--metric=test/accuracy"], "These are: val/loss, val/penalized_loss, val/accuracy"),
         (["--trainer.accelerator=cpu", "--trainer.devices=2"], "leave --trainer.devices at 1"),
         (["--n_trials=0"], "n_trials"),
@@ -560,10 +644,13 @@ def test_a_metric_that_is_named_once_reaches_every_place(command, monkeypatch, t
     )
 
 
-@pytest.mark.parametrize(("options", "best"), [([], min), (["--direction=maximize"], max)])
+@pytest.mark.parametrize(
+    ("options", "best"), [([], min), (["--direction=maximize"], max), (["--metric=train/loss"], min)]
+)
 def test_a_loss_is_minimized_unless_said_otherwise(tune, tmp_path, options, best):
     space = choices(**{"model.optimizer.init_args.lr": [1e-3, 1e-5]})
-    tune(space, "--sampler=BruteForceSampler", "--executions_per_trial=1", "--metric=val/loss", *options)
+    loss = [] if "--metric=train/loss" in options else ["--metric=val/loss"]
+    tune(space, "--sampler=BruteForceSampler", "--executions_per_trial=1", *loss, *options)
     study = load(tmp_path / "here")
     assert len({trial.value for trial in study.trials}) == 2
     assert study.best_value == best(trial.value for trial in study.trials)

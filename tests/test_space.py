@@ -95,18 +95,18 @@ def test_conditions_that_cannot_be_are_refused(space, message):
 @pytest.mark.parametrize("make", [RandomSampler, lambda seed: TPESampler(multivariate=True, group=True, seed=seed)])
 def test_samplers_draw_a_key_only_where_it_has_a_sense(tmp_path, make):
     space = make_space(DEEP, BASE)
-    study, _ = open_study(open_storage(str(tmp_path / "journal.log")), "study", "maximize", {}, space)
+    study, _ = open_study(open_storage(str(tmp_path / "journal.log")), "study", ["maximize"], {}, space)
     study.sampler = TrialSampler(study, make)
     for _ in range(30):
         number = studies.ask(study, space, 30, process_name())
         study.tell(number, len(study.trials[number].params))
     assert all(space.has_all(trial.params) for trial in study.trials)
     assert {trial.params[LENGTH] for trial in study.trials} == {1, 2, 3}
-    same, _ = open_study(open_storage(str(tmp_path / "journal.log")), "study", "maximize", {}, make_space(DEEP, BASE))
+    same, _ = open_study(open_storage(str(tmp_path / "journal.log")), "study", ["maximize"], {}, make_space(DEEP, BASE))
     assert same.trials == study.trials
     other = make_space({**DEEP, f"{NETWORK}.units.2": integer(16, 32, when={LENGTH: [2, 3]})}, BASE)
     with pytest.raises(MisconfigurationException, match=r"units\.2 is 16 to 32, step 1, when units.length is 3 in the"):
-        open_study(open_storage(str(tmp_path / "journal.log")), "study", "maximize", {}, other)
+        open_study(open_storage(str(tmp_path / "journal.log")), "study", ["maximize"], {}, other)
 
 
 def test_a_tree_of_values_is_searched_whole(tmp_path):
@@ -116,7 +116,7 @@ def test_a_tree_of_values_is_searched_whole(tmp_path):
     small = {key: value for key, value in DEEP.items() if "units.2" not in key}
     space = make_space(small, BASE)
     assert size(space) == (1 + 2 + 4) * 3 * 2
-    study, _ = open_study(open_storage(str(tmp_path / "journal.log")), "study", "maximize", {}, space)
+    study, _ = open_study(open_storage(str(tmp_path / "journal.log")), "study", ["maximize"], {}, space)
     study.sampler = TrialSampler(study, lambda _: BruteForceSampler(seed=0), size(space))
     while (number := studies.ask(study, space, 1000, process_name())) is not None:
         study.tell(number, 0.0)

@@ -43,7 +43,7 @@ def seeded(number):
 
 
 def make(journal, space=SPACE, sampler=seeded, name="study", combinations=math.inf, **settings):
-    study, _ = open_study(open_storage(journal), name, "maximize", settings, space)
+    study, _ = open_study(open_storage(journal), name, ["maximize"], settings, space)
     study.sampler = TrialSampler(study, sampler, combinations)
     return study
 
@@ -131,7 +131,7 @@ def test_a_finite_space_is_known_to_be_exhausted_by_all_who_draw(journal, sample
 def test_the_same_settings_continue_a_study(journal):
     study = make(journal, epochs=3)
     study.tell(study.ask(SPACE), 1.0)
-    again, is_new = open_study(open_storage(journal), "study", "maximize", {"epochs": 3}, SPACE)
+    again, is_new = open_study(open_storage(journal), "study", ["maximize"], {"epochs": 3}, SPACE)
     assert not is_new
     assert again.best_value == 1.0
 

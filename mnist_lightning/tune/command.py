@@ -32,7 +32,7 @@ from mnist_lightning.cli import RunCLI, fit, quieten_lightning
 from mnist_lightning.parsing import corrected
 from mnist_lightning.runs import PROG, RUN_KEYS, atomic_write, flatten, format_table, newest_file, user_errors
 from mnist_lightning.signals import Interrupt, interruptible
-from mnist_lightning.tune.search import Search
+from mnist_lightning.tune.search import COMPUTED, Search
 from mnist_lightning.tune.space import (
     NOTEBOOK_SPACE,
     SearchSpace,
@@ -50,13 +50,16 @@ from mnist_lightning.tune.storage import open_storage
 from mnist_lightning.tune.study import (
     ATTEMPTS,
     SWEEPS,
+    best_trial,
     find_study,
     find_trial,
+    format_value,
     give_back,
     is_complete,
     is_counted,
     is_over,
     is_there,
+    metrics_of,
     open_study,
     process_name,
     renew_deadline,
@@ -75,8 +78,12 @@ class SearchOptions:
     Args:
         search_space: From a key of this config (an item of a list by its index) to class path and arguments of the
             Optuna distribution of its values.
-        metric: A trial's value is this metric at its best epoch, averaged over the trial's executions.
-        direction: Whether a good value is high or low; by default low for a loss or an error, else high.
+        metric: A trial's value is this metric at its best epoch, averaged over the trial's executions. Of several (give
+            it again), those after the first are taken at the best epoch of the first; parameters, flops and seconds
+            are metrics as well.
+        direction: Whether a good value is high or low, for each metric; by default low for losses, errors, parameters,
+            flops and seconds, else high.
+        limits: With several metrics, how bad one may be at most in the best trial; as --limits.parameters 50000.
         sampler: Draws the trials. Its seed is seed_everything, unless given.
         pruner: Ends bad trials early, after an epoch or an execution.
         n_trials: Trials of the study in all, those of earlier commands and of other processes included.
@@ -89,14 +96,19 @@ class SearchOptions:
         workers: Processes that train; by default one for each GPU or, without any, each CPU core.
         grace_period: Seconds after which the trials of a machine that has vanished are run by others.
         enqueue_baseline: Whether the values that the config has are a trial, the first of a new study.
+        enqueue: YAML file with a list of trials that are run first. Each is a mapping from keys of the search space to
+            values, or a config such as best.yaml; what is missing is drawn.
+        like: Name of another study, in lightning_logs or the storage: the values of its best trial are run first.
+        keep_checkpoints: Whether the weights of the best trial are kept, as checkpoints of its executions.
         trial: Take this trial of the study instead of searching on and taking the best.
         refit: Whether the best is trained anew at the end, as a run of its own.
         refit_epochs: Epochs of that, unless trainer.max_epochs was searched.
     """
 
     search_space: dict[str, dict[str, Any]] = field(default_factory=lambda: NOTEBOOK_SPACE)
-    metric: str = "val/accuracy"
-    direction: Literal["maximize", "minimize"] | None = None
+    metric: str | list[str] = "val/accuracy"
+    direction: Literal["maximize", "minimize"] | list[Literal["maximize", "minimize"]] | None = None
+    limits: dict[str, float] = field(default_factory=dict)
     sampler: BaseSampler = lazy_instance(RandomSampler)  # noqa: RUF009
     pruner: BasePruner = lazy_instance(NopPruner)  # noqa: RUF009
     n_trials: PositiveInt = 10
@@ -108,6 +120,9 @@ class SearchOptions:
     workers: PositiveInt | None = None
     grace_period: PositiveFloat = 60.0
     enqueue_baseline: bool = False
+    enqueue: str | None = None
+    like: str | None = None
+    keep_checkpoints: Literal["none", "best"] = "none"
     trial: NonNegativeInt | None = None
     refit: bool = True
     refit_epochs: PositiveInt = 20
@@ -124,20 +139,41 @@ class SearchCLI(RunCLI):
 
     def before_instantiate_classes(self) -> None:
         super().before_instantiate_classes()
-        is_loss = any(word in self.config.metric for word in ("loss", "error"))
-        self.config.direction = self.config.direction or ("minimize" if is_loss else "maximize")
+        metric, direction = self.config.metric, self.config.direction
+        metrics = [metric] if isinstance(metric, str) else metric
+        directions = [direction] if isinstance(direction, str) else direction or [*map(_direction, metrics)]
+        if len(directions) != len(metrics) or len({*metrics}) != len(metrics) or not metrics:
+            raise MisconfigurationException(
+                f"Each metric needs one direction: metric is {', '.join(metrics)}, direction {', '.join(directions)}."
+            )
+        if unknown := self.config.limits.keys() - {*metrics}:
+            raise MisconfigurationException(f"limits: {', '.join(unknown)} is not among the metrics.")
+        if len(metrics) > 1 and not self.config.pruner.class_path.endswith("NopPruner"):
+            raise MisconfigurationException("A pruner knows one metric only: leave --pruner, or give one --metric.")
+        self.config.metric, self.config.direction = metrics, directions
         for key in ("sampler", "pruner"):
             arguments = self.config[key].get("init_args", {})
             for name, value in arguments.items():  # a number is taken for text where both may stand: max_resource
                 arguments[name] = int(value) if isinstance(value, str) and value.isdecimal() else value
 
 
+def _direction(metric: str) -> str:
+    is_low = metric in COMPUTED or any(word in metric for word in ("loss", "error"))
+    return "minimize" if is_low else "maximize"
+
+
 def main(command: str, description: str, arguments: Sequence[str]) -> None:
     """Run the command."""
+    seen: set[str] = set()
+    words = []
+    for word in arguments:  # --metric A --metric B are two, as the parser's --metric A --metric+ B
+        key, is_joined, value = word.partition("=")
+        words.append(f"{key}+{is_joined}{value}" if key in seen else word)
+        seen |= {key} & {"--metric", "--direction"}
     quieten_lightning()
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     with user_errors(), corrected():
-        run = SearchCLI(command, arguments, description)
+        run = SearchCLI(command, words, description)
         with interruptible() as interrupt:
             if run.config.show:
                 show(run)
@@ -156,10 +192,9 @@ def show(run: SearchCLI) -> None:
     study = find_study(name, source)
     if study is None:
         raise MisconfigurationException(f"There is no study {name} in {source}.")
-    settings = study.user_attrs.get("settings")
-    if not isinstance(settings, dict):
+    if not isinstance(study.user_attrs.get("settings"), dict):
         raise MisconfigurationException(f"The study {name} was not made by tune.")
-    _print_results(study, str(settings["metric"]))
+    _print_results(study, run.config.limits)
 
 
 def tune(run: SearchCLI, command: str, interrupt: Interrupt) -> None:
@@ -175,9 +210,7 @@ def tune(run: SearchCLI, command: str, interrupt: Interrupt) -> None:
     base = {key: value for key, value in run.plain_config().items() if key in ("name", "origin", *RUN_KEYS)}
     space = make_space(options.search_space, base)
     check_values(space, base, run.parser)  # type: ignore[arg-type]
-    baseline: dict[str, Any] = {}
-    if options.enqueue_baseline:
-        baseline = params_of(_values(base, space), space, "enqueue_baseline")
+    first = _first_trials(run, space, base)
     _check_training(run)
     print("Search space:")
     width = max(map(len, space))
@@ -192,14 +225,14 @@ def tune(run: SearchCLI, command: str, interrupt: Interrupt) -> None:
     study, _ = open_study(storage, options.study_name, options.direction, settings, space)
     search.use_sampler(study)
     study.pruner = run.config_init.pruner
-    if options.enqueue_baseline and not is_there(study, baseline):
-        if is_complete(study, options.n_trials):
-            count = len(study.get_trials(deepcopy=False)) + 1
-            print(
-                f"enqueue_baseline: not done, the study has its {options.n_trials} trials. --n_trials {count} has room"
-            )
+    for source, params in first:
+        count = sum(map(is_counted, study.get_trials(deepcopy=False)))
+        if is_there(study, params):
+            continue
+        if count >= options.n_trials:
+            print(f"{source}: not done, the study has its {count} trials. --n_trials {count + 1} has room")
         else:
-            study.enqueue_trial(baseline)
+            study.enqueue_trial(params)
     took_part = options.trial is None and not is_complete(study, options.n_trials)
     if took_part:
         words = [
@@ -211,15 +244,17 @@ def tune(run: SearchCLI, command: str, interrupt: Interrupt) -> None:
         print(f"While it runs: {PROG} tune {shlex.join(words)}    tensorboard --logdir {run.logs}")
         renew_deadline(study, timeout)
     interrupted = took_part and Workers(search, study, _devices(run.config)).run(interrupt)
-    _print_results(study, options.metric)
+    _print_results(study, options.limits)
     if took_part and not interrupted and is_over(study) and not is_complete(study, options.n_trials):
         print(f"\nThe time is over. Continue: {command}")
     path = None
     if options.trial is not None or study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,)):
-        trial = study.best_trial if options.trial is None else find_trial(study, options.trial, space)
+        trial = best_trial(study, options.limits) if options.trial is None else find_trial(study, options.trial, space)
         path, config = _write_config(trial, run, search)
         print(f"\nConfig of trial {trial.number}: {path}    Train it: {PROG} fit --config {path}")
         print(f"Of another: {command} --trial N")
+        for weights in search.checkpoints(trial):
+            print(f"Its weights: {weights}    Test them: {PROG} test --ckpt_path {weights}")
     if interrupted:
         print(f"\nStopped. Continue: {command}")
         sys.exit(130)
@@ -238,13 +273,55 @@ def tune(run: SearchCLI, command: str, interrupt: Interrupt) -> None:
         _refit(path, config, run.logs, options)
 
 
-def _values(base: dict[str, Any], space: SearchSpace) -> dict[str, Any]:
-    """The values that a config has at the keys of a space, as far as it has them."""
-    values = {}
-    for key in space:
-        with suppress(KeyError, TypeError, IndexError, ValueError):
-            values[key] = get_value(base, key)
-    return values
+def _first_trials(run: SearchCLI, space: SearchSpace, base: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
+    """The trials that the options want to be run first, each with where it comes from.
+
+    Raises:
+        MisconfigurationException: There is no such file or study, or what it has is not searched.
+    """
+    options, given = run.config, []
+    if options.enqueue_baseline:
+        given.append(("enqueue_baseline", base))
+    if options.like is not None:
+        source = options.storage or str(run.logs / options.like / "journal.log")
+        other = find_study(options.like, source)
+        if other is None:
+            raise MisconfigurationException(f"like: there is no study {options.like} in {source}.")
+        best, values = best_trial(other, {}).params, {}
+        for key in space:
+            if key in best:
+                with suppress(MisconfigurationException):
+                    values.update(params_of({key: best[key]}, SearchSpace({key: space[key]}), ""))
+        if left := sorted(best.keys() - values.keys()):
+            print(f"like {options.like}: {', '.join(map(short_key, left))} not taken, which this space does not have")
+        given.append((f"like {options.like}", values))
+    if options.enqueue is not None:
+        try:
+            items = yaml.safe_load(Path(options.enqueue).read_text(encoding="utf-8"))
+        except (yaml.YAMLError, ValueError) as error:
+            raise MisconfigurationException(f"{options.enqueue} is no YAML: {' '.join(str(error).split())}") from error
+        items = items if isinstance(items, list) else [items]
+        for number, item in enumerate(items):
+            source = f"{options.enqueue}, trial {number + 1} of {len(items)}"
+            if not isinstance(item, dict) or not item:
+                raise MisconfigurationException(f"{source} is no mapping from keys of the search space to values.")
+            if "model" not in item and (unknown := item.keys() - space.keys()):
+                raise MisconfigurationException(f"{source}: {', '.join(map(str, unknown))} is not searched.")
+            given.append((source, item))
+    trials = []
+    for source, values in given:
+        found = {}
+        for key in space:
+            with suppress(KeyError, TypeError, IndexError, ValueError):  # a config may lack what is not always drawn
+                found[key] = values[key] if key in values else get_value(values, key)
+        params = params_of(found, space, source)
+        if values.keys() <= space.keys() and (ignored := values.keys() - params.keys()):
+            raise MisconfigurationException(
+                f"{source}: {', '.join(ignored)} is not drawn beside the other values. Leave it, or change those."
+            )
+        if params:
+            trials.append((source, params))
+    return trials
 
 
 def _write_config(trial: FrozenTrial, run: SearchCLI, search: Search) -> tuple[Path, dict[str, Any]]:
@@ -279,10 +356,14 @@ def _check_training(run: SearchCLI) -> None:
     run.datamodule.setup("fit")
     run.trainer.limit_val_batches = 1
     (metrics,) = run.trainer.validate(run.model, datamodule=run.datamodule, verbose=False)
-    if run.config.metric not in metrics:
-        raise MisconfigurationException(
-            f"The metric {run.config.metric} is not logged in validation. These are: {', '.join(metrics)}"
-        )
+    if run.config.metric[0] in COMPUTED:
+        raise MisconfigurationException(f"The first metric tells the best epoch; {run.config.metric[0]} cannot.")
+    for metric in run.config.metric:
+        if metric not in metrics and metric not in COMPUTED and not metric.startswith("train/"):
+            raise MisconfigurationException(
+                f"The metric {metric} is not logged in validation. These are: {', '.join(metrics)}; "
+                f"those of train/ and {', '.join(COMPUTED)} can be taken as well."
+            )
 
 
 PLUMBING = {
@@ -301,7 +382,8 @@ def _settings(search: Search, digest: str) -> dict[str, Any]:
     settings["trainer"] = {key: value for key, value in settings["trainer"].items() if key not in PLUMBING}
     settings["data"] = {**settings["data"], "digest": digest}
     del settings["data"]["data_dir"], settings["data"]["eval_batch_size"]
-    return {**settings, **{key: search.options[key] for key in ("metric", "executions_per_trial")}, "version": 2}
+    metric = search.options.metric if len(search.options.metric) > 1 else search.options.metric[0]
+    return {**settings, "metric": metric, "executions_per_trial": search.options.executions_per_trial, "version": 2}
 
 
 def _devices(options: Any) -> list[str | None]:
@@ -413,7 +495,7 @@ class Workers:
         for trial in finished:
             if trial.number not in self._shown:
                 self._shown.add(trial.number)
-                result = f"{trial.value:.4f}" if trial.value is not None else trial.user_attrs.get("error")
+                result = " ".join(map(format_value, trial.values or [])) or trial.user_attrs.get("error")
                 params = ", ".join(f"{short_key(key)} {short_value(value)}" for key, value in trial.params.items())
                 self._print(f"Trial {trial.number:3} {trial.state.name.lower():8} {result}  {params}")
         states = [trial.state for trial in trials]
@@ -422,7 +504,7 @@ class Workers:
             if state in states:
                 self.bar.desc += f", {states.count(state)} {name}"
         if TrialState.COMPLETE in states:
-            best = self.search.best(trial.value for trial in finished if trial.state == TrialState.COMPLETE)
+            best = self.search.best(trial.values[0] for trial in finished if trial.state == TrialState.COMPLETE)
             self.bar.desc += f", best {best:.4f}"
         if (left := time_left(self.study)) < math.inf:
             self.bar.desc += f", {tqdm.format_interval(left)} until no trial is begun"
@@ -437,7 +519,7 @@ class Workers:
             print(line, flush=True)
 
 
-def _print_results(study: Study, metric: str) -> None:
+def _print_results(study: Study, limits: dict[str, float]) -> None:
     trials = study.get_trials(deepcopy=False)
     complete = [trial for trial in trials if trial.state == TrialState.COMPLETE]
     states = [("completed", TrialState.COMPLETE), ("pruned", TrialState.PRUNED), ("failed", TrialState.FAIL)]
@@ -449,13 +531,23 @@ def _print_results(study: Study, metric: str) -> None:
     if not complete:
         return
     keys = list(dict.fromkeys(key for trial in complete for key in trial.params))
-    print(results(study, keys).head(10).rename(columns={"value": metric}).to_string(index=False))
-    print(f"\nBest: trial {study.best_trial.number}, {metric} {study.best_value:.4f}")
-    for key, value in study.best_params.items():
+    table = results(study, keys)
+    if len(study.directions) > 1:
+        front = {str(trial.number) for trial in study.best_trials}
+        table = table[table["trial"].isin(front)]
+        print(f"Pareto front: {len(table)} of them, none of which another betters in every metric")
+    print(table.head(10 if len(study.directions) == 1 else 30).to_string(index=False))
+    best, metrics = best_trial(study, limits), metrics_of(study)
+    values = ", ".join(f"{metric} {format_value(value)}" for metric, value in zip(metrics, best.values, strict=True))
+    within = ", ".join(f"{name} {format_value(value)}" for name, value in limits.items())
+    print(f"\nBest{f' within {within}' if limits else ''}: trial {best.number}, {values}")
+    for key, value in best.params.items():
         print(f"  {key}: {value}")
-    if len({trial.value for trial in complete}) > 1:
+    if len({trial.values[0] for trial in complete}) > 1:
         evaluator = optuna.importance.FanovaImportanceEvaluator(seed=0)
-        importances = optuna.importance.get_param_importances(study, evaluator=evaluator)
+        importances = optuna.importance.get_param_importances(
+            study, evaluator=evaluator, target=lambda trial: trial.values[0]
+        )
         shown = ", ".join(f"{short_key(key)} {importance:.2f}" for key, importance in importances.items())
         print(f"Importance (fANOVA): {shown}")
 

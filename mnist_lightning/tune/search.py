@@ -8,6 +8,7 @@ that are finished; ``attempts``, how often a process died that ran it, since the
 import copy
 import inspect
 import math
+import shutil
 import time
 from contextlib import suppress
 from dataclasses import dataclass
@@ -18,10 +19,12 @@ from typing import Any
 
 import numpy as np
 import optuna
+import torch
 import yaml
 from filelock import FileLock
 from jsonargparse import Namespace
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.loggers import TensorBoardLogger, WandbLogger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException, SIGTERMException
 from optuna.exceptions import UpdateFinishedTrialError
@@ -29,7 +32,9 @@ from optuna.pruners import BasePruner, NopPruner, WilcoxonPruner
 from optuna.samplers import BaseSampler, BruteForceSampler, GridSampler, QMCSampler
 from optuna.study import Study
 from optuna.trial import FrozenTrial, TrialState
+from torch.utils.flop_counter import FlopCounterMode
 
+from mnist_lightning.checkpoints import RunCheckpoint
 from mnist_lightning.cli import EXECUTION, RunCLI
 from mnist_lightning.tune.space import SearchSpace, config_with, instantiate, max_epochs, size
 from mnist_lightning.tune.storage import open_storage
@@ -37,12 +42,16 @@ from mnist_lightning.tune.study import (
     ATTEMPTS,
     TrialSampler,
     ask,
+    best_trial,
     give_back,
     is_complete,
     is_over,
     process_name,
     set_attributes,
 )
+
+COMPUTED = ("parameters", "flops", "seconds")
+"""Metrics that are not logged: trainable parameters, operations for one image, time that the training took."""
 
 
 @dataclass
@@ -78,8 +87,26 @@ class Search:
         return FileLock(self.folder / ".lock")
 
     def best(self, values: Any) -> Any:
-        """The best of several values of the metric."""
-        return (max if self.options.direction == "maximize" else min)(values)
+        """The best of several values of the first metric."""
+        return (max if self.options.direction[0] == "maximize" else min)(values)
+
+    def checkpoints(self, trial: FrozenTrial) -> list[Path]:
+        """The weights of a trial that are kept on this machine, those of the best execution."""
+        execution = self.best((each["score"], each["execution"]) for each in trial.user_attrs.get("executions", []))[1]
+        pattern = f"trial_{trial.number:03}/execution_{execution}*/checkpoints/best.ckpt"
+        return sorted(self.folder.glob(pattern), key=lambda path: path.stat().st_mtime)[-1:]
+
+    def delete_checkpoints(self, study: Study) -> None:
+        """Delete the checkpoints of trials that are finished, but not the best."""
+        if self.options.keep_checkpoints == "none":
+            return
+        trials, best = study.get_trials(deepcopy=False), None
+        with suppress(MisconfigurationException):  # none is complete, or within the limits
+            best = best_trial(study, self.options.limits)
+        for folder in self.folder.glob("trial_*/execution_*/checkpoints"):
+            trial = trials[int(folder.parent.parent.name.removeprefix("trial_"))]
+            if trial.state.is_finished() and trial != best:
+                shutil.rmtree(folder, ignore_errors=True)
 
     def use_sampler(self, study: Study) -> None:
         """Let the study draw as this search does."""
@@ -189,13 +216,20 @@ class TrialRunner:
             if config["tensorboard"]:
                 tensorboard = TensorBoardLogger(search.folder, folder.name, name, default_hp_metric=False)
                 run.trainer.loggers = [tensorboard, *loggers]
-            run.trainer.callbacks.append(progress)  # type: ignore[attr-defined]
+            callbacks: list[Any] = run.trainer.callbacks  # type: ignore[attr-defined]
+            callbacks.append(progress)
+            if search.options.keep_checkpoints == "best":
+                mode: Any = search.options.direction[0][:3]
+                checkpoint = RunCheckpoint(complete, search.options.metric[0], mode)
+                checkpoint.dirpath = str(folder / name / "checkpoints")
+                callbacks.append(checkpoint)
             run.trainer.fit(run.model, datamodule=run.datamodule)
         except (OSError, SIGTERMException, UpdateFinishedTrialError):  # the machine is at fault, or it is not ours
             raise
         except (Exception, SystemExit) as error:  # whatever a combination of values makes go wrong
             if self.is_own(trial):
                 self._fail(trial, f"{type(error).__name__}: {' '.join(str(error).split())}")
+                search.delete_checkpoints(self.study)
             return
         finally:
             for logger in loggers:
@@ -204,10 +238,12 @@ class TrialRunner:
         result = {
             "execution": execution,
             "seed": None if config["seed_everything"] is False else config["seed_everything"],
-            "score": search.best(progress.curve.values()),
+            "score": progress.scores[0],
             "seconds": round(time.perf_counter() - start, 2),
             "values": list(progress.curve.items()),
         }
+        if len(progress.scores) > 1:
+            result["scores"] = progress.scores
         with search.lock:
             trial = self._trial(trial.number)
             workers = trial.user_attrs.get("workers", {})
@@ -215,6 +251,7 @@ class TrialRunner:
                 return
             if progress.pruned:
                 self.study.tell(trial.number, state=TrialState.PRUNED)
+                search.delete_checkpoints(self.study)
                 return
             results = sorted([*_executions(trial), result], key=lambda each: each["execution"])
             workers = {e: name for e, name in workers.items() if e != str(execution)}
@@ -225,6 +262,7 @@ class TrialRunner:
                 self._end(self._trial(trial.number))
             elif pruned:
                 self.study.tell(trial.number, state=TrialState.PRUNED)
+            search.delete_checkpoints(self.study)
 
     def report(self, trial: FrozenTrial, running: dict[int, dict[int, float]]) -> bool:
         """Report what is known of a trial's executions, in their order.
@@ -278,7 +316,8 @@ class TrialRunner:
         return [e for e in range(self.search.options.executions_per_trial) if e not in taken]
 
     def _end(self, trial: FrozenTrial) -> None:
-        self.study.tell(trial.number, mean(result["score"] for result in _executions(trial)))
+        scores = [result.get("scores", [result["score"]]) for result in _executions(trial)]
+        self.study.tell(trial.number, [mean(values) for values in zip(*scores, strict=True)])
 
     def _fail(self, trial: FrozenTrial, error: str) -> None:
         set_attributes(self.study, trial, error=error)
@@ -302,11 +341,13 @@ def _executions(trial: FrozenTrial) -> list[dict[str, Any]]:
     return executions
 
 
-class Progress(Callback):
+class Progress(Checkpoint):
     """Reports the metric after each epoch, and ends the training where it shall not go on; logs the score.
 
+    As a Checkpoint, it is called when the metrics of the epoch's training are there, too.
+
     Attributes:
-        curve: From the epoch to the value of the metric.
+        curve: From the epoch to the value of the first metric.
         pruned: Whether the pruner ended the trial.
     """
 
@@ -314,23 +355,60 @@ class Progress(Callback):
         self._runner = runner
         self._trial = trial
         self._execution = execution
+        self._is_validated = False
+        self._others: dict[int, list[float]] = {}
         self.curve: dict[int, float] = {}
         self.pruned = False
 
+    @property
+    def scores(self) -> list[float]:
+        """The values of all metrics at the best epoch of the first."""
+        best = self._runner.search.best(self.curve.values())
+        epoch = next(epoch for epoch, value in self.curve.items() if value == best)
+        return [best, *self._others[epoch]]
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._start = time.perf_counter()
+
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._is_validated = not trainer.sanity_checking
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if not self._is_validated:  # with check_val_every_n_epoch
+            return
+        self._is_validated = False
         for name, metric in trainer.callback_metrics.items():
             if not math.isfinite(metric):
                 raise ArithmeticError(f"{name} is {metric.item()} after epoch {trainer.current_epoch + 1}")
-        self.curve[trainer.current_epoch] = trainer.callback_metrics[self._runner.search.options.metric].item()
+        first, *others = [self._value(name, trainer, pl_module) for name in self._runner.search.options.metric]
+        self.curve[trainer.current_epoch] = first
+        self._others[trainer.current_epoch] = others
         self.pruned = self._runner.report(self._trial, {self._execution: self.curve})
         if self.pruned or not self._runner.is_own(self._trial):
-            trainer.should_stop = True  # Lightning finishes the epoch and its logs
+            trainer.should_stop = True
+
+    def _value(self, name: str, trainer: Trainer, module: LightningModule) -> float:
+        """The value of a metric, at the end of an epoch."""
+        if name == "parameters":
+            return sum(parameter.numel() for parameter in module.parameters() if parameter.requires_grad)
+        if name == "seconds":
+            return round(time.perf_counter() - self._start, 2)
+        if name == "flops":
+            module.eval()  # or it would draw random numbers
+            with torch.no_grad(), FlopCounterMode(display=False) as counter:
+                module(module.example_input_array.to(module.device))  # type: ignore[union-attr]
+            module.train()
+            return float(counter.get_total_flops())
+        if name not in trainer.callback_metrics:
+            raise KeyError(f"{name} is not logged; these are: {', '.join(trainer.callback_metrics)}")
+        return float(trainer.callback_metrics[name])
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Log hyper-parameters and score for TensorBoard's page "HParams"."""
-        score = self._runner.search.best(self.curve.values())
+        """Log hyper-parameters and scores for TensorBoard's page "HParams"."""
+        metrics = self._runner.search.options.metric
+        scores = {"score": self.scores[0], **dict(zip(metrics[1:], self.scores[1:], strict=True))}
         for logger in trainer.loggers:
             if isinstance(logger, TensorBoardLogger):
-                logger.log_hyperparams(self._trial.params, {"score": score})
+                logger.log_hyperparams(self._trial.params, scores)
             else:
-                logger.log_metrics({"score": score}, step=trainer.global_step)
+                logger.log_metrics(scores, step=trainer.global_step)

@@ -130,6 +130,9 @@ def make_space(config: dict[str, Any] | None, base: dict[str, Any]) -> SearchSpa
                     parent: _condition(key, parent, values, space[parent]) for parent, values in conditions[key].items()
                 }
     for key in space:
+        for part in space:
+            if str(part).startswith(f"{key}."):
+                raise MisconfigurationException(f"search_space: {part} is a part of {key}: search one of them.")
         try:
             if not key.startswith(("trainer.", "model.", "data.")):
                 raise KeyError(key)
@@ -140,9 +143,6 @@ def make_space(config: dict[str, Any] | None, base: dict[str, Any]) -> SearchSpa
                 f"`{PROG} tune --print_config` shows their keys; an item of a list is its key with .0, .1, ..., "
                 "its number of items the key with .length."
             ) from error
-        for part in space:
-            if part.startswith(f"{key}."):
-                raise MisconfigurationException(f"search_space: {part} is a part of {key}: search one of them.")
     epochs = space.get("trainer.max_epochs")
     for value in bounds(epochs) if epochs else [base["trainer"]["max_epochs"]]:
         if not isinstance(value, int) or value < 1:
@@ -198,7 +198,8 @@ def check_values(space: SearchSpace, base: dict[str, Any], parser: Parser) -> No
             config = config_with(base, params, space)
             try:
                 parser.parse_object(config)
-                if key.startswith("model.network."):  # networks are made of arguments that must fit together
+                last = key.rpartition(".")[2]
+                if key.startswith("model.network.") and (last == "length" or last.isdigit()):  # lists must fit together
                     instantiate(Module, config["model"]["network"])
             except Exception as error:  # networks raise what they like
                 reason = shorten(str(getattr(error, "message", error)))
@@ -255,9 +256,7 @@ def config_with(base: dict[str, Any], params: Mapping[str, Any], space: SearchSp
         if last == "length" and isinstance(node, list):
             node[value:] = node[-1:] * (value - len(node))
         elif isinstance(node, list):
-            index = int(last)
-            if index > len(node) or str(index) != last:  # an index has one name, so that no item is searched twice
-                raise IndexError(last)
+            index = [str(i) for i in range(len(node) + 1)].index(last)  # one name, so that no item is searched twice
             node[index : index + 1] = [value]
         elif last in node or parent.endswith(".init_args"):  # the parser knows the arguments of a class
             node[last] = value

@@ -85,7 +85,7 @@ class TrialSampler(BaseSampler):
 def open_study(
     storage: BaseStorage,
     name: str,
-    direction: Literal["maximize", "minimize"],
+    directions: Sequence[Literal["maximize", "minimize"]],
     settings: dict[str, Any],
     space: SearchSpace,
 ) -> tuple[Study, bool]:
@@ -94,7 +94,7 @@ def open_study(
     Args:
         storage: Where it is.
         name: Its name.
-        direction: ``maximize`` or ``minimize``.
+        directions: ``maximize`` or ``minimize``, for each metric.
         settings: What else a value of the study depends on, in plain types.
         space: Its search space.
 
@@ -108,9 +108,10 @@ def open_study(
     for key, conditions in space.conditions.items():
         searched[key]["when"] = conditions
     texts = {key: json.dumps(distribution) for key, distribution in searched.items()}
+    direction = directions[0] if len(directions) == 1 else [*directions]
     own = {**settings, "direction": direction, "search_space": texts}
     try:
-        study = optuna.create_study(storage=storage, study_name=name, direction=direction)
+        study = optuna.create_study(storage=storage, study_name=name, directions=directions)
         study.set_user_attr("settings", own)
         return study, True
     except optuna.exceptions.DuplicatedStudyError:
@@ -194,19 +195,49 @@ def _describe(key: str, flat: dict[str, Any]) -> str:
         return str(flat[key])
 
 
+def metrics_of(study: Study) -> list[str]:
+    """The names of a study's metrics."""
+    metric = study.user_attrs.get("settings", {}).get("metric", "value")
+    return [metric] if isinstance(metric, str) else [*metric]
+
+
+def best_trial(study: Study, limits: dict[str, float]) -> FrozenTrial:
+    """The trial with the best first metric, of those within the limits of the others; the earliest of equals.
+
+    Raises:
+        MisconfigurationException: There is none.
+    """
+    names, best = metrics_of(study), []
+    signs = [1 if direction == StudyDirection.MAXIMIZE else -1 for direction in study.directions]
+    for trial in study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,)):
+        values = [sign * value for sign, value in zip(signs, trial.values, strict=True)]
+        if all(values[names.index(name)] >= signs[names.index(name)] * limit for name, limit in limits.items()):
+            best.append((values, -trial.number, trial))
+    if not best:
+        raise MisconfigurationException(
+            f"No completed trial is within {', '.join(f'{name} {limit:g}' for name, limit in limits.items())}: "
+            "give other --limits, or take any with --trial N."
+        )
+    return max(best, key=lambda item: item[:2])[2]
+
+
+def format_value(value: float) -> str:
+    """A value of a metric: whole numbers in full, others with four decimals."""
+    return f"{value:,.0f}" if value == int(value) and abs(value) > 1 else f"{value:.4f}"
+
+
 def results(study: Study, keys: Sequence[str]) -> "pd.DataFrame":
-    """The completed trials, the best first, as text: number, value, scores of the executions, values of ``keys``."""
+    """The completed trials, the best first, as text: number, values, scores of the executions, values of ``keys``."""
     import pandas as pd  # takes a while
 
     trials = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
-    sign = -1 if study.direction == StudyDirection.MAXIMIZE else 1
+    sign = -1 if study.directions[0] == StudyDirection.MAXIMIZE else 1
     rows = []
-    for trial in sorted(trials, key=lambda trial: sign * (trial.value or 0.0)):
+    for trial in sorted(trials, key=lambda trial: sign * trial.values[0]):
         scores = " ".join(f"{execution['score']:.4f}" for execution in trial.user_attrs.get("executions", []))
-        rows.append(
-            [str(trial.number), f"{trial.value:.4f}", scores, *(short_value(trial.params.get(k, "-")) for k in keys)]
-        )
-    return pd.DataFrame(rows, columns=["trial", "value", "executions", *map(short_key, keys)])
+        params = [short_value(trial.params.get(key, "-")) for key in keys]
+        rows.append([str(trial.number), *map(format_value, trial.values), scores, *params])
+    return pd.DataFrame(rows, columns=["trial", *metrics_of(study), "executions", *map(short_key, keys)])
 
 
 def process_name(pid: int | None = None) -> str:
