@@ -6,8 +6,13 @@ import os
 import re
 import shlex
 import shutil
+import signal
+import socket
+import subprocess
+import sys
 import time
 from collections import Counter
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -287,6 +292,40 @@ def test_a_study_is_shown_while_it_is_searched(whole, data_dir, tune, tmp_path):
     assert code == 1
     assert "There is no study none in lightning_logs/none/journal.log" in errors
     assert not (tmp_path / "here/lightning_logs/none").exists()
+
+
+@pytest.mark.skipif(shutil.which("chromium") is None, reason="needs the browser chromium")
+@pytest.mark.parametrize(
+    ("program", "page", "shown"),
+    [
+        ("tensorboard", "#timeseries", "trial_004/execution_1"),
+        ("optuna-dashboard", "dashboard/studies/0", "val/accuracy"),
+    ],
+)
+def test_the_programs_that_tune_names_show_the_study(whole, program, page, shown):
+    cwd, output = whole
+    arguments = shlex.split(re.search(rf"^ +{program} (.*)", output, re.MULTILINE)[1])
+    path = Path(sys.executable).with_name(program)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [str(path), *arguments, "--host=127.0.0.1", f"--port={port}"]
+    server = subprocess.Popen(
+        command, cwd=cwd, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
+    )
+    try:
+
+        def answers():
+            with suppress(OSError):
+                socket.create_connection(("127.0.0.1", port)).close()
+                return True
+
+        wait_for(answers)
+        browser = ["chromium", "--headless", "--no-sandbox", "--disable-gpu", "--window-size=1400,900", "--dump-dom"]
+        browser += ["--virtual-time-budget=20000", f"http://127.0.0.1:{port}/{page}"]
+        wait_for(lambda: shown in subprocess.run(browser, capture_output=True, text=True, timeout=120).stdout)
+    finally:
+        os.killpg(server.pid, signal.SIGKILL)
 
 
 def test_a_study_is_of_its_data_and_its_training(tune, data_dir, tmp_path):

@@ -235,13 +235,12 @@ def tune(run: SearchCLI, command: str, interrupt: Interrupt) -> None:
             study.enqueue_trial(params)
     took_part = options.trial is None and not is_complete(study, options.n_trials)
     if took_part:
-        words = [
-            "--show",
-            "--study_name",
-            options.study_name,
-            *(["--storage", options.storage] if options.storage else []),
-        ]
-        print(f"While it runs: {PROG} tune {shlex.join(words)}    tensorboard --logdir {run.logs}")
+        storage_option = ["--storage", options.storage] if options.storage else []
+        print("While it runs, elsewhere:")
+        print(f"  {PROG} tune --show {shlex.join(['--study_name', options.study_name, *storage_option])}")
+        print(f"  tensorboard --logdir {shlex.quote(str(run.logs))}")
+        if not search.storage.startswith("grpc://"):  # the dashboard reads journals and databases
+            print(f"  optuna-dashboard {shlex.quote(search.storage)}")
         renew_deadline(study, timeout)
     interrupted = took_part and Workers(search, study, _devices(run.config)).run(interrupt)
     _print_results(study, options.limits)

@@ -5,6 +5,7 @@ import math
 import os
 import socket
 import time
+import warnings
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from operator import index
@@ -14,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import optuna
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from optuna.distributions import BaseDistribution, distribution_to_json, json_to_distribution
-from optuna.exceptions import UpdateFinishedTrialError
+from optuna.exceptions import ExperimentalWarning, UpdateFinishedTrialError
 from optuna.samplers import BaseSampler, GridSampler
 from optuna.storages import BaseStorage
 from optuna.study import Study, StudyDirection
@@ -113,6 +114,8 @@ def open_study(
     try:
         study = optuna.create_study(storage=storage, study_name=name, directions=directions)
         study.set_user_attr("settings", own)
+        with warnings.catch_warnings(action="ignore", category=ExperimentalWarning):
+            study.set_metric_names(metrics_of(study))  # for Optuna's dashboard
         return study, True
     except optuna.exceptions.DuplicatedStudyError:
         study = optuna.load_study(storage=storage, study_name=name)
