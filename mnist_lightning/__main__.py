@@ -41,9 +41,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for name, text in COMMANDS.items():
         commands.add_parser(name, help=text, add_help=False)
     command = parser.parse_args(arguments[:1] or ["--help"]).command
-    text = Path(__file__).parent / f"help/{command}.txt"
-    if {"-h", "--help"} & {*arguments} and arguments[-1] != "all" and text.is_file():
-        print(text.read_text(encoding="utf-8"), end="")  # what the parser says, but without the seconds to load it
+    help_file = Path(__file__).parent / f"help/{command}.txt"
+    if {"-h", "--help"} & {*arguments} and arguments[-1] != "all" and help_file.is_file():
+        print(help_file.read_text(encoding="utf-8"), end="")  # what the parser says, but without the seconds to load it
         return
     module = f"mnist_lightning.{command if command in ('tune', 'report') else 'cli'}"
     importlib.import_module(module).main(command, COMMANDS[command], arguments[1:])  # takes seconds: torch, Lightning
