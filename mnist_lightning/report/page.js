@@ -13,9 +13,10 @@ for (const table of all("table.sortable"))
       const up = th.getAttribute("aria-sort") !== "ascending";
       for (const other of all("th", table)) other.removeAttribute("aria-sort");
       th.setAttribute("aria-sort", up ? "ascending" : "descending");
-      const text = (row) => row.cells[column].textContent.trim();
+      const text = (row) => row.cells[column].textContent.trim(), number = (row) => parseFloat(text(row).replaceAll(",", ""));
+      const compare = (a, b) => number(a) - number(b) || text(a).localeCompare(text(b)); // by text, where one is no number
       const body = table.tBodies[0];
-      body.append(...[...body.rows].sort((a, b) => (up ? 1 : -1) * text(a).localeCompare(text(b), "en", { numeric: true })));
+      body.append(...[...body.rows].sort((a, b) => (up ? 1 : -1) * compare(a, b)));
     });
   });
 
@@ -57,7 +58,8 @@ if (data.charts) {
       axes: [{ ...axis, label: "epoch", labelSize: 22, size: 34, incrs: [1, 2, 5, 10, 20, 50, 100, 200, 500, 1000] }, { ...axis, size: 62 }],
       cursor: { sync: { key: "epochs" }, points: { size: 8 } },
     }, values, box);
-    new ResizeObserver(() => plot.setSize({ width: box.clientWidth, height: 300 })).observe(box);
+    const fit = () => plot.width === box.clientWidth || plot.setSize({ width: box.clientWidth, height: 300 });
+    new ResizeObserver(() => requestAnimationFrame(fit)).observe(box); // later: it changes the height that is observed
     box.addEventListener("keydown", (event) => {
       const step = { ArrowLeft: -1, ArrowRight: 1 }[event.key];
       if (!step) return;
