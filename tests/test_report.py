@@ -9,14 +9,16 @@ import re
 import shutil
 import subprocess
 import sys
+import time
 from html.parser import HTMLParser
 from pathlib import Path
 
 import numpy as np
+import optuna
 import pandas as pd
 import pytest
 import torch
-from conftest import tune_options
+from conftest import in_process, tune_options
 from PIL import Image
 from scipy import stats
 from sklearn.metrics import accuracy_score, confusion_matrix, log_loss, precision_recall_fscore_support
@@ -25,7 +27,17 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from mnist_lightning.__main__ import main
 from mnist_lightning.classifier import Classifier
 from mnist_lightning.report import page
-from mnist_lightning.report.comparison import calibration_error, compare, reliability, seeds_p_value, verdict
+from mnist_lightning.report.comparison import (
+    accuracy_interval,
+    calibration_error,
+    compare,
+    compare_seeds,
+    compare_to_first,
+    holm,
+    reliability,
+    verdict,
+)
+from mnist_lightning.tune.storage import open_storage
 
 
 @pytest.fixture(scope="module")
@@ -116,7 +128,7 @@ def test_the_difference_is_that_of_the_saved_predictions(made, reported):
         table = pd.read_csv(made[0] / f"{name}.csv")
         right.append(table.label == table.predicted)
     corrected, broken = int((right[1] & ~right[0]).sum()), int((right[0] & ~right[1]).sum())
-    found = reported["difference"]
+    found = reported["differences"]["tuned"]
     assert (found["corrected"], found["broken"]) == (corrected, broken)
     assert found["p_value"] == pytest.approx(stats.binomtest(corrected, corrected + broken).pvalue)
     difference = right[1].mean() - right[0].mean()
@@ -131,11 +143,17 @@ def test_the_difference_is_that_of_the_saved_predictions(made, reported):
 def test_the_terminal_and_the_csv_show_the_comparison(made, reported):
     cwd, output = made
     with (cwd / "lightning_logs/report/comparison.csv").open(newline="") as file:
-        rows = {row["quantity"]: (row["baseline"], row["tuned"]) for row in csv.DictReader(file)}
+        rows = {row.pop("quantity"): [*row.values()] for row in csv.DictReader(file)}
     for name, index in (("baseline", 0), ("tuned", 1)):
         value = reported["models"][name]["metrics"]["test/accuracy (last epoch)"][0]
         assert rows["test/accuracy (last epoch)"][index] == f"{value:.4f}"
-    assert re.search(r"test/accuracy \(last epoch\) +{} +{}\n".format(*rows["test/accuracy (last epoch)"]), output)
+    one, two, difference = rows["test/accuracy (last epoch)"]
+    assert re.search(rf"test/accuracy \(last epoch\) +{one} +{two} +{re.escape(difference)}\n", output)
+    found = reported["differences"]["tuned"]
+    low, high = found["interval"]
+    assert difference == f"{found['difference']:+.4f} ({low:+.4f} to {high:+.4f})"
+    (seconds,) = reported["models"]["baseline"]["training_seconds"]
+    assert rows["training time, s"][0] == f"{seconds:.1f}"
     assert reported["verdict"] in output
     assert output.splitlines()[-1] == "Report: lightning_logs/report/report.html"
 
@@ -153,7 +171,7 @@ class Page(HTMLParser):
         if tag == "img":
             self.images.append(attributes)
         self.references += [attributes[key] for key in ("src", "href") if key in attributes]
-        if tag not in ("img", "meta", "link", "br"):
+        if tag not in ("img", "input", "meta", "link", "br"):
             self.open.append(tag)
 
     def handle_endtag(self, tag):
@@ -167,52 +185,190 @@ def test_the_page_is_one_file_with_everything(made, reported):
     page = Page(text)
     assert not page.problems
     assert not page.open
-    assert len(text) < 5_000_000
+    assert len(text) < 2_500_000  # of 5 MiB; a model of four thousand mistakes adds half a megabyte
     assert all(reference.startswith("data:") for reference in page.references)
-    assert "http" not in re.sub(r"data:[^\"]*", "", text)
+    assert "default-src 'none'" in text
     assert all(len(image["alt"]) > 10 for image in page.images)
     files = sorted(path.stem for path in (folder / "figures").glob("*.png"))
-    assert len(page.images) == len(files)
     assert {
         "val_accuracy", "val_penalized_loss", "val_loss", "train_accuracy", "train_penalized_loss", "train_loss",
-        "second_accuracy", "second_penalized_loss", "second_loss", "samples",
-        "confusion_first", "confusion_second", "misclassified_first", "misclassified_second", "confident_first",
-        "only_first", "reliability", "costs", "study_optimization_history", "study_param_importances",
-        "study_slice_units.0", "study_parallel_coordinate", "study_executions",
+        "curves_tuned_accuracy", "curves_tuned_penalized_loss", "curves_baseline_loss", "samples",
+        "confusion_baseline", "confusion_tuned", "misclassified_baseline", "misclassified_tuned", "confident_baseline",
+        "only_baseline_not_tuned", "only_tuned_not_baseline", "reliability", "costs", "study_optimization_history",
+        "study_param_importances", "study_slice_units.0", "study_parallel_coordinate", "study_executions",
     } <= set(files)  # fmt: skip
     for path in (folder / "figures").glob("*.png"):
-        assert Image.open(path).size[0] > 100
+        assert Image.open(path).size[0] > 200
     events = EventAccumulator(str(folder), size_guidance={"images": 0}).Reload()
     assert sorted(tag.removeprefix("report/") for tag in events.Tags()["images"]) == files
-    assert '<tr class="marked"><td>trainer.max_epochs</td><td>3</td><td>2</td></tr>' in text
-    assert "<tr><td>seed_everything</td><td>42</td><td>42</td></tr>" in text
+    shown, _, folded = text.partition("<details>")
+    assert "<tr><td>trainer.max_epochs</td><td>3</td><td>2</td></tr>" in shown
+    assert "<tr><td>seed_everything</td><td>42</td><td>42</td></tr>" in folded
 
 
-@pytest.mark.skipif(shutil.which("chromium") is None, reason="needs the browser chromium")
-@pytest.mark.parametrize("width", [390, 1280])
-def test_a_browser_shows_the_page(made, tmp_path, width):
-    """No error, nothing wider than the window, and a click on a header sorts its table."""
-    script = """<script>
-      const table = document.querySelector("table"), header = table.querySelectorAll("th button")[1];
-      header.click(); header.click();
-      const values = [...table.tBodies[0].rows].map((row) => parseFloat(row.cells[1].textContent.replace(",", "")));
-      const sorted = values.every((value, i) => i === 0 || values[i - 1] >= value);
-      const wide = [...document.querySelectorAll("body *")].filter((element) =>
-        !element.closest(".scroll *") && element.getBoundingClientRect().right > innerWidth + 1);
-      const scroll = document.documentElement.scrollWidth;
-      parent.document.title = JSON.stringify([innerWidth, scroll, wide.length, sorted, errors]);
-    </script>"""
+BEFORE = """<script>
+  const errors = [];
+  for (const name of ["error", "securitypolicyviolation", "unhandledrejection"])
+    addEventListener(name, (event) => errors.push(name + " " + (event.message ?? event.blockedURI ?? event.reason)));
+  for (const name of ["error", "warn"]) console[name] = (...texts) => errors.push(texts.join(" "));
+</script>"""
+AFTER = """<script>
+  const all_ = (selector, root = document) => [...root.querySelectorAll(selector)];
+  const wait = () => new Promise((go) => setTimeout(go, 100));
+  addEventListener("load", async () => {
+    const found = {};
+    try { await wait(); await (async () => { %s })(); } catch (error) { errors.push(String(error)); }
+    found.errors = errors;
+    const requests = performance.getEntriesByType("resource").map(({ name }) => name);
+    found.requests = requests.filter((name) => !name.startsWith("data:"));
+    parent.document.title = JSON.stringify(found);
+  });
+</script>"""
+
+
+@pytest.fixture(scope="module")
+def browse(made, tmp_path_factory):
+    """Runs a script in the page in headless Chromium; gives the dictionary ``found`` that the script fills."""
+    chromium = shutil.which("chromium")
+    if chromium is None:
+        pytest.skip("no browser here (Debian: apt-get install chromium)")
     text = (made[0] / "lightning_logs/report/report.html").read_text()
-    text = text.replace("<head>", "<head><script>const errors = []; onerror = (e) => errors.push(e);</script>")
-    page = tmp_path / "page.html"
-    inside = html.escape(text.replace("</body>", script + "</body>"))  # in a frame, since windows have a least width
-    page.write_text(f'<title></title><iframe style="border: 0; width: {width}px; height: 900px" srcdoc="{inside}">')
-    command = ["chromium", "--headless", "--no-sandbox", "--disable-gpu", "--window-size=1400,900", "--dump-dom"]
-    result = subprocess.run([*command, page.as_uri()], capture_output=True, text=True, timeout=60)
-    title = html.unescape(re.search("<title>(.*?)</title>", result.stdout)[1])
-    inner, scroll, wide, is_sorted, errors = json.loads(title)
-    assert (inner, wide, is_sorted, errors) == (width, 0, True, [])
-    assert scroll <= width
+
+    def run(script, width=1280, *flags):
+        with_script = text.replace("<head>", f"<head>{BEFORE}").replace("</body>", AFTER % script + "</body>")
+        page = tmp_path_factory.mktemp("page") / "page.html"
+        # in a frame, since windows have a least width
+        frame = f'<iframe style="border: 0; width: {width}px; height: 900px" srcdoc="{html.escape(with_script)}">'
+        page.write_text(f"<title></title>{frame}")
+        options = [
+            "--headless",
+            "--no-sandbox",
+            "--disable-gpu",
+            "--window-size=1400,900",
+            "--virtual-time-budget=5000",
+        ]
+        command = [chromium, *options, *flags, "--dump-dom", page.as_uri()]
+        result = subprocess.run(command, capture_output=True, text=True, timeout=60)
+        found = json.loads(html.unescape(re.search("<title>(.*?)</title>", result.stdout)[1]))
+        assert (found.pop("errors"), found.pop("requests")) == ([], [])
+        return found
+
+    return run
+
+
+@pytest.mark.parametrize("width", [360, 1280])
+def test_a_browser_shows_the_page(browse, width):
+    """Nothing is wider than the window, and a click on a header sorts its table."""
+    found = browse(
+        """
+        const table = document.querySelector("table.sortable"), header = table.querySelectorAll("th button")[1];
+        header.click(); header.click();
+        const values = [...table.tBodies[0].rows].map((row) => parseFloat(row.cells[1].textContent.replace(",", "")));
+        found.sorted = values.every((value, i) => i === 0 || values[i - 1] >= value);
+        found.wide = all_("body *").filter((element) => !element.closest(".scroll *, .u-wrap *") &&
+          element.getBoundingClientRect().right > innerWidth + 1).map((element) => element.outerHTML.slice(0, 80));
+        found.inner = innerWidth;
+        found.scrolls = document.documentElement.scrollWidth > innerWidth;
+        """,
+        width,
+    )
+    assert found == {"inner": width, "sorted": True, "wide": [], "scrolls": False}
+
+
+def test_curves_are_read_by_hovering_and_switched_off_together(browse, reported):
+    found = browse(
+        """
+        const legend = (chart) => Object.fromEntries(all_(".u-series:not(.band)", chart).map((row) =>
+          [row.querySelector(".u-label").textContent, row.querySelector(".u-value").textContent]));
+        const off = () => all_(".u-series.u-off:not(.band) .u-label").map((label) => label.textContent);
+        const charts = all_(".chart"), over = charts[0].querySelector(".u-over"), box = over.getBoundingClientRect();
+        const at = { clientX: box.right - 2, clientY: box.top + 50, bubbles: true };
+        over.dispatchEvent(new MouseEvent("mouseenter", at));
+        over.dispatchEvent(new MouseEvent("mousemove", at));
+        await wait();
+        found.hovered = charts.map(legend);
+        charts[1].dispatchEvent(new KeyboardEvent("keydown", { key: "ArrowLeft" }));
+        await wait();
+        found.key = legend(charts[1]).epoch;
+        all_("input[data-model]")[1].click();
+        await wait();
+        found.off = off();
+        charts[2].querySelectorAll(".u-series th")[3].click();
+        await wait();
+        found.on = off();
+        all_("input[data-stage]")[1].click();
+        await wait();
+        found.training = off();
+        """
+    )
+    metrics = reported["models"]["baseline"]["metrics"]
+    for name, hovered in zip(("loss", "penalized_loss", "accuracy"), found["hovered"], strict=True):
+        assert hovered["epoch"] == "3"
+        (value,) = metrics[f"val/{name} (last epoch)"]
+        assert float(hovered["baseline, validation"]) == pytest.approx(value, rel=2e-4)
+        assert hovered["tuned, training"] == "–"  # it has two epochs
+    assert found["key"] == "2"
+    assert found["off"] == 3 * ["tuned, validation", "tuned, training"]
+    assert found["on"] == []
+    assert found["training"] == 3 * ["baseline, training", "tuned, training"]
+
+
+def test_a_click_on_a_confusion_matrix_shows_its_mistakes(browse, made, reported):
+    found = browse(
+        """
+        const captions = () => all_("#gallery figure").map((figure) => figure.innerText.trim().split(/\\s*\\n\\s*/));
+        found.all = captions();
+        const cell = all_(".confusion button[data-model='1']").sort((a, b) => b.textContent - a.textContent)[0];
+        found.cell = [cell.dataset.true, cell.dataset.predicted].map(Number);
+        cell.focus(); cell.click();
+        await wait();
+        found.clicked = captions();
+        found.status = document.getElementById("count").textContent;
+        found.pressed = all_(".confusion [aria-pressed=true]").length;
+        found.titles = all_("#gallery .tile").map((tile) => +tile.title.split(" ").pop());
+        document.forms.filter.elements.others.value = "0";
+        document.forms.filter.dispatchEvent(new Event("change"));
+        found.differing = captions().length;
+        """
+    )
+    table = pd.read_csv(made[0] / "tuned.csv")
+    base = pd.read_csv(made[0] / "baseline.csv")
+    true, predicted = found["cell"]
+    cell = table[(table.label == true) & (table.predicted == predicted)]
+    assert sorted(found["titles"]) == cell["index"].tolist()
+    assert {caption[0].rpartition(" ")[0].rpartition(" ")[0] for caption in found["clicked"]} == {
+        f"{true} → {predicted}"
+    }
+    sure = [float(caption[0].split()[-2]) for caption in found["clicked"]]
+    assert sure == sorted(sure, reverse=True)
+    assert sure == pytest.approx(sorted(100 * cell[f"probability_{predicted}"], reverse=True), abs=0.06)
+    index = found["titles"][0]
+    assert found["clicked"][0][1].startswith(f"baseline {base.predicted[index]} ")
+    mistakes = int((table.label != table.predicted).sum())
+    assert found["status"].startswith(f"{len(cell)} of the {mistakes} mistakes of tuned, the most confident first")
+    assert found["pressed"] == 1
+    assert found["differing"] == int((base.predicted[cell["index"]] == true).sum())
+    assert len(found["all"]) == min(60, int((base.label != base.predicted).sum()))
+
+
+@pytest.mark.parametrize(("flags", "is_dark"), [([], False), (["--blink-settings=preferredColorScheme=0"], True)])
+def test_charts_follow_dark_mode(browse, flags, is_dark):
+    found = browse(
+        """
+        const brightness = (color) => color.match(/\\d+/g).slice(0, 3).reduce((sum, part) => sum + +part, 0) / 3;
+        const canvas = document.querySelector(".chart canvas");
+        const { data } = canvas.getContext("2d").getImageData(0, 0, 50, canvas.height); // the axis and its numbers
+        const text = [];
+        for (let i = 0; i < data.length; i += 4)
+          if (data[i + 3] > 250) text.push((data[i] + data[i + 1] + data[i + 2]) / 3);
+        found.numbers = text.reduce((sum, value) => sum + value, 0) / text.length > 128;
+        found.paper = brightness(getComputedStyle(document.body).backgroundColor) < 128;
+        found.images = getComputedStyle(document.querySelector("img")).filter !== "none";
+        """,
+        1280,
+        *flags,
+    )
+    assert found == {"numbers": is_dark, "paper": is_dark, "images": is_dark}
 
 
 def test_the_study_is_told(made, reported):
@@ -254,10 +410,14 @@ def test_several_seeds_give_means_and_a_test_over_seeds(run, made):
     found = json.loads(Path("lightning_logs/report/report.json").read_text())
     values = [found["models"][name]["metrics"]["test/accuracy (last epoch)"] for name in ("one", "other")]
     assert [len(value) for value in values] == [2, 2]
-    expected = stats.ttest_ind(*values, equal_var=False).pvalue
-    assert found["difference"]["seeds_p_value"] == pytest.approx(expected)
-    assert f"{np.mean(values[0]):.4f} ± {np.std(values[0], ddof=1):.4f}" in output
-    assert "Over 2 and 2 seeds" in output
+    expected = stats.ttest_ind(values[1], values[0], equal_var=False)
+    seeds = found["differences"]["other"]["seeds"]
+    assert seeds["p_value"] == pytest.approx(expected.pvalue)
+    assert seeds["interval"] == pytest.approx([*expected.confidence_interval()])
+    assert seeds["difference"] == pytest.approx(np.mean(values[1]) - np.mean(values[0]))
+    mean = f"{np.mean(values[0]):.4f} ± {np.std(values[0], ddof=1):.4f}"
+    assert mean in output
+    assert f"against {mean} over 2 seeds (Welch's t-test: p = {expected.pvalue:.3f}). Of the first runs, " in output
     assert found["study"] is None
 
 
@@ -385,10 +545,97 @@ def test_the_command_itself_says_it_too(command, tmp_path):
     assert "Traceback" not in result.stderr
 
 
-def test_three_models_are_too_many(run):
-    code, output = run("a", "b", "c")
-    assert code == 2
-    assert "two models are compared, not 3" in output
+def test_three_models_are_compared_to_the_first(run):
+    base = "lightning_logs/baseline/version_"
+    code, output = run(f"a b={base}1", f"a/b={base}0", "tuned")
+    assert code == 0, output
+    found = json.loads(Path("lightning_logs/report/report.json").read_text())
+    assert [*found["differences"]] == ["a/b", "tuned"]
+    p_values = [one["p_value"] for one in found["differences"].values()]
+    assert [one["adjusted_p_value"] for one in found["differences"].values()] == pytest.approx(holm(p_values))
+    header = Path("lightning_logs/report/comparison.csv").read_text().partition("\n")[0]
+    assert header == "quantity,a b,a/b,tuned,a/b - a b,tuned - a b"
+    assert output.count("after Holm") == 2
+    files = {path.stem for path in Path("lightning_logs/report/figures").glob("*.png")}
+    assert {"confusion_a_b", "confusion_a_b_1", "only_tuned_not_a_b", "only_a_b_not_a_b_1"} <= files
+
+
+def test_one_model_has_an_accuracy_and_no_difference(run):
+    code, output = run("baseline")
+    assert code == 0, output
+    found = json.loads(Path("lightning_logs/report/report.json").read_text())
+    assert found["differences"] == {}
+    accuracy = found["models"]["baseline"]["metrics"]["test/accuracy (last epoch)"][0]
+    low, high = found["models"]["baseline"]["accuracy_interval"]
+    assert f"gets {accuracy:.4f} of 300 test digits right (95 % interval {low:.4f} to {high:.4f})" in output
+    assert low < accuracy < high
+    assert Path("lightning_logs/report/comparison.csv").read_text().startswith("quantity,baseline\n")
+
+
+def test_a_pattern_takes_the_complete_runs_in_natural_order(run, made):
+    for number in (2, 10):
+        shutil.copytree("lightning_logs/baseline/version_0", f"lightning_logs/baseline/version_{number}")
+    shutil.rmtree("lightning_logs/baseline/version_0/checkpoints")
+    Path("lightning_logs/baseline/version_1/test.csv").unlink()
+    base = "lightning_logs/baseline"
+    assert page.find_runs("all", f"{base}/*") == [Path(f"{base}/version_2"), Path(f"{base}/version_10")]
+    code, output = run("all=nowhere/*,lightning_logs/tuned/version_0")
+    assert code == "error: all: no complete run matches nowhere/*."
+    code, output = run(f"all={base}/version_?,{base}/version_2")
+    assert code == 0, output
+    assert (
+        f"all: left out, without a checkpoint or stopped before their end: {base}/version_0, {base}/version_1\n"
+        in output
+    )
+    runs = json.loads(Path("lightning_logs/report/report.json").read_text())["models"]["all"]["runs"]
+    assert runs == [f"{base}/version_2"]
+    code, _ = run("a=lightning_logs/tuned/version_0", "a=lightning_logs/tuned/version_0")
+    assert code == (
+        "error: Each model needs a name of its own, as NAME=PATH: "
+        "a=lightning_logs/tuned/version_0 a=lightning_logs/tuned/version_0"
+    )
+
+
+def test_a_study_alone_of_many_trials(tmp_path, monkeypatch, capfd):
+    """500 trials, take seconds; the table on the page is cut."""
+    monkeypatch.chdir(tmp_path)
+    storage = open_storage("lightning_logs/big/journal.log")
+    study = optuna.create_study(storage=storage, study_name="big", direction="maximize")
+    units, batch_size = "model.network.init_args.units.0", "data.batch_size"
+    rng, trials = np.random.default_rng(0), []
+    for params in ({units: int(a), batch_size: int(b)} for a, b in rng.integers(1, 41, (500, 2))):
+        value = 0.9 + params[batch_size] / 1000 + float(rng.random()) / 1000
+        trial = optuna.create_trial(
+            value=value,
+            params=params,
+            distributions={key: optuna.distributions.IntDistribution(1, 40) for key in params},
+            user_attrs={"executions": [{"execution": 0, "score": value, "values": [[0, value]]}]},
+        )
+        trials.append(trial)
+    study.add_trials(trials)
+    start = time.monotonic()
+    code, _, errors = in_process(capfd, "report", "--study=big")
+    assert code == 0, errors
+    assert time.monotonic() - start < 30
+    folder = Path("lightning_logs/report")
+    text = (folder / "report.html").read_text()
+    assert "<h1>Study big</h1>" in text
+    assert len(re.findall("<tr>", text)) == 101
+    with (folder / "trials.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == 500
+    assert float(rows[0]["value"]) == pytest.approx(max(trial.value for trial in trials), abs=1e-4)
+    found = json.loads((folder / "report.json").read_text())
+    assert (found["models"], found["study"]["trials"]["complete"]) == ({}, 500)
+    assert "batch_size" in [path.stem.removeprefix("study_slice_") for path in (folder / "figures").glob("*.png")]
+    assert page.searched(study).keys() == trials[0].params.keys()
+
+
+def test_a_missing_study_is_named_without_the_password_of_its_storage(tmp_path, monkeypatch, capfd):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(page, "find_study", lambda name, source: None)
+    code, _, errors = in_process(capfd, "report", "--study=x", "--storage=postgresql://me:secret@host/database")
+    assert (code, errors) == (1, "error: There is no study x in postgresql://me:***@host/database.\n")
 
 
 def test_a_failure_in_the_midst_leaves_the_old_report(run, monkeypatch):
@@ -449,8 +696,35 @@ def test_calibration_error_by_hand():
 
 
 def test_seeds_need_two_on_each_side():
-    assert seeds_p_value([0.9], [0.8, 0.9]) is None
-    assert seeds_p_value([0.90, 0.91, 0.92], [0.95, 0.96, 0.97]) == pytest.approx(
-        stats.ttest_ind([0.90, 0.91, 0.92], [0.95, 0.96, 0.97], equal_var=False).pvalue
+    assert compare_seeds([0.9], [0.8, 0.9]) is None
+    found = compare_seeds([0.90, 0.91, 0.92], [0.95, 0.96, 0.97])
+    expected = stats.ttest_ind([0.95, 0.96, 0.97], [0.90, 0.91, 0.92], equal_var=False)
+    assert found.p_value == pytest.approx(expected.pvalue)
+    assert found.interval == pytest.approx([*expected.confidence_interval()])
+    assert "is better than a by 5.00 points of mean test accuracy" in verdict(
+        "b", "a", compare_to_first([np.array([True])] * 2, [[0.90, 0.91, 0.92], [0.95, 0.96, 0.97]])[0], 1
     )
-    assert seeds_p_value([0.9, 0.9], [0.9, 0.9]) == 1
+    assert compare_seeds([0.9, 0.9], [0.9, 0.9]).p_value == 1
+
+
+def test_holm_by_hand():
+    assert holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])  # R: p.adjust(p, "holm")
+    assert holm([0.9, 0.8]) == [1, 1]
+    assert holm([]) == []
+
+
+def test_intervals_of_three_models_are_wider_than_of_two():
+    rng = np.random.default_rng(0)
+    first, second, third = (rng.random(2000) < share for share in (0.90, 0.91, 0.92))
+    (alone,) = compare_to_first([first, second], [[0.9], [0.91]])
+    together, other = compare_to_first([first, second, third], [[0.9], [0.91], [0.92]])
+    assert alone.interval[0] > together.interval[0]
+    assert alone.interval[1] < together.interval[1]
+    assert together.p_value == alone.p_value == alone.adjusted_p_value
+    assert [together.adjusted_p_value, other.adjusted_p_value] == holm([together.p_value, other.p_value])
+
+
+def test_wilson_s_interval_by_hand():
+    # Newcombe 1998, Table I, for 81 of 263
+    low, high = accuracy_interval(np.arange(263) < 81)
+    assert (round(low, 4), round(high, 4)) == (0.2553, 0.3662)

@@ -1,4 +1,4 @@
-"""``report``: two models, by default the newest baseline and the newest tuned run, compared on one page."""
+"""``report``: models, by default the newest baseline and the newest tuned run, compared on one page."""
 
 import argparse
 from pathlib import Path
@@ -10,10 +10,10 @@ def main(command: str, description: str, arguments: list[str]) -> None:
     parser.add_argument(
         "models",
         nargs="*",
-        default=["baseline", "tuned"],
         metavar="MODEL",
-        help="two models: a name, whose newest complete run is taken from the logs, or NAME=PATH, a run's folder or "
-        "checkpoint; several seeds of one model are NAME=PATH,PATH,... (default: baseline tuned)",
+        help="a name, whose newest complete run is taken from the logs, or NAME=PATH, a run's folder or checkpoint; "
+        "several seeds of one model are NAME=PATH,PATH,... or 'NAME=FOLDER/*'; all are compared to the first "
+        "(default: baseline tuned; with --study, the study alone)",
     )
     parser.add_argument(
         "--weights",
@@ -26,8 +26,7 @@ def main(command: str, description: str, arguments: list[str]) -> None:
     parser.add_argument("--logs", type=Path, default=Path("lightning_logs"), help="(default: lightning_logs)")
     parser.add_argument("--output", type=Path, help="folder of the report, written anew (default: LOGS/report)")
     options = parser.parse_args(arguments)
-    if len(options.models) != 2:
-        parser.error(f"two models are compared, not {len(options.models)}: {' '.join(options.models)}")
+    options.models = options.models or ([] if options.study else ["baseline", "tuned"])
 
     from mnist_lightning.parsing import corrected
     from mnist_lightning.report.page import write

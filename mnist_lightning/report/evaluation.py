@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,8 @@ from mnist_lightning.report.comparison import calibration_error
 
 WEIGHTS = ("last", "best")
 """Checkpoints of a run: of its last epoch, and of the best by validation accuracy."""
+COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00")
+"""Of Okabe and Ito, which the colour-blind tell apart; those that are lightest on white come last."""
 
 
 @dataclass
@@ -46,6 +49,12 @@ class Evaluation:
         self.correct = self.predicted == self.labels
         self.mistakes = np.flatnonzero(~self.correct)
         self.accuracy = float(self.correct.mean(dtype=np.float32))  # rounds as the metric does
+
+    @property
+    def confident_mistakes(self) -> NDArray[np.intp]:
+        """The mistakes, those of the highest confidence first."""
+        confidence = self.probabilities[self.mistakes].max(axis=1)
+        return self.mistakes[np.argsort(-confidence, kind="stable")]
 
     @property
     def calibration_error(self) -> float:
@@ -92,17 +101,19 @@ class Run:
 
 @dataclass
 class Model:
-    """One of the two models: one run, or several that differ in their seed.
+    """A model: one run, or several that differ in their seed.
 
     Attributes:
         name: Given by the user.
-        side: ``first`` or ``second``.
+        slug: The same for file names, of no other model.
+        color: Of its curves.
         runs: The first one is shown where there is room for one only.
         weights: The weights that are compared, of ``WEIGHTS``.
     """
 
     name: str
-    side: str
+    slug: str
+    color: str
     runs: list[Run]
     weights: str
 
@@ -198,8 +209,7 @@ def check_same_data(runs: Sequence[Run]) -> None:
     Raises:
         MisconfigurationException: They have not, so their results do not compare.
     """
-    first, *others = runs
-    for other in others:
+    for first, other in pairwise(runs):
         for name in ("val", "test"):
             one, two = (run.evaluations["last", name].split for run in (first, other))
             if not (torch.equal(one.labels, two.labels) and torch.equal(one.images, two.images)):

@@ -1,10 +1,13 @@
 """The page: gathers its sections, and writes them as HTML, JSON, CSV, PNG and for TensorBoard."""
 
 import json
+import re
 import statistics
 import tempfile
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from glob import glob
 from pathlib import Path
 from typing import Any
 
@@ -12,15 +15,23 @@ import jinja2
 import optuna
 import pandas as pd
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from markupsafe import Markup
+from optuna.distributions import BaseDistribution
 from optuna.trial import TrialState
+from tensorboard.compat.proto.summary_pb2 import Summary
 from torch.utils.tensorboard import SummaryWriter
 
-from mnist_lightning.report import plots
-from mnist_lightning.report.comparison import compare, format_p, seeds_p_value, verdict
-from mnist_lightning.report.evaluation import Model, check_same_data, load_run
+from mnist_lightning.report import interactive, plots
+from mnist_lightning.report.comparison import Comparison, accuracy_interval, compare_to_first, verdict
+from mnist_lightning.report.evaluation import COLORS, Model, check_same_data, load_run
 from mnist_lightning.runs import newest_complete_run
 from mnist_lightning.tune.space import bounds, short_key, short_value
+from mnist_lightning.tune.storage import hide_password
 from mnist_lightning.tune.study import check_trials, find_study, results
+
+TIME = "training time, s"
+TRIALS = 100
+"""Rows of the page's table of a study."""
 
 
 @dataclass
@@ -28,10 +39,13 @@ class Section:
     """A heading with a paragraph, a table and pictures below it, as far as there are any.
 
     Attributes:
+        title: Empty where the section above goes on.
         level: Of the heading, 2 or 3.
         table: Its index is the first column.
         is_code: Whether the table's cells are code.
-        marked: For each row of the table, whether it stands out.
+        summary: If given, the table is folded below it.
+        pictures: On the page, or in their files only if a widget shows the same.
+        widget: A macro of the page: what its script makes interactive.
     """
 
     title: str
@@ -39,39 +53,50 @@ class Section:
     text: str = ""
     table: pd.DataFrame | None = None
     is_code: bool = False
-    marked: Sequence[bool] = ()
+    summary: str = ""
     pictures: Sequence[plots.Picture] = ()
+    widget: str = ""
 
 
 class Report:
     """The results that the page and the other files share.
 
     Args:
-        models: The two; where only one run of each can be compared or shown, it is the first.
+        models: Any number, also none; the first one is what the others are compared to. Where only one run of each can
+            be compared or shown, it is the first.
         study: The study, if there is one with a complete trial.
     """
 
     def __init__(self, models: Sequence[Model], study: optuna.Study | None) -> None:
-        first, second = self.models = models
-        self.study = study
+        self.models, self.study = models, study
         self.edges = describe_edges(study) if study else ""
-        self.quantities = pd.DataFrame({model.name: _quantities(model) for model in models}).rename_axis("quantity")
-        self.comparison = compare(first.test.correct, second.test.correct)
-        self.seeds_p_value = seeds_p_value(first.accuracies, second.accuracies)
-        text = verdict(second.name, first.name, self.comparison, len(first.test.labels))
-        if self.seeds_p_value is not None:
-            text += (
-                f" Over {len(first.runs)} and {len(second.runs)} seeds, the mean accuracies are "
-                f"{statistics.mean(first.accuracies):.4f} and {statistics.mean(second.accuracies):.4f} "
-                f"(Welch's t-test: p {format_p(self.seeds_p_value)})."
-            )
-        self.verdict = text
+        self.trials = results(study, list(searched(study))).set_index("trial") if study else None
+        self.comparisons: dict[str, Comparison] = {}
+        lines = []
+        if models:
+            first, *others = models
+            accuracies = [model.accuracies for model in models]
+            found = compare_to_first([model.test.correct for model in models], accuracies)
+            self.comparisons = {model.name: one for model, one in zip(others, found, strict=True)}
+            count = len(first.test.labels)
+            lines = [verdict(name, first.name, one, count, len(models)) for name, one in self.comparisons.items()] or [
+                _describe(first)
+            ]
+        self.verdict = " ".join(lines)
+        self.lines = [*lines, *filter(None, [self.edges])]
+        self.quantities = quantities(models, self.comparisons)
+
+    @property
+    def title(self) -> str:
+        """What is reported."""
+        names = [model.name for model in self.models]
+        return (" against " if len(names) == 2 else ", ").join(names) or f"Study {self.study and self.study.study_name}"
 
     def to_json(self) -> dict[str, Any]:
         """The content of ``report.json``."""
         study = self.study and {
             "name": self.study.study_name,
-            "trials": {state.name.lower(): len(self.study.get_trials(states=(state,))) for state in TrialState},
+            "trials": _count_trials(self.study),
             "best_trial": self.study.best_trial.number,
             "best_value": self.study.best_value,
             "best_params": self.study.best_params,
@@ -85,6 +110,7 @@ class Report:
                 "epochs": [len(run.history) for run in model.runs],
                 "best_epoch": [run.best_epoch for run in model.runs],
                 "metrics": {metric: values for metric, values in model.metrics.items() if values},
+                "accuracy_interval": accuracy_interval(model.test.correct),
                 "calibration_error": model.test.calibration_error,
                 "confusion_matrix": model.test.confusion_matrix.tolist(),
                 "per_class": model.test.scores.to_dict("list"),
@@ -92,14 +118,32 @@ class Report:
             for model in self.models
         }
         return {
-            "weights": self.models[0].weights,
-            "images": len(self.models[0].test.labels),
+            "weights": self.models[0].weights if models else None,
+            "images": len(self.models[0].test.labels) if models else 0,
             "models": models,
-            "difference": {**asdict(self.comparison), "seeds_p_value": self.seeds_p_value},
+            "differences": {name: asdict(comparison) for name, comparison in self.comparisons.items()},
             "verdict": self.verdict,
             "comparison": [{"name": name, "values": values} for name, *values in self.quantities.itertuples()],
             "study": study,
         }
+
+
+def _count_trials(study: optuna.Study) -> dict[str, int]:
+    counts = Counter(trial.state for trial in study.get_trials(deepcopy=False))
+    return {state.name.lower(): counts[state] for state in TrialState}
+
+
+def _describe(model: Model) -> str:
+    """The accuracy of a model that is compared to no other."""
+    low, high = accuracy_interval(model.test.correct)
+    text = (
+        f"{model.name} gets {model.test.accuracy:.4f} of {len(model.test.labels):,} test digits right "
+        f"(95 % interval {low:.4f} to {high:.4f}); {len(model.test.mistakes):,} it gets wrong."
+    )
+    if len(model.runs) == 1:
+        return text
+    means = f"{statistics.mean(model.accuracies):.4f} ± {statistics.stdev(model.accuracies):.4f}"
+    return f"{model.name} has a mean test accuracy of {means} over {len(model.runs)} seeds. Its first run: {text}"
 
 
 def write(
@@ -108,7 +152,7 @@ def write(
     """Write the report.
 
     Args:
-        models: Two of NAME or NAME=PATH,PATH,...
+        models: Any number of NAME or NAME=PATH,PATH,..., of which a path may be a pattern; none for the study alone.
         weights: ``last`` or ``best``.
         study: Name of the study, or None for the one that made the last model that one has made.
         storage: Its storage, or None for the journal in its folder.
@@ -122,28 +166,62 @@ def write(
     if output.exists() and any(output.iterdir()) and not (output / "report.json").is_file():
         raise MisconfigurationException(f"{output} holds something else than a report: choose another --output.")
     loaded = load_models(models, weights, logs)
-    report = Report(loaded, load_study(study, storage, logs, loaded))
-    sections = [*model_sections(report), *study_sections(report)]
+    found = load_study(study, storage, logs, loaded)
+    if not loaded and found is None:
+        raise MisconfigurationException(f"The study {study} has no complete trial yet.")
+    report = Report(loaded, found)
+    sections = [*(model_sections(report) if loaded else ()), *study_sections(report)]
     save(report, sections, output)
-    print(report.quantities.rename_axis(None).to_string())
-    print(f"\n{report.verdict}\n\nReport: {output / 'report.html'}")
+    if loaded:
+        print(f"{report.quantities.rename_axis(None).to_string()}\n")
+    print("\n".join(report.lines) + f"\n\nReport: {output / 'report.html'}")
 
 
 def load_models(arguments: Sequence[str], weights: str, logs: Path) -> list[Model]:
-    """Load and evaluate the two models; see :func:`write`."""
-    runs = {}
+    """Load and evaluate the models; see :func:`write`."""
+    folders: dict[str, list[Path]] = {}
     for argument in arguments:
         name, _, paths = argument.partition("=")
-        folders = [Path(path) for path in paths.split(",")] if paths else [newest_complete_run(logs / name)]
-        runs[name] = [load_run(folder) for folder in folders]
-    if len(runs) < 2:
-        raise MisconfigurationException(f"The two models need two names: {' and '.join(arguments)}")
-    models = [Model(name, side, runs[name], weights) for name, side in zip(runs, ("first", "second"), strict=True)]
-    check_same_data([run for model in models for run in model.runs])
-    for run in (run for model in models for run in model.runs):
+        if not name or name in folders:
+            raise MisconfigurationException(f"Each model needs a name of its own, as NAME=PATH: {' '.join(arguments)}")
+        found = [run for path in paths.split(",") for run in find_runs(name, path)] if paths else []
+        folders[name] = [*dict.fromkeys(found)] or [newest_complete_run(logs / name)]
+    models: list[Model] = []
+    for name, paths_of in folders.items():
+        slug = re.sub(r"[^\w.-]+", "_", name)[:50]
+        if slug in [model.slug for model in models]:
+            slug += f"_{len(models)}"
+        models.append(Model(name, slug, COLORS[len(models) % len(COLORS)], [*map(load_run, paths_of)], weights))
+    runs = [run for model in models for run in model.runs]
+    check_same_data(runs)
+    for run in runs:
         if (weights, "test") not in run.evaluations:
             raise MisconfigurationException(f"{run.path} has no weights of its best epoch; take --weights last.")
     return models
+
+
+def find_runs(name: str, pattern: str) -> list[Path]:
+    """The runs that a model's path names, or the complete ones that its pattern matches, in natural order.
+
+    Raises:
+        MisconfigurationException: A pattern matches none.
+    """
+    if Path(pattern).exists() or not re.search(r"[*?[]", pattern):
+        return [Path(pattern)]
+    natural = lambda path: [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", path)]  # noqa: E731
+    matches = [Path(path) for path in sorted(glob(pattern), key=natural)]
+    complete = [
+        path
+        for path in matches
+        if path.is_file() or all((path / file).is_file() for file in ("test.csv", "checkpoints/last.ckpt"))
+    ]
+    left_out = ", ".join(str(path) for path in matches if path not in complete)
+    if not complete:
+        remedy = f"; without a checkpoint, or stopped before their end: {left_out}" if left_out else ""
+        raise MisconfigurationException(f"{name}: no complete run matches {pattern}{remedy}.")
+    if left_out:
+        print(f"{name}: left out, without a checkpoint or stopped before their end: {left_out}\n")
+    return complete
 
 
 def load_study(name: str | None, storage: str | None, logs: Path, models: Sequence[Model]) -> optuna.Study | None:
@@ -155,15 +233,22 @@ def load_study(name: str | None, storage: str | None, logs: Path, models: Sequen
     source = storage or str(logs / found / "journal.log")
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     study = find_study(found, source)
-    if study is None and name is None and storage is None:
-        print(f"{origins[found].name} is of the study {found}, which is not in {source}. Show it: --storage URL\n")
-        return None
     if study is None:
+        source = hide_password(source)
+        if name is None and storage is None:
+            print(f"{origins[found].name} is of the study {found}, which is not in {source}. Show it: --storage URL\n")
+            return None
         raise MisconfigurationException(f"There is no study {found} in {source}.")
-    if not study.get_trials(states=(TrialState.COMPLETE,)):
+    if not study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,)):
         return None
     check_trials(study)
     return study
+
+
+def searched(study: optuna.Study) -> dict[str, BaseDistribution]:
+    """What the complete trials have drawn: a parameter need not be in all of them."""
+    trials = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
+    return {key: distribution for trial in trials for key, distribution in trial.distributions.items()}
 
 
 def _origin(model: Model) -> dict[str, Any] | None:
@@ -172,33 +257,60 @@ def _origin(model: Model) -> dict[str, Any] | None:
     return origin if isinstance(origin, dict) and {"study_name", "trial"} <= origin.keys() else None
 
 
-def _quantities(model: Model) -> pd.Series:
-    quantities: dict[str, Sequence[float]] = {
+def quantities(models: Sequence[Model], comparisons: dict[str, Comparison]) -> pd.DataFrame:
+    """The table of the comparison, as text: a column for each model, and for each one's difference to the first."""
+    values = [_quantities(model) for model in models]
+    table = {
+        model.name: {name: _format(name, numbers) for name, numbers in own.items()}
+        for model, own in zip(models, values, strict=True)
+    }
+    for model, own in zip(models[1:], values[1:], strict=True):
+        column = {name: _format_difference(name, values[0][name], numbers) for name, numbers in own.items()}
+        found, counts = comparisons[model.name], (len(models[0].runs), len(model.runs))
+        if found.seeds or counts == (1, 1):  # else there is no interval of this difference
+            low, high = (found.seeds or found).interval
+            column[f"test/accuracy ({model.weights} epoch)"] += f" ({low:+.4f} to {high:+.4f})"
+        table[f"{model.name} - {models[0].name}"] = column
+    return pd.DataFrame(table).rename_axis("quantity")
+
+
+def _quantities(model: Model) -> dict[str, Sequence[float]]:
+    return {
         **model.metrics,
         "parameters": [model.runs[0].parameters],
-        "training time, s": [round(run.seconds, 1) for run in model.runs],
+        TIME: [run.seconds for run in model.runs],
         "epochs": [len(run.history) for run in model.runs],
         "best epoch": [run.best_epoch for run in model.runs],
         f"calibration error ({model.weights} epoch)": [model.test.calibration_error],
     }
-    return pd.Series(quantities).map(_format)
 
 
-def _format(values: Sequence[float]) -> str:
+def _format(name: str, values: Sequence[float]) -> str:
     """A value, or mean ± standard deviation of several."""
     if not values:
         return "-"
     if all(isinstance(value, int) for value in values) and len({*values}) == 1:
         return f"{values[0]:,}"
-    digits = 4 if max(values) < 10 else 1
+    digits = _digits(name, values)
     spread = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
     return f"{statistics.mean(values):.{digits}f}{spread}"
 
 
+def _format_difference(name: str, first: Sequence[float], second: Sequence[float]) -> str:
+    if not first or not second:
+        return "-"
+    difference = statistics.mean(second) - statistics.mean(first)
+    return f"{difference:+,}" if isinstance(difference, int) else f"{difference:+.{_digits(name, first)}f}"
+
+
+def _digits(name: str, values: Sequence[float]) -> int:
+    return 1 if name == TIME or isinstance(values[0], int) or max(values) >= 10 else 4
+
+
 def model_sections(report: Report) -> list[Section]:
-    """The sections of the two models; what is added to them here is on the page."""
-    models = first, second = report.models
-    metrics = [name for name in first.test.metrics if f"train/{name}" in first.runs[0].history[-1]]
+    """The sections of the models; what is added to them here is on the page."""
+    models = report.models
+    metrics = interactive.metrics(models)
     scores = {
         f"{title}, {model.name}": model.test.scores[title.lower()].map("{:.4f}".format)
         for title in ("precision", "recall", "F1")
@@ -213,49 +325,64 @@ def model_sections(report: Report) -> list[Section]:
     }
     config = pd.DataFrame(configs).fillna("-").rename_axis("key")
     config = config[(config != "None").any(axis=1)]
-    differs = [*(config[first.name] != config[second.name])]
+    is_same = config.nunique(axis=1) == 1
+    same = f"{is_same.sum()} that are the same" if len(models) > 1 else f"{len(config)} keys"
     loss = "The loss is the cross-entropy; penalized_loss adds the L2 penalty and is what Keras calls loss."
+    if len(models) > 2:
+        loss += (
+            f" p-values are corrected for {len(models) - 1} comparisons (Holm); the intervals hold together with 95 %"
+            " (Bonferroni)."
+        )
     calibration = (
         "Of the images that a well-calibrated model is 90 % sure of, it gets 90 % right. The calibration error is the "
         "mean distance from that."
     )
     curves = [plots.comparison_curves(models, stage, metric) for metric in metrics for stage in ("val", "train")]
-    history = [plots.training_curves(second, metric) for metric in metrics]
+    curves += [plots.training_curves(model, metric) for model in models for metric in metrics]
+    matrices = [*map(plots.confusion_matrix, models)]
+    mistakes = [*map(plots.misclassified, models), *map(plots.confident_mistakes, models)]
+    pairs = [pair for other in models[1:] for pair in ((models[0], other), (other, models[0]))]
+    differing = [plots.right_in_one(one, other) for one, other in pairs]
+    click = "Rows are true, columns predicted classes. A click on a number shows its images below."
     trust_and_cost = [plots.reliability_diagram(models), plots.costs(models)]
-    differing = [plots.right_in_one(first, second), plots.right_in_one(second, first)]
-    return [
+    sections = [
         Section("Comparison", text=loss, table=report.quantities),
-        Section("Curves", pictures=curves),
-        Section(f"{second.name}, training against validation", level=3, pictures=history),
+        Section("Curves", pictures=curves, widget="curves"),
         Section("Predictions", pictures=[plots.first_digits(models)]),
-        Section("Confusion matrices", level=3, pictures=[*map(plots.confusion_matrix, models)]),
-        Section("Misclassified digits", level=3, pictures=[*map(plots.misclassified, models)]),
-        Section("Most confident mistakes", level=3, pictures=[*map(plots.confident_mistakes, models)]),
-        Section("Where they differ", level=3, pictures=differing),
+        Section("Confusion matrices", level=3, text=click, pictures=matrices, widget="confusion"),
+        Section("Misclassified digits", level=3, pictures=mistakes, widget="gallery"),
+    ]
+    if differing:
+        sections.append(Section("Where they differ", level=3, pictures=differing))
+    sections += [
         Section("Classes", table=pd.DataFrame(scores).fillna("-").rename_axis("digit")),
         Section("Calibration and cost", text=calibration, pictures=trust_and_cost),
-        Section("Hyper-parameters", text="Marked where they differ.", table=config, is_code=True, marked=differs),
     ]
+    if len(models) > 1:
+        differs = None if is_same.all() else config[~is_same]
+        sections.append(Section("Hyper-parameters", text="Those that differ.", table=differs, is_code=True))
+        config = config[is_same]
+    return [*sections, Section("" if len(models) > 1 else "Hyper-parameters", table=config, is_code=True, summary=same)]
 
 
 def study_sections(report: Report) -> list[Section]:
     """The section of the study, if there is one."""
-    study = report.study
-    if study is None:
+    study, table = report.study, report.trials
+    if study is None or table is None:
         return []
-    names = {key: short_key(key) for key in study.best_trial.distributions}
-    table = results(study, list(names)).set_index("trial")
+    names = {key: short_key(key) for key in searched(study)}
     pictures = [plots.execution_scores(study)]
-    if len({trial.value for trial in study.get_trials(states=(TrialState.COMPLETE,))}) > 1:
+    if table["value"].nunique() > 1:
         pictures = [*plots.study_plots(study, names), *pictures]
-    title = f"The study {study.study_name}"
     origins = [(model.name, _origin(model)) for model in report.models]
     made = [
         f"{name} is its trial {origin['trial']}."
         for name, origin in origins
         if origin and origin["study_name"] == study.study_name
     ]
-    return [Section(title, text=" ".join([*made, report.edges]).strip(), table=table, pictures=pictures)]
+    cut = f"The table has the best {TRIALS} of {len(table)} trials, trials.csv all." if len(table) > TRIALS else ""
+    text = " ".join([*made, report.edges, cut]).strip()
+    return [Section(f"The study {study.study_name}", text=text, table=table[:TRIALS], pictures=pictures)]
 
 
 def describe_edges(study: optuna.Study) -> str:
@@ -275,6 +402,18 @@ def describe_edges(study: optuna.Study) -> str:
     )
 
 
+def render(report: Report, sections: Sequence[Section]) -> str:
+    """The page: one file, which asks for no other."""
+    style, script, *libraries = [
+        Markup((Path(__file__).parent / name).read_text(encoding="utf-8"))  # noqa: S704
+        for name in ("page.css", "page.js", "uplot/uPlot.min.css", "uplot/uPlot.iife.min.js")
+    ]
+    data = interactive.content(report.models) if report.models else {}
+    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
+    template = environment.from_string(Path(__file__).with_name("page.html").read_text(encoding="utf-8"))
+    return template.render(report=report, sections=sections, style=style, script=script, libraries=libraries, data=data)
+
+
 def save(report: Report, sections: Sequence[Section], output: Path) -> None:
     """Write all files, beside their place: an old report stays until the new one is whole."""
     output.parent.mkdir(parents=True, exist_ok=True)
@@ -282,14 +421,18 @@ def save(report: Report, sections: Sequence[Section], output: Path) -> None:
         new = Path(temporary, "new")
         (new / "figures").mkdir(parents=True)
         (new / "report.json").write_text(json.dumps(report.to_json(), indent=2) + "\n")
-        report.quantities.to_csv(new / "comparison.csv")
-        environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
-        template = environment.from_string(Path(__file__).with_name("page.html").read_text(encoding="utf-8"))
-        (new / "report.html").write_text(template.render(report=report, sections=sections), encoding="utf-8")
+        if report.models:
+            report.quantities.to_csv(new / "comparison.csv")
+        if report.trials is not None:
+            report.trials.to_csv(new / "trials.csv")
+        (new / "report.html").write_text(render(report, sections), encoding="utf-8")
         with SummaryWriter(str(new)) as tensorboard:
             for picture in (picture for section in sections for picture in section.pictures if picture.png):
                 (new / f"figures/{picture.name}.png").write_bytes(picture.png)
-                tensorboard.add_image(f"report/{picture.name}", picture.pixels, dataformats="HWC")
+                # add_image would compress it once more
+                image = Summary.Image(encoded_image_string=picture.png, height=picture.height, width=picture.width)
+                value = Summary.Value(tag=f"report/{picture.name}", image=image)
+                tensorboard.file_writer.add_summary(Summary(value=[value]))
         if output.exists():
             output.rename(Path(temporary, "old"))
         new.rename(output)

@@ -46,7 +46,7 @@ from mnist_lightning.tune.space import (
     short_key,
     short_value,
 )
-from mnist_lightning.tune.storage import open_storage
+from mnist_lightning.tune.storage import hide_password, open_storage
 from mnist_lightning.tune.study import (
     ATTEMPTS,
     SWEEPS,
@@ -191,7 +191,7 @@ def show(run: SearchCLI) -> None:
     source = run.config.storage or str(run.logs / name / "journal.log")
     study = find_study(name, source)
     if study is None:
-        raise MisconfigurationException(f"There is no study {name} in {source}.")
+        raise MisconfigurationException(f"There is no study {name} in {hide_password(source)}.")
     if not isinstance(study.user_attrs.get("settings"), dict):
         raise MisconfigurationException(f"The study {name} was not made by tune.")
     _print_results(study, run.config.limits)
@@ -285,7 +285,7 @@ def _first_trials(run: SearchCLI, space: SearchSpace, base: dict[str, Any]) -> l
         source = options.storage or str(run.logs / options.like / "journal.log")
         other = find_study(options.like, source)
         if other is None:
-            raise MisconfigurationException(f"like: there is no study {options.like} in {source}.")
+            raise MisconfigurationException(f"like: there is no study {options.like} in {hide_password(source)}.")
         best, values = best_trial(other, {}).params, {}
         for key in space:
             if key in best:

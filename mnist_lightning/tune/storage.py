@@ -148,6 +148,11 @@ def _reason(error: Exception) -> str:
     return (str(text).strip() or repr(error)).partition("\n")[0]
 
 
+def hide_password(storage: str) -> str:
+    """A storage's URL as it may be shown; a path as it is."""
+    return re.sub(r"(://[^/@]*):[^/@]*@", r"\1:***@", storage)
+
+
 def open_storage(storage: str) -> Any:
     """Open a storage by its URL or, for a journal file, by its path.
 
@@ -160,7 +165,7 @@ def open_storage(storage: str) -> Any:
     Raises:
         MisconfigurationException: It cannot be opened.
     """
-    name = re.sub(r"(://[^/@]*):[^/@]*@", r"\1:***@", storage)
+    name = hide_password(storage)
     opened: BaseStorage
     try:
         if storage.startswith("grpc://"):

@@ -1,0 +1,92 @@
+"""What the page's script draws: the curves, and every mistake."""
+
+import io
+import statistics
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from mnist_lightning.figures import mosaic
+from mnist_lightning.report.evaluation import Model
+from mnist_lightning.report.plots import data_url
+
+LIMIT = 1000
+"""Mistakes of a model on the page, the most confident: a poor one has thousands, and a phone little memory."""
+COLUMNS = 32
+
+
+def metrics(models: Sequence[Model]) -> list[str]:
+    """The metrics that were logged in training, too."""
+    return [name for name in models[0].test.metrics if f"train/{name}" in models[0].runs[0].history[-1]]
+
+
+def content(models: Sequence[Model]) -> dict[str, Any]:
+    """All that is not text or picture.
+
+    Returns:
+        ``script``: what the page's script reads, in plain types; ``sprite``: the images of its gallery, as a URL.
+    """
+    gallery, answers, sprite = mistakes(models)
+    named = [
+        {"name": model.name, "color": model.color, **answer} for model, answer in zip(models, answers, strict=True)
+    ]
+    return {"script": {"models": named, "charts": charts(models), "gallery": gallery}, "sprite": sprite}
+
+
+def charts(models: Sequence[Model]) -> list[dict[str, Any]]:
+    """A chart for each metric: lines of each model in validation and training, with bands over several runs."""
+    epochs = range(max(len(run.history) for model in models for run in model.runs))
+    return [
+        {
+            "title": metric.replace("_", " "),
+            "epochs": [epoch + 1 for epoch in epochs],
+            "lines": [
+                {"model": index, "stage": stage, **_line(model, f"{stage}/{metric}", epochs)}
+                for index, model in enumerate(models)
+                for stage in ("val", "train")
+            ],
+        }
+        for metric in metrics(models)
+    ]
+
+
+def _line(model: Model, key: str, epochs: range) -> dict[str, Any]:
+    rows = [{row["epoch"]: row[key] for row in run.history if key in row} for run in model.runs]
+    values = [[row[epoch] for row in rows if epoch in row] for epoch in epochs]
+    functions: dict[str, Any] = {"mean": statistics.mean}
+    if len(rows) > 1:
+        functions |= {"low": min, "high": max}
+    return {
+        name: [round(function(some), 6) if some else None for some in values] for name, function in functions.items()
+    }
+
+
+def mistakes(models: Sequence[Model]) -> tuple[dict[str, Any], list[dict[str, Any]], str]:
+    """The images that any model gets wrong, and what each model says of them.
+
+    Returns:
+        The images' place in the sprite, true classes and indices; for each model its number of mistakes, and its
+        predicted classes and confidences of those images in hundredths of a percent; the sprite, a grey PNG as a URL.
+    """
+    test = models[0].test
+    indices = np.unique(np.concatenate([model.test.confident_mistakes[:LIMIT] for model in models]))
+    images = test.split.images[indices, 0].numpy()
+    height, width = images.shape[1:]
+    file = io.BytesIO()
+    Image.fromarray(mosaic(images, COLUMNS)).save(file, "png", optimize=True)
+    place: dict[str, Any] = {"width": width, "height": height, "columns": COLUMNS, "limit": LIMIT}
+    answers = [
+        {
+            "mistakes": len(model.test.mistakes),
+            "predicted": model.test.predicted[indices].tolist(),
+            "confidence": (10_000 * model.test.probabilities[indices].max(axis=1)).round().astype(int).tolist(),
+        }
+        for model in models
+    ]
+    return (
+        {**place, "labels": test.labels[indices].tolist(), "indices": indices.tolist()},
+        answers,
+        data_url(file.getvalue()),
+    )
