@@ -15,6 +15,7 @@ from collections import Counter
 from contextlib import suppress
 from pathlib import Path
 
+import pandas as pd
 import pytest
 import yaml
 from conftest import (
@@ -246,7 +247,7 @@ def test_trials_that_cannot_be_are_refused(tune, tmp_path, content, message):
     assert len(errors.splitlines()) <= 6
 
 
-def test_several_metrics_have_a_pareto_front(tune, tmp_path):
+def test_several_metrics_have_a_pareto_front(tune, capfd, tmp_path):
     units = "model.network.init_args.units.0"
     space = choices(**{units: [4, 32, 64]})
     options = [space, "--sampler=BruteForceSampler", "--executions_per_trial=1", "--metric", "val/loss"]
@@ -269,6 +270,11 @@ def test_several_metrics_have_a_pareto_front(tune, tmp_path):
     assert f"Best within parameters 30,000: trial {small.number}, val/loss" in output
     best = tmp_path / "here/lightning_logs/tune/best.yaml"
     assert yaml.safe_load(best.read_text())["model"]["network"]["init_args"]["units"][0] == small.params[units]
+    code, _, errors = in_process(capfd, "report", "--study=tune")
+    assert code == 0, errors
+    report = json.loads(Path("lightning_logs/report/report.json").read_text())["study"]
+    assert report["pareto_front"] == {str(trial.number): trial.values for trial in study.best_trials}
+    assert Path("lightning_logs/report/figures/study_front_parameters.png").is_file()
     code, _, errors = tune(*options, "--limits.parameters=3")
     assert code == 1
     assert "epochs is 3 in the study, 2 in the command" in errors
@@ -525,7 +531,7 @@ def test_any_key_of_trainer_model_and_data_can_be_searched(tune, tmp_path):
     assert EventAccumulator(str(run)).Reload().Scalars("val/accuracy")[-1].step == 1000 / 50 - 1
 
 
-def test_what_a_trial_searches_can_depend_on_what_it_drew(tune, tmp_path):
+def test_what_a_trial_searches_can_depend_on_what_it_drew(tune, capfd, tmp_path):
     network, length = "model.network.init_args", "model.network.init_args.units.length"
     space = {
         f"{network}.units": [[8], [8, 16]],
@@ -556,6 +562,10 @@ def test_what_a_trial_searches_can_depend_on_what_it_drew(tune, tmp_path):
     ]
     best = yaml.safe_load((tmp_path / "here/lightning_logs/tune/best.yaml").read_text())["model"]["network"]
     assert best["init_args"]["units"] in ([8], [8, 16])
+    code, _, errors = in_process(capfd, "report", "--study=tune")
+    assert code == 0, errors
+    table = pd.read_csv("lightning_logs/report/trials.csv", dtype=str, keep_default_na=False)
+    assert sorted(table["dropout.1"]) == ["-", "-", "0.5", "0.5"]
 
 
 def test_deep_yaml_draws_two_to_four_layers(tune, tmp_path):

@@ -27,7 +27,7 @@ from mnist_lightning.report.evaluation import COLORS, Model, check_same_data, lo
 from mnist_lightning.runs import newest_complete_run
 from mnist_lightning.tune.space import bounds, short_key, short_value
 from mnist_lightning.tune.storage import hide_password
-from mnist_lightning.tune.study import check_trials, find_study, results
+from mnist_lightning.tune.study import best_trial, check_trials, find_study, metrics_of, results
 
 TIME = "training time, s"
 TRIALS = 100
@@ -69,7 +69,7 @@ class Report:
 
     def __init__(self, models: Sequence[Model], study: optuna.Study | None) -> None:
         self.models, self.study = models, study
-        self.edges = describe_edges(study) if study else ""
+        self.edges = describe_edges(study) if study and len(study.directions) == 1 else ""
         self.trials = results(study, list(searched(study))).set_index("trial") if study else None
         self.comparisons: dict[str, Comparison] = {}
         lines = []
@@ -97,9 +97,7 @@ class Report:
         study = self.study and {
             "name": self.study.study_name,
             "trials": _count_trials(self.study),
-            "best_trial": self.study.best_trial.number,
-            "best_value": self.study.best_value,
-            "best_params": self.study.best_params,
+            **_describe_best(self.study),
             "edges": self.edges,
         }
         models = {
@@ -365,6 +363,15 @@ def model_sections(report: Report) -> list[Section]:
     return [*sections, Section("" if len(models) > 1 else "Hyper-parameters", table=config, is_code=True, summary=same)]
 
 
+def _describe_best(study: optuna.Study) -> dict[str, Any]:
+    best = best_trial(study, {})
+    described: dict[str, Any] = {"best_trial": best.number, "best_value": best.values[0], "best_params": best.params}
+    if len(study.directions) > 1:
+        described["metrics"] = metrics_of(study)
+        described["pareto_front"] = {trial.number: trial.values for trial in study.best_trials}
+    return described
+
+
 def study_sections(report: Report) -> list[Section]:
     """The section of the study, if there is one."""
     study, table = report.study, report.trials
@@ -372,8 +379,18 @@ def study_sections(report: Report) -> list[Section]:
         return []
     names = {key: short_key(key) for key in searched(study)}
     pictures = [plots.execution_scores(study)]
-    if table["value"].nunique() > 1:
+    if table[metrics_of(study)[0]].nunique() > 1:
         pictures = [*plots.study_plots(study, names), *pictures]
+    several = ""
+    if len(study.directions) > 1:
+        pictures = [*plots.pareto_fronts(study), *pictures]
+        front = {str(trial.number) for trial in study.best_trials}
+        table = table.copy()
+        table.insert(0, "front", ["yes" if number in front else "" for number in table.index])
+        several = (
+            f"{len(front)} trials are on the Pareto front: no other betters them in every metric. "
+            f"Scores, history and importances are those of {metrics_of(study)[0]}."
+        )
     origins = [(model.name, _origin(model)) for model in report.models]
     made = [
         f"{name} is its trial {origin['trial']}."
@@ -381,13 +398,13 @@ def study_sections(report: Report) -> list[Section]:
         if origin and origin["study_name"] == study.study_name
     ]
     cut = f"The table has the best {TRIALS} of {len(table)} trials, trials.csv all." if len(table) > TRIALS else ""
-    text = " ".join([*made, report.edges, cut]).strip()
+    text = " ".join(filter(None, [*made, report.edges, several, cut]))
     return [Section(f"The study {study.study_name}", text=text, table=table[:TRIALS], pictures=pictures)]
 
 
 def describe_edges(study: optuna.Study) -> str:
     """Say which of the best values lie at the edge of what was searched, if any does."""
-    best, at_edge = study.best_trial, []
+    best, at_edge = best_trial(study, {}), []
     for key, distribution in best.distributions.items():
         edges, value = bounds(distribution), best.params[key]
         is_ordered = all(isinstance(edge, int | float) and not isinstance(edge, bool) for edge in edges)

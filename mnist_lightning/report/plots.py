@@ -15,6 +15,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 from optuna.distributions import BaseDistribution, CategoricalDistribution
+from optuna.study import StudyDirection
 from optuna.trial import TrialState
 from PIL import Image
 
@@ -22,6 +23,7 @@ from mnist_lightning import figures
 from mnist_lightning.report.comparison import reliability
 from mnist_lightning.report.evaluation import Model
 from mnist_lightning.tune.space import short_value
+from mnist_lightning.tune.study import best_trial, metrics_of
 
 SAMPLES = 10
 """Images in a picture of predictions."""
@@ -170,12 +172,12 @@ def costs(models: Sequence[Model]) -> Picture:
 def execution_scores(study: optuna.Study) -> Picture:
     """The score of each execution of each trial, and their mean."""
     figure = Figure(figsize=(8, 4), layout="constrained")
-    axes = figure.add_subplot(xlabel="trial", ylabel="score")
+    axes = figure.add_subplot(xlabel="trial", ylabel=metrics_of(study)[0])
     trials = study.get_trials(states=(TrialState.COMPLETE,))
     for trial in trials:
         scores = [execution["score"] for execution in trial.user_attrs.get("executions", [])]
         axes.plot([trial.number] * len(scores), scores, color="tab:green", marker="o", alpha=0.5)
-    means: Any = [trial.value for trial in trials]
+    means: Any = [trial.values[0] for trial in trials]
     axes.scatter([trial.number for trial in trials], means, color="black", marker="_", s=120)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.grid(alpha=0.3)
@@ -183,8 +185,30 @@ def execution_scores(study: optuna.Study) -> Picture:
     return Picture("study_executions", figure, alt)
 
 
+def pareto_fronts(study: optuna.Study) -> list[Picture]:
+    """The first metric of all trials against each other one, with the front between the two."""
+    first, *others = metrics_of(study)
+    signs = [1 if direction == StudyDirection.MAXIMIZE else -1 for direction in study.directions]
+    trials = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
+    pictures = []
+    for index, metric in enumerate(others, start=1):
+        points = [(trial.values[index], trial.values[0]) for trial in trials]
+        front: list[tuple[float, float]] = []
+        for x, y in sorted(points, key=lambda point: (-signs[index] * point[0], -signs[0] * point[1])):
+            if not front or signs[0] * y > signs[0] * front[-1][1]:
+                front.append((x, y))
+        figure = Figure(figsize=(8, 4.5), layout="constrained")
+        axes = figure.add_subplot(xlabel=metric, ylabel=first)
+        axes.scatter(*zip(*points, strict=True), color="tab:gray", alpha=0.6, label="trials")
+        axes.step(*zip(*front, strict=True), where="post", color="tab:green", marker="o", label="Pareto front")
+        _add_grid_and_legend(axes)
+        alt = f"{first} of the trials of {study.study_name} against {metric}; {len(front)} are on the Pareto front"
+        pictures.append(Picture(f"study_front_{metric.replace('/', '_')}", figure, alt))
+    return pictures
+
+
 def study_plots(study: optuna.Study, names: dict[str, str]) -> list[Picture]:
-    """Optuna's own plots of a study.
+    """Optuna's own plots of a study, for its first metric.
 
     Args:
         study: Its complete trials have different values.
@@ -195,7 +219,7 @@ def study_plots(study: optuna.Study, names: dict[str, str]) -> list[Picture]:
     from optuna.visualization import matplotlib as optuna_plots
 
     # a copy with short names, since long ones leave no room for anything else
-    short = optuna.create_study(direction=study.direction)
+    short = optuna.create_study(direction=study.directions[0])
     for trial in study.get_trials(states=(TrialState.COMPLETE,)):
         distributions: dict[str, BaseDistribution] = {}
         for key, distribution in trial.distributions.items():
@@ -203,9 +227,9 @@ def study_plots(study: optuna.Study, names: dict[str, str]) -> list[Picture]:
                 distribution = CategoricalDistribution([_shorten(choice) for choice in distribution.choices])
             distributions[names[key]] = distribution
         params = {names[key]: _shorten(value) for key, value in trial.params.items()}
-        short.add_trial(optuna.create_trial(value=trial.value, params=params, distributions=distributions))
-    best, evaluator = study.best_trial, optuna.importance.FanovaImportanceEvaluator(seed=0)
-    history = f"values of the trials of {study.study_name}; the best is {best.value:.4f}, of trial {best.number}"
+        short.add_trial(optuna.create_trial(value=trial.values[0], params=params, distributions=distributions))
+    best, evaluator = best_trial(study, {}), optuna.importance.FanovaImportanceEvaluator(seed=0)
+    history = f"values of the trials of {study.study_name}; the best is {best.values[0]:.4f}, of trial {best.number}"
     parallel = "parameters of the trials as lines, coloured by value"
     # these functions are experimental, and set a style for all that comes after
     with warnings.catch_warnings(action="ignore"), pyplot.style.context("default"):
