@@ -232,7 +232,7 @@ def wait_for(condition, seconds=240):
     end = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < end, "it did not happen"
-        time.sleep(0.02)
+        time.sleep(0.1)  # to look costs time as well
 
 
 def reported(cwd):

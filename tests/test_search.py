@@ -19,7 +19,6 @@ import pytest
 import yaml
 from conftest import (
     ROOT,
-    SPACE,
     choices,
     in_process,
     load,
@@ -637,37 +636,36 @@ def test_tune_yaml_spells_out_the_defaults(capfd):
     assert spelled["search_space"].keys() == default["search_space"].keys() == NOTEBOOK_SPACE.keys()
 
 
-def test_a_metric_that_is_named_once_reaches_every_place(command, monkeypatch, capfd, tmp_path):
-    patch = (
+def test_a_metric_that_is_named_once_reaches_every_place(tune, monkeypatch, capfd, tmp_path):
+    (tmp_path / "topthree.py").write_text(
         "from mnist_lightning.classifier import Classifier\n"
+        "from mnist_lightning.networks import MLP\n"
         "original = Classifier.metrics\n"
         "def metrics(self, logits, labels, loss):\n"
         "    top3 = (logits.topk(3).indices == labels[:, None]).any(dim=1)\n"
         "    return {**original(self, logits, labels, loss), 'top3_accuracy': top3}\n"
         "Classifier.metrics = metrics\n"
+        "class Net(MLP):\n"
+        "    pass\n"
     )
-    (tmp_path / "sitecustomize.py").write_text(patch)
-    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}{os.pathsep}{os.environ.get('PYTHONPATH', '')}")
-    search = ["--metric=val/top3_accuracy", "--n_trials=1", "--executions_per_trial=1", "--trainer.max_epochs=2"]
-    output = command(tmp_path, "tune", *search, "--refit_epochs=1", f"--search_space={json.dumps(SPACE)}").stdout
-    run = tmp_path / "lightning_logs/tuned/version_0"
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(Classifier, "metrics", Classifier.metrics)  # to be put back
+    search = ["--metric=val/top3_accuracy", "--n_trials=1", "--executions_per_trial=1", "--model.network=topthree.Net"]
+    code, output, errors = tune(*search, "--refit=true", "--refit_epochs=1")
+    assert code == 0, errors
+    run = tmp_path / "here/lightning_logs/tuned/version_0"
     value = next(csv.DictReader((run / "metrics.csv").open(newline="")))["val/top3_accuracy"]
     assert f" top3_accuracy {float(value):.4f}\n" in output
-    (trial,) = load(tmp_path).trials
+    (trial,) = load(tmp_path / "here").trials
     assert trial.user_attrs["executions"][0]["values"][0][1] == pytest.approx(float(value))
     tested = float(next(csv.DictReader((run / "test.csv").open(newline="")))["test/top3_accuracy"])
     assert re.search(rf"^last epoch \(1\) .* {tested:.4f}$", output, re.MULTILINE)
     assert re.search(rf"^lightning_logs/tuned/version_0 .* {tested:.4f}$", output, re.MULTILINE)
     assert EventAccumulator(str(run)).Reload().Scalars("test/top3_accuracy")[0].value == pytest.approx(tested)
-    monkeypatch.setattr(Classifier, "metrics", Classifier.metrics)  # to be put back
-    exec(patch, {})
-    monkeypatch.chdir(tmp_path)
     code, _, errors = in_process(capfd, "report", *(f"{name}=lightning_logs/tuned/version_0" for name in "ab"))
     assert code == 0, errors
-    assert (
-        f"test/top3_accuracy (last epoch),{tested:.4f},"
-        in (tmp_path / "lightning_logs/report/comparison.csv").read_text()
-    )
+    comparison = tmp_path / "here/lightning_logs/report/comparison.csv"
+    assert f"test/top3_accuracy (last epoch),{tested:.4f}," in comparison.read_text()
 
 
 @pytest.mark.parametrize(
