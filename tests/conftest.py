@@ -1,5 +1,6 @@
 """Small pieces of the real MNIST, and the command run as a user runs it."""
 
+import io
 import json
 import os
 import shutil
@@ -11,7 +12,8 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import chdir, contextmanager, redirect_stdout, suppress
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +46,12 @@ def write_idx(path: Path, array: np.ndarray) -> None:
     """Write an array as an IDX file."""
     header = struct.pack(f">{1 + array.ndim}I", 0x800 + array.ndim, *array.shape)
     path.write_bytes(header + array.astype(np.uint8).tobytes())
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Begin with the files that take longest, so that none of them is what all wait for at the end."""
+    longest = ["test_faults.py", "test_search.py", "test_cli.py", "test_report.py"]
+    items.sort(key=lambda item: longest.index(item.path.name) if item.path.name in longest else len(longest))
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -121,9 +129,10 @@ def spelled_and_default(capfd: pytest.CaptureFixture[str], command: str, config:
 def quick(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], data_dir: Path) -> Run:
     """Runs a command as ``command`` does, but in this process."""
 
-    def run(cwd: Path, name: str, *options: str) -> subprocess.CompletedProcess[str]:
+    def run(cwd: Path, name: str, *options: str, data: bool = True) -> subprocess.CompletedProcess[str]:
         monkeypatch.chdir(cwd)
-        code, output, errors = in_process(capfd, name, f"--data.data_dir={data_dir}", *options)
+        small = [f"--data.data_dir={data_dir}"] if data else []
+        code, output, errors = in_process(capfd, name, *small, *options)
         assert code == 0, errors
         return subprocess.CompletedProcess([name, *options], code, output, errors)
 
@@ -185,6 +194,19 @@ def tune(data_dir, tmp_path, monkeypatch, capfd):
     return run
 
 
+@pytest.fixture
+def tune_beside(tune):
+    """Runs ``tune`` while a function looks at it or disturbs it; gives what either gives."""
+
+    def run(function, *more, **keywords):
+        with ThreadPoolExecutor(1) as pool:
+            other = pool.submit(function)
+            result = tune(*more, **keywords)
+            return result, other.result()
+
+    return run
+
+
 def load(folder, name="tune"):
     storage = open_storage(str(Path(folder) / f"lightning_logs/{name}/journal.log"))
     return optuna.load_study(storage=storage, study_name=name)
@@ -198,12 +220,11 @@ def outcome(study):
 
 @pytest.fixture(scope="session")
 def whole(data_dir, tmp_path_factory):
-    """An uninterrupted study of five trials, by one worker."""
-    cwd = tmp_path_factory.mktemp("whole")
-    command = [sys.executable, "-m", "mnist_lightning", *tune_options(data_dir, "--n_trials=5", "--workers=1")]
-    result = subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=300)
-    assert result.returncode == 0, result.stderr
-    return cwd, result.stdout
+    """An uninterrupted study of five trials, by one worker, and what the command printed."""
+    cwd, output = tmp_path_factory.mktemp("whole"), io.StringIO()
+    with chdir(cwd), redirect_stdout(output):
+        main(tune_options(data_dir, "--n_trials=5", "--workers=1"))
+    return cwd, output.getvalue()
 
 
 def start(data_dir, cwd, *more, epochs=2):
@@ -217,7 +238,7 @@ def wait_for(condition, seconds=240):
     end = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < end, "it did not happen"
-        time.sleep(0.02)
+        time.sleep(0.1)  # to look costs time as well
 
 
 def reported(cwd):

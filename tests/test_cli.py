@@ -1,13 +1,13 @@
 """The commands, run as a user runs them."""
 
 import csv
+import logging
 import os
 import re
 import signal
 import subprocess
 import sys
 import time
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pandas as pd
@@ -22,6 +22,14 @@ from mnist_lightning.__main__ import COMMANDS
 from mnist_lightning.classifier import Classifier
 
 METRICS = [f"{stage}/{name}" for stage in ("train", "val") for name in ("loss", "penalized_loss", "accuracy")]
+
+EACH = [
+    "--trainer.callbacks+=ModelCheckpoint",
+    "--trainer.callbacks.save_top_k=-1",
+    "--trainer.callbacks.save_on_train_epoch_end=true",
+    "--trainer.callbacks.filename={epoch}",
+]
+"""Keeps what a run that is killed after an epoch leaves behind."""
 
 
 def rows(run: Path) -> list[dict[str, str]]:
@@ -178,31 +186,38 @@ def test_another_seed_gives_another_run_beside_the_first(quick, tmp_path):
     assert rows(first) != rows(second)
 
 
-def test_two_runs_at_once_get_two_folders(command, tmp_path):
-    with ThreadPoolExecutor() as pool:
-        list(pool.map(lambda _: command(tmp_path, "fit", "--trainer.max_epochs=1"), range(2)))
-    assert sorted(path.name for path in (tmp_path / "lightning_logs/baseline").iterdir()) == ["version_0", "version_1"]
-
-
-def fit_in_background(cwd, data_dir):
-    """Start a fit of four epochs and wait for its first checkpoint."""
+def fit_in_background(cwd, data_dir, epochs=4, until="checkpoints/last.ckpt"):
+    """Start a fit and wait for a file of its run, by default the first checkpoint."""
+    options = [f"--data.data_dir={data_dir}", f"--trainer.max_epochs={epochs}"]
     process = subprocess.Popen(
-        [sys.executable, "-m", "mnist_lightning", "fit", f"--data.data_dir={data_dir}", "--trainer.max_epochs=4"],
+        [sys.executable, "-m", "mnist_lightning", "fit", *options],
         cwd=cwd, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
     )  # fmt: skip
-    while not (cwd / "lightning_logs/baseline/version_0/checkpoints/last.ckpt").exists():
+    while not (cwd / "lightning_logs/baseline/version_0" / until).exists():
         assert process.poll() is None
         time.sleep(0.002)
     return process
 
 
-def test_killed_and_resumed_ends_as_if_never_killed(fitted, command, data_dir, tmp_path):
+def test_two_runs_at_once_get_two_folders(quick, data_dir, tmp_path):
+    process = fit_in_background(tmp_path, data_dir, epochs=1, until="config.yaml")
+    process.send_signal(signal.SIGSTOP)  # in the midst of its run
+    quick(tmp_path, "fit", "--trainer.max_epochs=1")
+    process.send_signal(signal.SIGCONT)
+    assert process.wait(timeout=240) == 0
+    first, second = sorted((tmp_path / "lightning_logs/baseline").iterdir())
+    assert (first.name, second.name) == ("version_0", "version_1")
+    for name in ("metrics.csv", "test.csv"):
+        assert (first / name).read_text() == (second / name).read_text()
+
+
+def test_killed_and_resumed_ends_as_if_never_killed(fitted, quick, data_dir, tmp_path):
     """SIGKILL lands wherever it lands: in a batch, a figure, a checkpoint."""
     process = fit_in_background(tmp_path, data_dir)
     process.send_signal(signal.SIGKILL)
     process.wait()
 
-    result = command(tmp_path, "fit", "--trainer.max_epochs=4", "--ckpt_path=last")
+    result = quick(tmp_path, "fit", "--trainer.max_epochs=4", "--ckpt_path=last")
     run, _ = fitted
     resumed = tmp_path / "lightning_logs/baseline/version_1"
     assert (resumed / "metrics.csv").read_text() == (run / "metrics.csv").read_text()
@@ -263,11 +278,12 @@ def test_figures_go_to_mlflow(quick, tmp_path):
     assert (tmp_path / "lightning_logs/baseline/version_1/checkpoints/last.ckpt").is_file()
 
 
-def test_figures_go_to_wandb(command, tmp_path):
-    pytest.importorskip("wandb")
+def test_figures_go_to_wandb(command, quick, tmp_path):
+    wandb = pytest.importorskip("wandb")
     options = ["--trainer.max_epochs=1", "--trainer.logger+=WandbLogger", "--trainer.logger.offline=true"]
-    for _ in range(2):
-        command(tmp_path, "fit", *options)
+    command(tmp_path, "fit", *options)  # what is not written yet when the process ends
+    quick(tmp_path, "fit", *options)
+    wandb.finish()
     runs = list(tmp_path.glob("wandb/offline-run-*"))
     assert len(runs) == 2
     for run in runs:
@@ -313,8 +329,8 @@ def test_half_precision_goes_all_the_way(quick, recwarn, tmp_path):
     assert probabilities.sum(axis=1).to_numpy() == pytest.approx(1, abs=1e-5)
 
 
-def test_a_network_that_cannot_be_traced_still_trains(command, monkeypatch, tmp_path):
-    (tmp_path / "mine.py").write_text(
+def test_a_network_that_cannot_be_traced_still_trains(quick, monkeypatch, tmp_path):
+    (tmp_path / "untraceable.py").write_text(
         "import torch\n"
         "class Net(torch.nn.Linear):\n"
         "    def __init__(self, l2: float = 0.5):\n"
@@ -325,9 +341,9 @@ def test_a_network_that_cannot_be_traced_still_trains(command, monkeypatch, tmp_
         "            raise RuntimeError('not to be traced')\n"
         "        return super().forward(images.flatten(1))\n"
     )
-    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}{os.pathsep}{os.environ.get('PYTHONPATH', '')}")
-    result = command(tmp_path, "fit", "--trainer.max_epochs=1", "--model.network=mine.Net")
-    assert "TensorBoard gets no graph" in result.stderr
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.warns(match="TensorBoard gets no graph"):
+        quick(tmp_path, "fit", "--trainer.max_epochs=1", "--model.network=untraceable.Net")
     (row,) = rows(tmp_path / "lightning_logs/baseline/version_0")
     assert float(row["val/penalized_loss"]) > float(row["val/loss"])
 
@@ -337,41 +353,27 @@ def run_of(tmp_path, name):
     return run
 
 
-def test_two_devices_do_what_one_does(command, quick, tmp_path):
-    """One step on all images, half of them on each device; and 249 and 300 images to evaluate, each once."""
-    options = [
-        "--trainer.max_epochs=1", "--model.network.dropout=0", "--model.optimizer=KerasSGD", "--data.val_split=0.1992",
-        "--trainer.accelerator=cpu",
-    ]  # fmt: skip
-    quick(tmp_path, "fit", "--name=one", *options, "--data.batch_size=1001")
-    command(tmp_path, "fit", "--name=two", *options, "--data.batch_size=501", "--trainer.devices=2")
-    one, two = run_of(tmp_path, "one"), run_of(tmp_path, "two")
-    expected = weights(one)
-    for key, weight in weights(two).items():
-        assert torch.allclose(weight, expected[key], atol=1e-4)  # the sampler gives one image of 1,001 twice
-    path = two / "checkpoints/last.ckpt"
-    results = quick(tmp_path, "validate", f"--ckpt_path={path}", *options[3:]).stdout
-    (row,) = rows(two)
-    for name in ("loss", "penalized_loss", "accuracy"):
-        value = float(re.search(rf"val/{name}\s+(\S+)", results)[1])
-        assert value == pytest.approx(float(row[f"val/{name}"]), rel=1e-6)  # no image counts twice
-
-
-def test_two_devices_continue_exactly(command, tmp_path):
-    options = ["--trainer.accelerator=cpu", "--trainer.devices=2"]
-    command(tmp_path, "fit", "--name=whole", *options, "--trainer.max_epochs=2")
-    command(tmp_path, "fit", "--name=part", *options, "--trainer.max_epochs=1")
-    last = run_of(tmp_path, "part") / "checkpoints/last.ckpt"
-    (row,) = rows(run_of(tmp_path, "part"))
-    assert row["step"] == "7"  # 1,000 images in batches of 2 x 64
-    states = torch.load(last, weights_only=True)["callbacks"]["RunCheckpoint"]["random_states"]
+def test_two_devices_continue_exactly(command, quick, tmp_path):
+    """In each epoch 1,001 images to train on, and 249 to evaluate, each once."""
+    options = ["--trainer.accelerator=cpu", "--data.val_split=0.1992"]
+    two = [*options, "--trainer.devices=2"]
+    command(tmp_path, "fit", "--name=whole", *two, *EACH, "--trainer.max_epochs=2")
+    whole = run_of(tmp_path, "whole")
+    assert [row["step"] for row in rows(whole)] == ["7", "15"]  # batches of 2 x 64
+    path = whole / "checkpoints/epoch=0.ckpt"
+    states = torch.load(path, weights_only=True)["callbacks"]["RunCheckpoint"]["random_states"]
     assert len(states) == 2
     assert not torch.equal(states[0]["torch"], states[1]["torch"])  # each device has dropout masks of its own
-    command(tmp_path, "fit", "--name=rest", *options, "--trainer.max_epochs=2", f"--ckpt_path={last}")
-    whole, rest = run_of(tmp_path, "whole"), run_of(tmp_path, "rest")
+    command(tmp_path, "fit", "--name=rest", *two, "--trainer.max_epochs=2", f"--ckpt_path={path}")
+    rest = run_of(tmp_path, "rest")
     for key, weight in weights(whole).items():
         assert torch.equal(weight, weights(rest)[key])
     assert (whole / "metrics.csv").read_text() == (rest / "metrics.csv").read_text()
+    results = quick(tmp_path, "validate", f"--ckpt_path={rest / 'checkpoints/last.ckpt'}", *options).stdout
+    row = rows(rest)[-1]
+    for name in ("loss", "penalized_loss", "accuracy"):
+        value = float(re.search(rf"val/{name}\s+(\S+)", results)[1])
+        assert value == pytest.approx(float(row[f"val/{name}"]), rel=1e-6)  # no image counts twice
 
 
 def test_torchrun_takes_the_step_of_one_device(quick, data_dir, tmp_path):
@@ -419,7 +421,7 @@ def test_a_launcher_s_processes_must_be_the_trainer_s_devices(monkeypatch, capfd
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_requeued_slurm_job_ends_as_if_never_stopped(fitted, command, monkeypatch, data_dir, tmp_path):
+def test_a_requeued_slurm_job_ends_as_if_never_stopped(fitted, quick, monkeypatch, data_dir, tmp_path):
     scontrol = tmp_path / "bin/scontrol"
     scontrol.parent.mkdir()
     scontrol.write_text(f"#!/bin/sh\necho $@ > {tmp_path}/requeued\n")
@@ -438,7 +440,9 @@ def test_a_requeued_slurm_job_ends_as_if_never_stopped(fitted, command, monkeypa
     assert (tmp_path / "requeued").read_text() == "requeue 8_3\n"
 
     monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
-    command(tmp_path, "fit", "--trainer.max_epochs=4")
+    handler = signal.getsignal(signal.SIGUSR1)
+    quick(tmp_path, "fit", "--trainer.max_epochs=4")
+    signal.signal(signal.SIGUSR1, handler)
     requeued = tmp_path / "lightning_logs/baseline/version_1"
     assert (requeued / "metrics.csv").read_text() == (fitted[0] / "metrics.csv").read_text()
     assert (requeued / "test.csv").read_text() == (fitted[0] / "test.csv").read_text()
@@ -483,9 +487,9 @@ def test_checkpoints_are_evaluated_and_predicted(fitted, monkeypatch, capfd, dat
     assert sorted(path.name for path in run.parents[2].iterdir()) == ["lightning_logs"]
 
 
-def test_a_checkpoint_brings_its_network(command, monkeypatch, capfd, data_dir, tmp_path):
-    command(tmp_path, "fit", "--trainer.max_epochs=1", "--model.network.units=[7]", "--model.network.dropout=0",
-            "--model.network.l2=0.1", "--data.batch_size=50")  # fmt: skip
+def test_a_checkpoint_brings_its_network(quick, monkeypatch, capfd, data_dir, tmp_path):
+    quick(tmp_path, "fit", "--trainer.max_epochs=1", "--model.network.units=[7]", "--model.network.dropout=0",
+          "--model.network.l2=0.1", "--data.batch_size=50")  # fmt: skip
     last = tmp_path / "lightning_logs/baseline/version_0/checkpoints/last.ckpt"
     code, out, err = in_process(capfd, "test", f"--data.data_dir={data_dir}", f"--ckpt_path={last}")
     assert code == 0, err
@@ -546,15 +550,6 @@ def test_a_schedule_lasts_as_long_as_the_training(quick, tmp_path, options, rate
     assert [float(row["lr"]) for row in table] == pytest.approx(rates)
 
 
-EACH = [
-    "--trainer.callbacks+=ModelCheckpoint",
-    "--trainer.callbacks.save_top_k=-1",
-    "--trainer.callbacks.save_on_train_epoch_end=true",
-    "--trainer.callbacks.filename={epoch}",
-]
-"""Keeps what a run that is killed after an epoch leaves behind."""
-
-
 @pytest.mark.parametrize(
     "options",
     [
@@ -597,10 +592,13 @@ def test_a_run_is_continued_with_all_that_it_had(quick, tmp_path, options):
         assert value == pytest.approx(float(expected[f"test/{name}"]), rel=1e-6)
 
 
-def test_the_time_of_a_run_is_that_of_the_whole(quick, command, tmp_path):
+def test_the_time_of_a_run_is_that_of_the_whole(quick, caplog, tmp_path):
     quick(tmp_path, "fit", "--trainer.max_epochs=1000", "--trainer.max_time=00:00:00:01")
-    result = command(tmp_path, "fit", "--ckpt_path=last")
-    assert "Time limit reached" in result.stderr
+    logger = logging.getLogger("lightning.pytorch")
+    logger.addHandler(caplog.handler)
+    quick(tmp_path, "fit", "--ckpt_path=last")
+    logger.removeHandler(caplog.handler)
+    assert "Time limit reached" in caplog.text
     first, second = sorted((tmp_path / "lightning_logs/baseline").iterdir())
     assert (first / "metrics.csv").read_text() == (second / "metrics.csv").read_text()
 
@@ -610,9 +608,9 @@ def test_an_epoch_without_validation_shows_none(quick, tmp_path):
     assert ["val:" in line for line in out.splitlines() if line.startswith("Epoch")] == [False, True, False]
 
 
-def test_a_run_is_evaluated_on_its_own_data(command, monkeypatch, capfd, data_dir, tmp_path):
+def test_a_run_is_evaluated_on_its_own_data(quick, monkeypatch, capfd, data_dir, tmp_path):
     (tmp_path / "elsewhere").mkdir()
-    command(tmp_path, "fit", "--trainer.max_epochs=1", "--data.val_split=0.4")
+    quick(tmp_path, "fit", "--trainer.max_epochs=1", "--data.val_split=0.4")
     run = run_of(tmp_path, "baseline")
     (row,) = rows(run)
     monkeypatch.chdir(tmp_path / "elsewhere")

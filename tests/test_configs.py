@@ -34,18 +34,18 @@ def test_a_config_is_trained_tested_and_predicted(quick, tmp_path, config):
     assert float(last["test/accuracy"]) > 0.2
 
 
-def test_a_run_of_an_earlier_version_is_evaluated_continued_and_repeated(command, tmp_path):
+def test_a_run_of_an_earlier_version_is_evaluated_continued_and_repeated(quick, tmp_path):
     """Made by the version of November 2026, before options stood without their command's name."""
     checkpoint, config = CONF / "before/last.ckpt", CONF / "before/config.yaml"
     expected = pd.read_csv(CONF / "before/test.csv").iloc[0]
     assert "mnist_lightning.networks.MLP" in config.read_text()
-    result = command(tmp_path, "test", f"--ckpt_path={checkpoint}", data=False)
+    result = quick(tmp_path, "test", f"--ckpt_path={checkpoint}", data=False)
     assert printed_accuracy(result) == pytest.approx(expected["test/accuracy"])
-    command(tmp_path, "fit", f"--config={config}", f"--ckpt_path={checkpoint}", "--trainer.max_epochs=2", data=False)
+    quick(tmp_path, "fit", f"--config={config}", f"--ckpt_path={checkpoint}", "--trainer.max_epochs=2", data=False)
     metrics = pd.read_csv(tmp_path / "lightning_logs/baseline/version_0/metrics.csv")
     assert metrics.epoch.tolist() == [0, 1]
     assert metrics["train/loss"].is_monotonic_decreasing
-    command(tmp_path, "fit", f"--config={config}", data=False)
+    quick(tmp_path, "fit", f"--config={config}", data=False)
     repeated = torch.load(tmp_path / "lightning_logs/baseline/version_1/checkpoints/last.ckpt", weights_only=True)
     for name, tensor in Classifier.load_from_checkpoint(checkpoint, weights_only=True).state_dict().items():
         assert torch.equal(tensor, repeated["state_dict"][name])

@@ -16,13 +16,17 @@ from mnist_lightning.tune.storage import open_storage
 from mnist_lightning.tune.study import give_back, is_counted, process_name, set_attributes
 
 
-def test_a_killed_worker_loses_only_its_execution(whole, data_dir, tmp_path):
-    parent = start(data_dir, tmp_path, "--n_trials=5", "--workers=1")
-    with stopped_worker(tmp_path, execution=1) as (pid, number):
-        os.kill(pid, signal.SIGKILL)
-    output, _ = parent.communicate(timeout=240)
-    assert parent.returncode == 0, output
-    study = load(tmp_path)
+def test_a_killed_worker_loses_only_its_execution(whole, tune_beside, tmp_path):
+    cwd = tmp_path / "here"
+
+    def kill():
+        with stopped_worker(cwd, execution=1) as (pid, number):
+            os.kill(pid, signal.SIGKILL)
+        return number
+
+    (code, output, errors), number = tune_beside(kill, "--n_trials=5", "--workers=1")
+    assert code == 0, errors
+    study = load(cwd)
     assert outcome(study) == outcome(load(whole[0]))
     assert len(study.trials) == 5
     assert f"Trial {number:3} goes on with another worker" in output
@@ -30,8 +34,8 @@ def test_a_killed_worker_loses_only_its_execution(whole, data_dir, tmp_path):
     assert [execution["execution"] for execution in study.trials[number].user_attrs["executions"]] == [0, 1]
 
 
-def test_a_trial_that_kills_its_workers_fails_and_the_study_goes_on(command, monkeypatch, tmp_path):
-    (tmp_path / "mine.py").write_text(
+def test_a_trial_that_kills_its_workers_fails_and_the_study_goes_on(tune, monkeypatch, tmp_path):
+    (tmp_path / "suicidal.py").write_text(
         "import os, signal\n"
         "from mnist_lightning.networks import MLP\n"
         "class Net(MLP):\n"
@@ -40,14 +44,15 @@ def test_a_trial_that_kills_its_workers_fails_and_the_study_goes_on(command, mon
         "        if deadly:\n"
         "            os.kill(os.getpid(), signal.SIGKILL)\n"
     )
-    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}{os.pathsep}{os.environ.get('PYTHONPATH', '')}")
-    result = command(
-        tmp_path, "tune", choices(**{"model.network.init_args.deadly": [True, False]}), "--model.network=mine.Net",
-        "--sampler=BruteForceSampler", "--workers=1", "--refit=false", "--trainer.max_epochs=1",
+    monkeypatch.syspath_prepend(tmp_path)
+    code, output, errors = tune(
+        choices(**{"model.network.init_args.deadly": [True, False]}), "--model.network=suicidal.Net",
+        "--sampler=BruteForceSampler", "--workers=1", epochs=1,
     )  # fmt: skip
-    assert "1 completed, 0 pruned, 1 failed" in result.stdout
-    errors = [trial.user_attrs["error"] for trial in load(tmp_path).trials if "error" in trial.user_attrs]
-    assert errors == ["3 processes died that ran it"]
+    assert code == 0, errors
+    assert "1 completed, 0 pruned, 1 failed" in output
+    reasons = [t.user_attrs["error"] for t in load(tmp_path / "here").trials if "error" in t.user_attrs]
+    assert reasons == ["3 processes died that ran it"]
 
 
 def test_a_killed_parent_leaves_no_process_and_no_trial_behind(whole, data_dir, tune, tmp_path):
@@ -89,10 +94,10 @@ def test_ctrl_c_puts_trials_back_and_says_how_to_continue(whole, data_dir, tune,
     assert outcome(load(cwd)) == outcome(load(whole[0]))
 
 
-def test_machines_share_a_database_that_is_restarted_while_some_of_them_vanish(whole, data_dir, postgresql, tmp_path):
+def test_machines_share_a_database_that_is_restarted_while_one_of_them_vanishes(whole, data_dir, postgresql, tmp_path):
     url = postgresql("status")
     more = [f"--storage={url}", "--n_trials=14", "--workers=1", "--grace_period=3", "--refit=true", "--refit_epochs=1"]
-    parents = [start(data_dir, tmp_path, *more, epochs=4) for _ in range(4)]
+    parents = [start(data_dir, tmp_path, *more, epochs=4) for _ in range(3)]
 
     def running():
         with suppress(KeyError):
@@ -101,18 +106,19 @@ def test_machines_share_a_database_that_is_restarted_while_some_of_them_vanish(w
         return []
 
     def all_are_at_it():
-        return len({trial["owner"] for trial in running() if trial.get("workers")}) == 4
+        return len({trial["owner"] for trial in running() if trial.get("workers")}) == 3
 
     wait_for(all_are_at_it)
-    names = [process_name(parent.pid) for parent in parents[:2]]
-    workers = [name for trial in running() if trial.get("owner") in names for name in trial.get("workers", {}).values()]
-    for parent in parents[:2]:
-        parent.kill()
-    wait_for(lambda: not any(process_name(int(name.split(":")[1])) == name for name in workers))  # they follow
-    killed = [trial["number"] for trial in running() if trial.get("owner") in names]
+    name = process_name(parents[0].pid)
+    workers = [
+        worker for trial in running() if trial.get("owner") == name for worker in trial.get("workers", {}).values()
+    ]
+    parents[0].kill()
+    wait_for(lambda: not any(process_name(int(each.split(":")[1])) == each for each in workers))  # they follow
+    killed = [trial["number"] for trial in running() if trial.get("owner") == name]
     postgresql("restart", "-m", "immediate")
     outputs = [parent.communicate(timeout=300)[0] for parent in parents]
-    for parent, output in zip(parents[2:], outputs[2:], strict=True):
+    for parent, output in zip(parents[1:], outputs[1:], strict=True):
         assert parent.returncode == 0, output
         assert "14 completed, 0 pruned, 0 failed" in output
         assert "The storage answers again." in output
@@ -131,18 +137,21 @@ def test_machines_share_a_database_that_is_restarted_while_some_of_them_vanish(w
         assert [execution["execution"] for execution in trial.user_attrs["executions"]] == [0, 1]
 
 
-def test_a_trial_that_others_have_taken_is_left_to_them(whole, data_dir, tmp_path):
-    parent = start(data_dir, tmp_path, "--n_trials=5", "--workers=1")
-    with stopped_worker(tmp_path, execution=0) as (_, number):
-        study = load(tmp_path)
-        set_attributes(study, study.trials[number], owner="another command")
-    wait_for(lambda: sum(trial.state == TrialState.COMPLETE for trial in load(tmp_path).trials) == 4)
-    study = load(tmp_path)
-    assert study.trials[number].state == TrialState.RUNNING
-    give_back(study, study.trials[number], attempts=1)
-    output, _ = parent.communicate(timeout=240)
-    assert parent.returncode == 0, output
-    assert outcome(load(tmp_path)) == outcome(load(whole[0]))
+def test_a_trial_that_others_have_taken_is_left_to_them(whole, tune_beside, tmp_path):
+    cwd = tmp_path / "here"
+
+    def take():
+        with stopped_worker(cwd, execution=0) as (_, number):
+            study = load(cwd)
+            set_attributes(study, study.trials[number], owner="another command")
+        wait_for(lambda: sum(trial.state == TrialState.COMPLETE for trial in load(cwd).trials) == 4)
+        study = load(cwd)
+        assert study.trials[number].state == TrialState.RUNNING
+        give_back(study, study.trials[number], attempts=1)
+
+    (code, _, errors), _ = tune_beside(take, "--n_trials=5", "--workers=1")
+    assert code == 0, errors
+    assert outcome(load(cwd)) == outcome(load(whole[0]))
 
 
 def test_a_fault_of_the_machine_ends_the_search_and_is_no_trial_s(whole, tune, tmp_path):
@@ -158,16 +167,27 @@ def test_a_fault_of_the_machine_ends_the_search_and_is_no_trial_s(whole, tune, t
     assert outcome(load(tmp_path / "here")) == outcome(load(whole[0]))
 
 
-def test_a_study_that_is_moved_away_ends_its_search(data_dir, tmp_path):
-    parent = start(data_dir, tmp_path, "--n_trials=50", "--workers=1")
-    wait_for(lambda: reported(tmp_path))
-    (tmp_path / "lightning_logs/tune").rename(tmp_path / "moved")
+def test_a_study_is_shown_while_it_is_searched_and_ends_when_it_is_moved_away(tune, data_dir, tmp_path):
+    cwd = tmp_path / "here"
+    cwd.mkdir()
+    parent = start(data_dir, cwd, "--n_trials=500", "--workers=1")
+    wait_for(lambda: reported(cwd))
+    code, output, errors = tune("--show")
+    assert code == 0, errors
+    assert re.search(r"^Trials of study tune: \d+ completed, 0 pruned, 0 failed, 1 running$", output, re.MULTILINE)
+    assert "Best: trial" in output
+    assert "Refit" not in output
+    code, _, errors = tune("--show", "--study_name=none")
+    assert code == 1
+    assert "There is no study none in lightning_logs/none/journal.log" in errors
+    assert not (cwd / "lightning_logs/none").exists()
+    (cwd / "lightning_logs/tune").rename(tmp_path / "moved")
     output, _ = parent.communicate(timeout=240)
     assert parent.returncode == 1, output
     assert "was moved or deleted while" in output
     assert "Traceback" not in output
     wait_for(lambda: session(parent.pid) == [])
-    assert not (tmp_path / "lightning_logs/tune/journal.log").exists()
+    assert not (cwd / "lightning_logs/tune/journal.log").exists()
     trials = optuna.load_study(storage=open_storage(str(tmp_path / "moved/journal.log")), study_name="tune").trials
     assert TrialState.COMPLETE in [trial.state for trial in trials]
 

@@ -20,19 +20,17 @@ import pytest
 import yaml
 from conftest import (
     ROOT,
-    SPACE,
     choices,
     in_process,
     load,
     outcome,
-    reported,
     spelled_and_default,
-    start,
     wait_for,
 )
 from optuna.trial import TrialState
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from mnist_lightning.classifier import Classifier
 from mnist_lightning.tune.space import NOTEBOOK_SPACE
 
 
@@ -72,7 +70,7 @@ def test_each_execution_is_a_run_in_tensorboard(whole):
             assert config["seed_everything"] == execution["seed"]
 
 
-def test_best_yaml_trains_the_best(whole, command, tmp_path):
+def test_best_yaml_trains_the_best(whole, quick, tmp_path):
     cwd, _ = whole
     study = load(cwd)
     path = cwd / "lightning_logs/tune/best.yaml"
@@ -83,7 +81,7 @@ def test_best_yaml_trains_the_best(whole, command, tmp_path):
     name = study.best_params["model.optimizer.class_path"].rpartition(".")[2]
     assert best["model"]["optimizer"]["class_path"] == f"mnist_lightning.optimizers.{name}"
     # as long as a trial, with the seed of the first execution, it is that execution
-    command(tmp_path, "fit", f"--config={path}", "--trainer.max_epochs=2")
+    quick(tmp_path, "fit", f"--config={path}", "--trainer.max_epochs=2")
     with (tmp_path / "lightning_logs/tuned/version_0/metrics.csv").open(newline="") as file:
         values = [float(row["val/accuracy"]) for row in csv.DictReader(file)]
     assert values == pytest.approx([value for _, value in study.best_trial.user_attrs["executions"][0]["values"]])
@@ -105,9 +103,9 @@ def test_a_larger_total_continues_with_any_number_of_workers(whole, tune, tmp_pa
     assert "5 completed" in output
 
 
-def test_the_refit_is_a_run_beside_the_baseline(tune, command, tmp_path):
+def test_the_refit_is_a_run_beside_the_baseline(tune, quick, tmp_path):
     (tmp_path / "here").mkdir()
-    command(tmp_path / "here", "fit", "--trainer.max_epochs=1")
+    quick(tmp_path / "here", "fit", "--trainer.max_epochs=1")
     arguments = ["--n_trials=1", "--refit=true", "--refit_epochs=2"]
     _, output, errors = tune(*arguments)
     run = tmp_path / "here/lightning_logs/tuned/version_0"
@@ -121,24 +119,23 @@ def test_the_refit_is_a_run_beside_the_baseline(tune, command, tmp_path):
     assert not run.with_name("version_1").exists()
 
 
-def test_the_executions_of_the_last_trials_are_shared_out(data_dir, tmp_path):
-    parent = start(data_dir, tmp_path, "--n_trials=1", "--workers=2", epochs=30)
-    together = []
+def test_the_executions_of_the_last_trials_are_shared_out(tune_beside, tmp_path):
+    cwd = tmp_path / "here"
 
     def are_together():
-        journal = tmp_path / "lightning_logs/tune/journal.log"
-        if journal.exists() and b'"workers"' in journal.read_bytes():
-            together.extend(t for t in load(tmp_path).trials if len(set(t.user_attrs.get("workers", {}).values())) == 2)
-        return together or parent.poll() is not None
+        journal = cwd / "lightning_logs/tune/journal.log"
+        if not journal.exists() or b'"workers"' not in journal.read_bytes():
+            return False
+        (trial,) = load(cwd).trials
+        assert trial.state == TrialState.RUNNING
+        return len(set(trial.user_attrs.get("workers", {}).values())) == 2
 
-    wait_for(are_together)
-    output, _ = parent.communicate(timeout=240)
-    assert parent.returncode == 0, output
-    assert together
-    (trial,) = load(tmp_path).trials
+    (code, _, errors), _ = tune_beside(lambda: wait_for(are_together), "--n_trials=1", "--workers=2", epochs=20)
+    assert code == 0, errors
+    (trial,) = load(cwd).trials
     assert [execution["seed"] for execution in trial.user_attrs["executions"]] == [42, 43]
-    assert sorted(trial.intermediate_values) == [*range(60)]
-    assert trial.intermediate_values[59] == trial.value
+    assert sorted(trial.intermediate_values) == [*range(40)]
+    assert trial.intermediate_values[39] == trial.value
 
 
 @pytest.mark.parametrize(
@@ -281,23 +278,6 @@ def test_several_metrics_have_a_pareto_front(tune, capfd, tmp_path):
     code, _, errors = tune(*options, "--limits.parameters=3", epochs=3)
     assert code == 1
     assert "No completed trial is within parameters 3:" in errors
-
-
-def test_a_study_is_shown_while_it_is_searched(whole, data_dir, tune, tmp_path):
-    (tmp_path / "here").mkdir()
-    parent = start(data_dir, tmp_path / "here", "--n_trials=500", "--workers=1")
-    wait_for(lambda: reported(tmp_path / "here"))
-    code, output, errors = tune("--show")
-    parent.kill()
-    parent.wait()
-    assert code == 0, errors
-    assert re.search(r"^Trials of study tune: \d+ completed, 0 pruned, 0 failed, 1 running$", output, re.MULTILINE)
-    assert "Best: trial" in output
-    assert "Refit" not in output
-    code, _, errors = tune("--show", "--study_name=none")
-    assert code == 1
-    assert "There is no study none in lightning_logs/none/journal.log" in errors
-    assert not (tmp_path / "here/lightning_logs/none").exists()
 
 
 @pytest.mark.skipif(shutil.which("chromium") is None, reason="needs the browser chromium")
@@ -458,32 +438,33 @@ def test_executions_keep_the_user_s_loggers(tune, tmp_path):
     assert (tmp_path / "here/lightning_logs/tuned/version_0/checkpoints/last.ckpt").is_file()
 
 
-@pytest.mark.parametrize("logger", ["MLFlowLogger", "WandbLogger"])
-def test_each_execution_is_a_run_of_a_tracking_server(data_dir, tmp_path, logger):
-    package = pytest.importorskip({"MLFlowLogger": "mlflow", "WandbLogger": "wandb"}[logger])
-    option = "offline=true" if logger == "WandbLogger" else "tracking_uri=sqlite:///m.db"
-    options = [f"--trainer.logger+={logger}", f"--trainer.logger.{option}", "--n_trials=2", "--workers=2"]
-    parent = start(data_dir, tmp_path, *options)
-    output, _ = parent.communicate(timeout=300)
-    assert parent.returncode == 0, output
+def test_each_execution_is_a_run_of_each_tracking_server(tune, tmp_path):
+    mlflow = pytest.importorskip("mlflow")
+    pytest.importorskip("wandb")
+    code, output, errors = tune(
+        "--trainer.logger+=MLFlowLogger", "--trainer.logger.tracking_uri=sqlite:///m.db",
+        "--trainer.logger+=WandbLogger", "--trainer.logger.offline=true", "--n_trials=2", "--workers=2",
+    )  # fmt: skip
+    assert code == 0, errors
     assert "2 completed, 0 pruned, 0 failed" in output
-    if logger == "WandbLogger":
-        assert len([*tmp_path.glob("wandb/offline-run-*")]) == 4
-    else:
-        client = package.MlflowClient(f"sqlite:///{tmp_path / 'm.db'}")
-        runs = client.search_runs([experiment.experiment_id for experiment in client.search_experiments()])
-        names = {f"tune_trial_{trial:03}_execution_{execution}" for trial in range(2) for execution in range(2)}
-        assert {run.info.run_name for run in runs} == names
-        assert all("score" in run.data.metrics for run in runs)
+    cwd = tmp_path / "here"
+    assert len([*cwd.glob("wandb/offline-run-*")]) == 4
+    client = mlflow.MlflowClient(f"sqlite:///{cwd / 'm.db'}")
+    runs = client.search_runs([experiment.experiment_id for experiment in client.search_experiments()])
+    names = {f"tune_trial_{trial:03}_execution_{execution}" for trial in range(2) for execution in range(2)}
+    assert {run.info.run_name for run in runs} == names
+    assert all("score" in run.data.metrics for run in runs)
 
 
 @pytest.mark.parametrize("finish", [True, False])
 def test_a_search_ends_when_its_time_is_over(tune, whole, tmp_path, finish):
-    options = ["--n_trials=500", "--workers=2", f"--finish_trials={str(finish).lower()}"]
+    """In five seconds, of which a trial takes a half."""
+    options = ["--workers=2", "--executions_per_trial=1", f"--finish_trials={str(finish).lower()}"]
     begin = time.monotonic()
-    code, output, errors = tune(*options, "--timeout=9s", "--refit=true", "--refit_epochs=1")
+    more = ["--n_trials=500", "--timeout=5s", "--refit=true", "--refit_epochs=1"]
+    code, output, errors = tune(*options, *more, epochs=1)
     assert code == 0, errors
-    assert 9 < time.monotonic() - begin < 200
+    assert 5 < time.monotonic() - begin < 200
     assert "The time is over. Continue: " in output
     assert "Best: trial" in output
     assert (tmp_path / "here/lightning_logs/tuned/version_0/test.csv").is_file()
@@ -494,7 +475,7 @@ def test_a_search_ends_when_its_time_is_over(tune, whole, tmp_path, finish):
     if finish:
         assert states[TrialState.COMPLETE] == len(study.trials)
     count = len(study.trials) + 1  # without a time, it goes on to the end
-    code, output, errors = tune(f"--n_trials={count}", "--workers=2")
+    code, output, errors = tune(*options, f"--n_trials={count}", epochs=1)
     assert code == 0, errors
     assert f"{count} completed" in output
     study = load(tmp_path / "here")
@@ -665,32 +646,36 @@ def test_tune_yaml_spells_out_the_defaults(capfd):
     assert spelled["search_space"].keys() == default["search_space"].keys() == NOTEBOOK_SPACE.keys()
 
 
-def test_a_metric_that_is_named_once_reaches_every_place(command, monkeypatch, tmp_path):
-    (tmp_path / "sitecustomize.py").write_text(
+def test_a_metric_that_is_named_once_reaches_every_place(tune, monkeypatch, capfd, tmp_path):
+    (tmp_path / "topthree.py").write_text(
         "from mnist_lightning.classifier import Classifier\n"
+        "from mnist_lightning.networks import MLP\n"
         "original = Classifier.metrics\n"
         "def metrics(self, logits, labels, loss):\n"
         "    top3 = (logits.topk(3).indices == labels[:, None]).any(dim=1)\n"
         "    return {**original(self, logits, labels, loss), 'top3_accuracy': top3}\n"
         "Classifier.metrics = metrics\n"
+        "class Net(MLP):\n"
+        "    pass\n"
     )
-    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}{os.pathsep}{os.environ.get('PYTHONPATH', '')}")
-    search = ["--metric=val/top3_accuracy", "--n_trials=1", "--executions_per_trial=1", "--trainer.max_epochs=2"]
-    output = command(tmp_path, "tune", *search, "--refit_epochs=1", f"--search_space={json.dumps(SPACE)}").stdout
-    run = tmp_path / "lightning_logs/tuned/version_0"
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(Classifier, "metrics", Classifier.metrics)  # to be put back
+    search = ["--metric=val/top3_accuracy", "--n_trials=1", "--executions_per_trial=1", "--model.network=topthree.Net"]
+    code, output, errors = tune(*search, "--refit=true", "--refit_epochs=1")
+    assert code == 0, errors
+    run = tmp_path / "here/lightning_logs/tuned/version_0"
     value = next(csv.DictReader((run / "metrics.csv").open(newline="")))["val/top3_accuracy"]
     assert f" top3_accuracy {float(value):.4f}\n" in output
-    (trial,) = load(tmp_path).trials
+    (trial,) = load(tmp_path / "here").trials
     assert trial.user_attrs["executions"][0]["values"][0][1] == pytest.approx(float(value))
     tested = float(next(csv.DictReader((run / "test.csv").open(newline="")))["test/top3_accuracy"])
     assert re.search(rf"^last epoch \(1\) .* {tested:.4f}$", output, re.MULTILINE)
     assert re.search(rf"^lightning_logs/tuned/version_0 .* {tested:.4f}$", output, re.MULTILINE)
     assert EventAccumulator(str(run)).Reload().Scalars("test/top3_accuracy")[0].value == pytest.approx(tested)
-    command(tmp_path, "report", "a=lightning_logs/tuned/version_0", "b=lightning_logs/tuned/version_0", data=False)
-    assert (
-        f"test/top3_accuracy (last epoch),{tested:.4f},"
-        in (tmp_path / "lightning_logs/report/comparison.csv").read_text()
-    )
+    code, _, errors = in_process(capfd, "report", *(f"{name}=lightning_logs/tuned/version_0" for name in "ab"))
+    assert code == 0, errors
+    comparison = tmp_path / "here/lightning_logs/report/comparison.csv"
+    assert f"test/top3_accuracy (last epoch),{tested:.4f}," in comparison.read_text()
 
 
 @pytest.mark.parametrize(

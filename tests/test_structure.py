@@ -2,7 +2,6 @@
 
 import ast
 import re
-import shutil
 import textwrap
 from pathlib import Path
 
@@ -37,13 +36,12 @@ def test_imports_go_down_the_list_of_rooms():
             assert rooms.index(module) > rooms.index(name), f"{name} imports {module}"
 
 
-def test_the_readme_s_python_works(fitted, monkeypatch, capsys, tmp_path):
-    shutil.copytree(fitted[0], tmp_path / "lightning_logs/baseline/version_0")
-    monkeypatch.chdir(tmp_path)
+def test_the_readme_s_python_works(quick, capfd, tmp_path):
+    quick(tmp_path, "fit", "--trainer.max_epochs=1")
     section = (ROOT / "README.md").read_text().partition("## From Python")[2]
     code = textwrap.dedent("".join(re.findall(r"^(?:    .*|)\n", section.partition("\n## ")[0], re.MULTILINE)))
     assert 5 < len(code.strip().splitlines()) < 16
     exec(compile(code, "README.md", "exec"), {})
-    predicted, labels = re.findall(r"tensor\(\[(.*?)\]\)", capsys.readouterr().out)
+    predicted, labels = re.findall(r"tensor\(\[(.*?)\]\)", capfd.readouterr().out)
     assert labels == "7, 2, 1, 0, 4, 1, 4, 9, 5, 9"
     assert len(predicted.split(",")) == 10
