@@ -218,6 +218,7 @@ def test_killed_and_resumed_ends_as_if_never_killed(fitted, quick, data_dir, tmp
     process.wait()
 
     result = quick(tmp_path, "fit", "--trainer.max_epochs=4", "--ckpt_path=last")
+    assert "Epoch 1/4" not in result.stdout  # from the beginning it would end as well
     run, _ = fitted
     resumed = tmp_path / "lightning_logs/baseline/version_1"
     assert (resumed / "metrics.csv").read_text() == (run / "metrics.csv").read_text()
@@ -441,8 +442,10 @@ def test_a_requeued_slurm_job_ends_as_if_never_stopped(fitted, quick, monkeypatc
 
     monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
     handler = signal.getsignal(signal.SIGUSR1)
-    quick(tmp_path, "fit", "--trainer.max_epochs=4")
+    output = quick(tmp_path, "fit", "--trainer.max_epochs=4").stdout
     signal.signal(signal.SIGUSR1, handler)
+    assert re.search("^Epoch 4/4", output, re.MULTILINE)
+    assert "Epoch 1/4" not in output  # from the beginning it would end as well
     requeued = tmp_path / "lightning_logs/baseline/version_1"
     assert (requeued / "metrics.csv").read_text() == (fitted[0] / "metrics.csv").read_text()
     assert (requeued / "test.csv").read_text() == (fitted[0] / "test.csv").read_text()
