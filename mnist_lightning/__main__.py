@@ -17,7 +17,7 @@ COMMANDS = {
     "test": "Evaluate a checkpoint on the test images.",
     "predict": "Write label and probabilities of every test image to a CSV file.",
     "tune": "Search hyper-parameters with an Optuna study and refit the best.",
-    "report": "Compare models, by default the tuned one with the baseline, on one page.",
+    "report": "Compare models, by default baseline and tuned, on one page.",
 }
 
 
