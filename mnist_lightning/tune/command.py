@@ -51,6 +51,7 @@ from mnist_lightning.tune.study import (
     ATTEMPTS,
     SWEEPS,
     best_trial,
+    check_limits,
     find_study,
     find_trial,
     format_value,
@@ -146,8 +147,8 @@ class SearchCLI(RunCLI):
             raise MisconfigurationException(
                 f"Each metric needs one direction: metric is {', '.join(metrics)}, direction {', '.join(directions)}."
             )
-        if unknown := self.config.limits.keys() - {*metrics}:
-            raise MisconfigurationException(f"limits: {', '.join(unknown)} is not among the metrics.")
+        if not self.config.show:  # the study says which
+            check_limits(self.config.limits, metrics)
         if len(metrics) > 1 and not self.config.pruner.class_path.endswith("NopPruner"):
             raise MisconfigurationException("A pruner knows one metric only: leave --pruner, or give one --metric.")
         self.config.metric, self.config.direction = metrics, directions
@@ -291,6 +292,7 @@ def _first_trials(run: SearchCLI, space: SearchSpace, base: dict[str, Any]) -> l
             if key in best:
                 with suppress(MisconfigurationException):
                     values.update(params_of({key: best[key]}, SearchSpace({key: space[key]}), ""))
+        values = params_of(values, space, "")  # without what depends on something that is not taken
         if left := sorted(best.keys() - values.keys()):
             print(f"like {options.like}: {', '.join(map(short_key, left))} not taken, which this space does not have")
         given.append((f"like {options.like}", values))

@@ -92,7 +92,10 @@ class Search:
 
     def checkpoints(self, trial: FrozenTrial) -> list[Path]:
         """The weights of a trial that are kept on this machine, those of the best execution."""
-        execution = self.best((each["score"], each["execution"]) for each in trial.user_attrs.get("executions", []))[1]
+        scores = [(each["score"], each["execution"]) for each in _executions(trial)]
+        if not scores:
+            return []
+        execution = self.best(scores)[1]
         pattern = f"trial_{trial.number:03}/execution_{execution}*/checkpoints/best.ckpt"
         return sorted(self.folder.glob(pattern), key=lambda path: path.stat().st_mtime)[-1:]
 

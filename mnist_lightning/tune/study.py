@@ -200,8 +200,22 @@ def _describe(key: str, flat: dict[str, Any]) -> str:
 
 def metrics_of(study: Study) -> list[str]:
     """The names of a study's metrics."""
-    metric = study.user_attrs.get("settings", {}).get("metric", "value")
-    return [metric] if isinstance(metric, str) else [*metric]
+    settings = study.user_attrs.get("settings")
+    metric = settings.get("metric") if isinstance(settings, dict) else None
+    names = [metric] if isinstance(metric, str) else metric
+    if isinstance(names, list) and len(names) == len(study.directions):
+        return [*map(str, names)]
+    return [f"value {index}" for index, _ in enumerate(study.directions)] if len(study.directions) > 1 else ["value"]
+
+
+def check_limits(limits: dict[str, float], metrics: Sequence[str]) -> None:
+    """See that each limit is one of a metric.
+
+    Raises:
+        MisconfigurationException: One is not.
+    """
+    if unknown := limits.keys() - {*metrics}:
+        raise MisconfigurationException(f"limits: {', '.join(unknown)} is not among the metrics, {', '.join(metrics)}.")
 
 
 def best_trial(study: Study, limits: dict[str, float]) -> FrozenTrial:
@@ -211,6 +225,7 @@ def best_trial(study: Study, limits: dict[str, float]) -> FrozenTrial:
         MisconfigurationException: There is none.
     """
     names, best = metrics_of(study), []
+    check_limits(limits, names)
     signs = [1 if direction == StudyDirection.MAXIMIZE else -1 for direction in study.directions]
     for trial in study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,)):
         values = [sign * value for sign, value in zip(signs, trial.values, strict=True)]
