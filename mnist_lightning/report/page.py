@@ -314,13 +314,10 @@ def model_sections(report: Report) -> list[Section]:
         for title in ("precision", "recall", "F1")
         for model in models
     }
-    given = [
-        {k: v for k, v in model.runs[0].config.items() if k != "origin"} for model in models
-    ]  # the study's section
-    configs = {
-        model.name: pd.Series(pd.json_normalize(config).to_dict("records")[0], dtype=object).map(str)
-        for model, config in zip(models, given, strict=True)
-    }
+    configs = {}
+    for model in models:
+        given = {key: value for key, value in model.runs[0].config.items() if key != "origin"}  # the study's section
+        configs[model.name] = pd.Series(pd.json_normalize(given).to_dict("records")[0], dtype=object).map(str)
     config = pd.DataFrame(configs).fillna("-").rename_axis("key")
     config = config[(config != "None").any(axis=1)]
     is_same = config.nunique(axis=1) == 1

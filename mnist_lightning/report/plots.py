@@ -15,7 +15,6 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 from optuna.distributions import BaseDistribution, CategoricalDistribution
-from optuna.study import StudyDirection
 from optuna.trial import TrialState
 from PIL import Image
 
@@ -23,7 +22,7 @@ from mnist_lightning import figures
 from mnist_lightning.report.comparison import reliability
 from mnist_lightning.report.evaluation import Model
 from mnist_lightning.tune.space import short_value
-from mnist_lightning.tune.study import best_trial, metrics_of
+from mnist_lightning.tune.study import best_trial, metrics_of, signs
 
 SAMPLES = 10
 """Images in a picture of predictions."""
@@ -188,14 +187,14 @@ def execution_scores(study: optuna.Study) -> Picture:
 def pareto_fronts(study: optuna.Study) -> list[Picture]:
     """The first metric of all trials against each other one, with the front between the two."""
     first, *others = metrics_of(study)
-    signs = [1 if direction == StudyDirection.MAXIMIZE else -1 for direction in study.directions]
+    sign, *other_signs = signs(study)
     trials = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
     pictures = []
-    for index, metric in enumerate(others, start=1):
+    for index, (metric, other_sign) in enumerate(zip(others, other_signs, strict=True), start=1):
         points = [(trial.values[index], trial.values[0]) for trial in trials]
         front: list[tuple[float, float]] = []
-        for x, y in sorted(points, key=lambda point: (-signs[index] * point[0], -signs[0] * point[1])):
-            if not front or signs[0] * y > signs[0] * front[-1][1]:
+        for x, y in sorted(points, key=lambda point: (-other_sign * point[0], -sign * point[1])):
+            if not front or sign * y > sign * front[-1][1]:
                 front.append((x, y))
         figure = Figure(figsize=(8, 4.5), layout="constrained")
         axes = figure.add_subplot(xlabel=metric, ylabel=first)

@@ -41,6 +41,7 @@ from mnist_lightning.tune.space import (
     describe,
     describe_conditions,
     get_value,
+    in_distribution,
     make_space,
     params_of,
     short_key,
@@ -147,6 +148,8 @@ class SearchCLI(RunCLI):
             raise MisconfigurationException(
                 f"Each metric needs one direction: metric is {', '.join(metrics)}, direction {', '.join(directions)}."
             )
+        if metrics[0] in COMPUTED:
+            raise MisconfigurationException(f"The first metric tells the best epoch; {metrics[0]} cannot.")
         if not self.config.show:  # the study says which
             check_limits(self.config.limits, metrics)
         if len(metrics) > 1 and not self.config.pruner.class_path.endswith("NopPruner"):
@@ -287,11 +290,8 @@ def _first_trials(run: SearchCLI, space: SearchSpace, base: dict[str, Any]) -> l
         other = find_study(options.like, source)
         if other is None:
             raise MisconfigurationException(f"like: there is no study {options.like} in {hide_password(source)}.")
-        best, values = best_trial(other, {}).params, {}
-        for key in space:
-            if key in best:
-                with suppress(MisconfigurationException):
-                    values.update(params_of({key: best[key]}, SearchSpace({key: space[key]}), ""))
+        best = best_trial(other, {}).params
+        values = {key: best[key] for key in space if key in best and in_distribution(best[key], space[key])}
         values = params_of(values, space, "")  # without what depends on something that is not taken
         if left := sorted(best.keys() - values.keys()):
             print(f"like {options.like}: {', '.join(map(short_key, left))} not taken, which this space does not have")
@@ -357,8 +357,6 @@ def _check_training(run: SearchCLI) -> None:
     run.datamodule.setup("fit")
     run.trainer.limit_val_batches = 1
     (metrics,) = run.trainer.validate(run.model, datamodule=run.datamodule, verbose=False)
-    if run.config.metric[0] in COMPUTED:
-        raise MisconfigurationException(f"The first metric tells the best epoch; {run.config.metric[0]} cannot.")
     for metric in run.config.metric:
         if metric not in metrics and metric not in COMPUTED and not metric.startswith("train/"):
             raise MisconfigurationException(

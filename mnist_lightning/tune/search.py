@@ -166,6 +166,7 @@ class TrialRunner:
 
     def _take(self) -> tuple[FrozenTrial, int] | None:
         """Claim an execution: of a trial that this command has, or else of a new one."""
+        self.search.delete_checkpoints(self.study)  # of whatever has ended since
         in_turn = not isinstance(self.study.pruner, NopPruner)  # a pruner looks at one execution after the other
         while True:
             for trial in filter(self._is_own, self._running()):
@@ -232,7 +233,6 @@ class TrialRunner:
         except (Exception, SystemExit) as error:  # whatever a combination of values makes go wrong
             if self.is_own(trial):
                 self._fail(trial, f"{type(error).__name__}: {' '.join(str(error).split())}")
-                search.delete_checkpoints(self.study)
             return
         finally:
             for logger in loggers:
@@ -254,7 +254,6 @@ class TrialRunner:
                 return
             if progress.pruned:
                 self.study.tell(trial.number, state=TrialState.PRUNED)
-                search.delete_checkpoints(self.study)
                 return
             results = sorted([*_executions(trial), result], key=lambda each: each["execution"])
             workers = {e: name for e, name in workers.items() if e != str(execution)}
@@ -265,7 +264,6 @@ class TrialRunner:
                 self._end(self._trial(trial.number))
             elif pruned:
                 self.study.tell(trial.number, state=TrialState.PRUNED)
-            search.delete_checkpoints(self.study)
 
     def report(self, trial: FrozenTrial, running: dict[int, dict[int, float]]) -> bool:
         """Report what is known of a trial's executions, in their order.

@@ -154,7 +154,7 @@ def _condition(key: str, parent: str, values: Any, distribution: BaseDistributio
     """The values of ``parent`` with which ``key`` is drawn, as the distribution has them."""
     found = []
     for value in values if isinstance(values, list) else [values]:
-        among = _in_distribution(value, distribution)
+        among = in_distribution(value, distribution)
         if not among:
             raise MisconfigurationException(
                 f"search_space: {key} is drawn when {parent} is {value}, but {describe(distribution)} is searched."
@@ -163,7 +163,7 @@ def _condition(key: str, parent: str, values: Any, distribution: BaseDistributio
     return found
 
 
-def _in_distribution(value: Any, distribution: BaseDistribution) -> list[Any]:
+def in_distribution(value: Any, distribution: BaseDistribution) -> list[Any]:
     """A value as a distribution has it; nothing if it has not."""
     if isinstance(distribution, CategoricalDistribution):
         return [choice for choice in distribution.choices if _is_same(choice, _encode(value))][:1]
@@ -221,7 +221,7 @@ def params_of(values: Mapping[str, Any], space: SearchSpace, what: str) -> dict[
     params: dict[str, Any] = {}
     for key, distribution in space.items():
         if key in values and space.is_drawn(key, params):
-            found = _in_distribution(values[key], distribution)
+            found = in_distribution(values[key], distribution)
             if not found:
                 raise MisconfigurationException(
                     f"{what}: {key} is {values[key]}, but {describe(distribution)} is searched. "
@@ -242,17 +242,12 @@ def config_with(base: dict[str, Any], params: Mapping[str, Any], space: SearchSp
         value = params[key]
         if isinstance(value, str) and value[:1] in ("[", "{"):
             value = json.loads(value)
-        parent, _, last = key.rpartition(".")
-        if last == "class_path":
-            parent, _, last = parent.rpartition(".")
-            node = get_value(config, parent)
-            before = get_value(config, f"{parent}.{last}.class_path")
-            if value is None:
-                node[int(last) if isinstance(node, list) else last] = None
-            elif before is None or not _is_same(before, value):
-                node[int(last) if isinstance(node, list) else last] = {"class_path": value, "init_args": {}}
-            continue
+        parent, _, last = key.removesuffix(".class_path").rpartition(".")
         node = get_value(config, parent)
+        if key.endswith(".class_path"):
+            if _is_same(get_value(node, f"{last}.class_path"), value):  # its arguments stay
+                continue
+            value = value and {"class_path": value, "init_args": {}}
         if last == "length" and isinstance(node, list):
             node[value:] = node[-1:] * (value - len(node))
         elif isinstance(node, list):
@@ -274,9 +269,7 @@ def config_with(base: dict[str, Any], params: Mapping[str, Any], space: SearchSp
 def _order(key: str) -> tuple[int, int]:
     """Classes come before their arguments, lengths before items, items in their order."""
     last = key.rpartition(".")[2]
-    return ["class_path", "length"].index(last) if last in ("class_path", "length") else 2, int(
-        last
-    ) if last.isdigit() else 0
+    return {"class_path": 0, "length": 1}.get(last, 2), int(last) if last.isdigit() else 0
 
 
 def get_value(config: Any, key: str) -> Any:

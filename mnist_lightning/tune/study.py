@@ -208,6 +208,11 @@ def metrics_of(study: Study) -> list[str]:
     return [f"value {index}" for index, _ in enumerate(study.directions)] if len(study.directions) > 1 else ["value"]
 
 
+def signs(study: Study) -> list[int]:
+    """For each metric 1 if a high value is good, -1 if a low one is."""
+    return [1 if direction == StudyDirection.MAXIMIZE else -1 for direction in study.directions]
+
+
 def check_limits(limits: dict[str, float], metrics: Sequence[str]) -> None:
     """See that each limit is one of a metric.
 
@@ -226,11 +231,11 @@ def best_trial(study: Study, limits: dict[str, float]) -> FrozenTrial:
     """
     names, best = metrics_of(study), []
     check_limits(limits, names)
-    signs = [1 if direction == StudyDirection.MAXIMIZE else -1 for direction in study.directions]
+    sign = dict(zip(names, signs(study), strict=True))
     for trial in study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,)):
-        values = [sign * value for sign, value in zip(signs, trial.values, strict=True)]
-        if all(values[names.index(name)] >= signs[names.index(name)] * limit for name, limit in limits.items()):
-            best.append((values, -trial.number, trial))
+        values = {name: sign[name] * value for name, value in zip(names, trial.values, strict=True)}
+        if all(values[name] >= sign[name] * limit for name, limit in limits.items()):
+            best.append(([*values.values()], -trial.number, trial))
     if not best:
         raise MisconfigurationException(
             f"No completed trial is within {', '.join(f'{name} {limit:g}' for name, limit in limits.items())}: "
@@ -249,9 +254,8 @@ def results(study: Study, keys: Sequence[str]) -> "pd.DataFrame":
     import pandas as pd  # takes a while
 
     trials = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
-    sign = -1 if study.directions[0] == StudyDirection.MAXIMIZE else 1
-    rows = []
-    for trial in sorted(trials, key=lambda trial: sign * trial.values[0]):
+    sign, rows = signs(study)[0], []
+    for trial in sorted(trials, key=lambda trial: -sign * trial.values[0]):
         scores = " ".join(f"{execution['score']:.4f}" for execution in trial.user_attrs.get("executions", []))
         params = [short_value(trial.params.get(key, "-")) for key in keys]
         rows.append([str(trial.number), *map(format_value, trial.values), scores, *params])
