@@ -200,6 +200,8 @@ def test_trials_come_from_a_file_or_another_study_and_the_best_keeps_its_weights
     units = "model.network.init_args.units.0"
     (tmp_path / "first.yaml").write_text(f"- {{{units}: 9}}\n- {{model.optimizer.class_path: KerasSGD}}\n")
     options = ["--executions_per_trial=1", "--n_trials=3", "--keep_checkpoints=best", "--workers=1"]
+    older = tmp_path / "here/lightning_logs/tune/trial_099/execution_0/checkpoints"  # of a study that is gone
+    older.mkdir(parents=True)
     code, output, errors = tune(*options, f"--enqueue={tmp_path / 'first.yaml'}")
     assert code == 0, errors
     study = load(tmp_path / "here")
@@ -209,6 +211,7 @@ def test_trials_come_from_a_file_or_another_study_and_the_best_keeps_its_weights
     kept = sorted((tmp_path / "here").rglob("*.ckpt"))
     folder = tmp_path / f"here/lightning_logs/tune/trial_{trial.number:03}/execution_0"
     assert kept == [folder / "checkpoints/best.ckpt", folder / "checkpoints/last.ckpt"]
+    assert older.is_dir()
     shown = re.search(r"Its weights: (\S+) .*Test them: .* test (.*)", output)
     assert tmp_path / "here" / shown[1] == kept[0]
     code, output, errors = in_process(capfd, "validate", *shown[2].split())

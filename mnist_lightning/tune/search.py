@@ -107,8 +107,9 @@ class Search:
         with suppress(MisconfigurationException):  # none is complete, or within the limits
             best = best_trial(study, self.options.limits)
         for folder in self.folder.glob("trial_*/execution_*/checkpoints"):
-            trial = trials[int(folder.parent.parent.name.removeprefix("trial_"))]
-            if trial.state.is_finished() and trial != best:
+            number = int(folder.parent.parent.name.removeprefix("trial_"))
+            # the folder may be older than the study: what is of no trial of it is somebody's own
+            if number < len(trials) and trials[number].state.is_finished() and trials[number] != best:
                 shutil.rmtree(folder, ignore_errors=True)
 
     def use_sampler(self, study: Study) -> None:
