@@ -107,7 +107,7 @@ class Parser(LightningArgumentParser):
         """Print the message and end with exit code 2."""
         if not self.exit_on_error:
             super().error(message, ex)
-        print(f"error: {shorten(message)}\nAll options: add --help", file=sys.stderr)
+        print(f"error: {shorten(message)}\nOptions: add --help", file=sys.stderr)
         self.exit(2)
 
 
