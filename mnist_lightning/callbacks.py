@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from mnist_lightning import figures
 from mnist_lightning.checkpoints import RunCheckpoint
-from mnist_lightning.data import Batch
+from mnist_lightning.data import Batch, ImageDataModule
 
 
 class EpochProgressBar(ProgressBar):
@@ -105,13 +105,18 @@ class Figures(Callback):
     @rank_zero_only
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Show training samples and the network."""
-        images, labels = trainer.datamodule.train.__getitems__(range(25))  # type: ignore[attr-defined]
-        self._show(trainer, "samples", figures.sample_grid(images.squeeze(1).numpy(), labels.numpy()))
+        data: ImageDataModule = trainer.datamodule  # type: ignore[attr-defined]
+        assert data.train is not None
+        indices = range(min(25, len(data.train)))
+        with torch.random.fork_rng():  # augmentation draws, and a run that goes on must not draw more often
+            images, _ = data.train.__getitems__(indices)
+        names = [data.classes[label] for label in data.train.labels[: len(indices)]]
+        self._show(trainer, "samples", figures.sample_grid(figures.pictures(images), names))
         for logger in _tensorboards(trainer):
             # in evaluation mode, where nothing is drawn from the random state
             network: Any = copy.deepcopy(pl_module.network)
             try:
-                logger.experiment.add_graph(network.eval(), images[:1].to(pl_module.device, pl_module.dtype))
+                logger.experiment.add_graph(network.eval(), images[:1].to(pl_module.device).type(pl_module.dtype))
             except Exception as error:  # whatever a network does that cannot be traced
                 rank_zero_warn(f"TensorBoard gets no graph, since the network cannot be traced: {error}")
 
@@ -140,7 +145,9 @@ class Figures(Callback):
         step = trainer.global_step - 1
         if trainer.loggers:
             title = f"validation, epoch {trainer.current_epoch + 1}"
-            _log_image(trainer, "confusion_matrix/val", figures.render(figures.confusion_matrix(counts, title)), step)
+            names = trainer.datamodule.names(len(counts))  # type: ignore[attr-defined]
+            figure = figures.confusion_matrix(counts, title, names)
+            _log_image(trainer, "confusion_matrix/val", figures.render(figure), step)
         if not self._layout_logged:
             self._layout_logged = True
             metrics = {n: value.item() for n, value in trainer.callback_metrics.items() if n.startswith("val/")}
@@ -156,12 +163,17 @@ class Figures(Callback):
         """Show the curves and what the network now makes of the first ten test images."""
         self._show(trainer, "accuracy", figures.curves(self._checkpoint.history, ["accuracy"]))
         self._show(trainer, "loss", figures.curves(self._checkpoint.history, ["penalized_loss", "loss"]))
-        trainer.datamodule.setup("test")  # type: ignore[attr-defined]
-        images, labels = trainer.datamodule.test.__getitems__(range(10))  # type: ignore[attr-defined]
+        data: ImageDataModule = trainer.datamodule  # type: ignore[attr-defined]
+        data.setup("test")
+        assert data.test is not None
+        indices = range(min(10, len(data.test)))
+        images, labels = data.test.__getitems__(indices)
         pl_module.eval()
-        predicted = pl_module(images.to(pl_module.device, pl_module.dtype)).argmax(dim=1).cpu()
-        figure = figures.predictions(images.squeeze(1).numpy(), labels.numpy(), predicted.numpy())
-        self._show(trainer, "predictions", figure)
+        logits = pl_module(images.to(pl_module.device).type(pl_module.dtype))
+        names = data.names(logits.shape[1])
+        truths, guesses = ([names[index] for index in classes] for classes in (labels, logits.argmax(dim=1)))
+        pictures = figures.pictures(data.test.scaled(indices))
+        self._show(trainer, "predictions", figures.predictions(pictures, truths, guesses))
 
     def _show(self, trainer: Trainer, name: str, figure: Figure) -> None:
         folder = self._checkpoint.run_dir / "figures"

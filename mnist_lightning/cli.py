@@ -9,6 +9,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from jsonargparse import ArgumentError, Namespace
 from jsonargparse.typing import restricted_number_type
@@ -20,6 +21,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.model_summary import summarize
 
+import mnist_lightning.datasets  # noqa: F401 - so that a name is enough for its classes
 from mnist_lightning.callbacks import EpochProgressBar, Figures
 from mnist_lightning.checkpoints import (
     INSTANTIATOR,
@@ -29,7 +31,7 @@ from mnist_lightning.checkpoints import (
     checkpoint_errors,
 )
 from mnist_lightning.classifier import Classifier
-from mnist_lightning.data import MNISTDataModule
+from mnist_lightning.data import ImageDataModule
 from mnist_lightning.loops import FitLoop, NoProfiler
 from mnist_lightning.parsing import Parser, corrected, shorten
 from mnist_lightning.runs import (
@@ -51,12 +53,13 @@ from mnist_lightning.slurm import SlurmJob
 EXECUTION = "execution"
 """The command of a RunCLI that is one training of a search."""
 
-DEFAULTS = {
+DEFAULTS: dict[str, Any] = {
     "name": "baseline",
     "trainer.max_epochs": 20,
     "trainer.devices": 1,  # the notebook's network is too small to share
     "trainer.num_sanity_val_steps": 0,
     "model.network": {"class_path": "mnist_lightning.networks.MLP"},
+    "data": {"class_path": "mnist_lightning.data.MNISTDataModule"},
 }
 """Where the commands differ from Lightning, and what has no default of its own."""
 
@@ -76,9 +79,11 @@ class RunCLI(LightningCLI):
 
     def __init__(self, command: str, arguments: Sequence[str] | dict[str, Any], description: str = "") -> None:
         self.command = command
+        self.data_state: dict[str, Any] | None = None
         super().__init__(
             Classifier,
-            MNISTDataModule,
+            ImageDataModule,
+            subclass_mode_data=True,
             seed_everything_default=42,
             parser_class=Parser,
             parser_kwargs={"prog": f"{PROG} {command}", "description": description},
@@ -122,8 +127,9 @@ class RunCLI(LightningCLI):
                 raise MisconfigurationException(
                     f"{group} must have keys of its own, and is not just {self.config[group]}."
                 )
-        if self.config.data.data_dir is not None:  # config and checkpoint may be used in another folder
-            self.config.data.data_dir = str(Path(self.config.data.data_dir).expanduser().absolute())
+        data = self.config.data.init_args
+        if data.data_dir is not None:  # config and checkpoint may be used in another folder
+            data.data_dir = str(Path(data.data_dir).expanduser().absolute())
         if not 0 <= self.config.seed_everything < 2**32:
             raise MisconfigurationException(f"seed_everything {self.config.seed_everything} is not from 0 to 2^32 - 1.")
         is_job = self.command == "fit" and isinstance(args, list) and SLURMEnvironment.detect()
@@ -161,6 +167,9 @@ class RunCLI(LightningCLI):
             saved = {group: {**checkpoint.get(name, {})} for group, name in names.items()}
             for parameters in saved.values():
                 parameters.pop("_instantiator", None)
+            class_path = saved["data"].pop("_class_path", DEFAULTS["data"]["class_path"])  # earlier versions had one
+            saved["data"] = {"class_path": class_path, "init_args": saved["data"]}
+            self.data_state = checkpoint.get(class_path.rpartition(".")[2])
             model = saved["model"]
             config = checkpoint["callbacks"].get(RunCheckpoint.__name__, {}).get("config")
             if config and self.command == "fit":
@@ -170,8 +179,10 @@ class RunCLI(LightningCLI):
         self.parser.exit_on_error = False
         try:
             config = self.parser.parse_args([f"--config={json.dumps(saved)}", *args])
-            config.data.data_dir = self.config.data.data_dir or config.data.data_dir
+            data = config.data.init_args
+            data.data_dir = self.config.data.init_args.data_dir or data.data_dir
             given = self.plain_config(config)
+            self.parser.is_shaped = False  # type: ignore[attr-defined]
             self.config = self.parser.parse_object({"model": model, "ckpt_path": str(path)}, config)
         except ArgumentError as error:
             raise MisconfigurationException(
@@ -191,7 +202,7 @@ class RunCLI(LightningCLI):
         now = flatten(given)
         for key, value in flatten({**saved, "model": {}, "name": {}, "origin": {}}).items():
             if now.get(key, value) != value:
-                note(f"Continuing with {key} {now[key]}: the run had {value}")
+                note(f"Continuing with {key.replace('.init_args', '')} {now[key]}: the run had {value}")
 
     def plain_config(self, config: Namespace | None = None) -> dict[str, Any]:
         """A config, by default the command's own, complete and in types that YAML and JSON have."""
@@ -205,12 +216,33 @@ class RunCLI(LightningCLI):
         """Make model, data and trainer; a value that one of them refuses is the user's mistake."""
         try:
             super().instantiate_classes()
+            if self.data_state is not None:  # which Lightning gives to data of the same class only
+                self.datamodule.load_state_dict(self.data_state)
+            self._check_shapes()
             self.model.configure_optimizers()  # only to see now whether it can be done
         except (TypeError, ValueError, RuntimeError) as error:
             path = self.config.get("ckpt_path")
             raise MisconfigurationException(f"{path} cannot be used: {error}" if path else str(error)) from error
         # only a model made from a config has hyper-parameters that can be stored as plain types
         self.model.save_hyperparameters({**self.plain_config()["model"], "_instantiator": INSTANTIATOR})
+
+    @torch.no_grad()
+    def _check_shapes(self) -> None:
+        """See that the network takes the images of the data and has an output for each class."""
+        shape, classes = self.datamodule.image_shape, len(self.datamodule.classes)
+        self.model.example_input_array = torch.zeros(1, *shape)
+        network = self.model.network.eval()
+        try:
+            logits = network(self.model.example_input_array)
+        except Exception as error:  # networks raise what they like
+            reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
+            raise MisconfigurationException(f"The network cannot take images of {shape}: {reason}") from error
+        network.train()
+        if logits.shape != (1, max(classes, logits.shape[-1])):
+            raise MisconfigurationException(
+                f"For {classes} classes, the network must give logits of shape (batch, {classes}), not (batch, "
+                f"{', '.join(map(str, logits.shape[1:]))})."
+            )
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Make the trainer; that of a ``fit`` also gets all that a run folder holds."""
@@ -296,9 +328,9 @@ def fit(run: RunCLI) -> None:
     _test(run, run_dir)
 
 
-def _describe(data: MNISTDataModule) -> str:
-    source = data.data_dir or "the package's own MNIST"
-    return f"Data: {source}, scaled to [0, 1], {data.val_split:.4g} of the training images held out for validation"
+def _describe(data: ImageDataModule) -> str:
+    scaled = "standardised" if data.standardize else "scaled to [0, 1]"
+    return f"Data: {data.source}, {scaled}, {data.val_split:.4g} of the training images held out for validation"
 
 
 def _test(run: RunCLI, run_dir: Path | None) -> None:
@@ -337,9 +369,10 @@ def predict(run: RunCLI) -> None:
     note(_describe(run.datamodule))
     batches: Any = run.trainer.predict(run.model, datamodule=run.datamodule, ckpt_path=run.config.ckpt_path)
     probabilities = torch.cat(batches).numpy()
-    table = pd.DataFrame(probabilities).add_prefix("probability_")
-    table.insert(0, "label", run.datamodule.test.labels[: len(table)].numpy())
-    table.insert(1, "predicted", probabilities.argmax(axis=1))
+    names = np.array(run.datamodule.names(probabilities.shape[1]))
+    table = pd.DataFrame(probabilities, columns=names).add_prefix("probability_")
+    table.insert(0, "label", names[run.datamodule.test.labels[: len(table)]])
+    table.insert(1, "predicted", names[probabilities.argmax(axis=1)])
     with atomic_write(output) as partial:
         table.to_csv(partial, index_label="index")
     print(f"{len(table)} predictions of {run.config.ckpt_path} in {output}")

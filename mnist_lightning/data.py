@@ -1,64 +1,75 @@
-"""MNIST from the copy inside the package or from a folder of the user's, split, scaled and served from memory."""
+"""Data modules: labelled images, split, scaled, augmented and served from memory; MNIST is inside the package."""
 
-import gzip
 import hashlib
-import os
-import tempfile
-import zlib
 from collections.abc import Iterator, Sequence
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from jsonargparse.typing import OpenUnitInterval, PositiveInt
+from jsonargparse.typing import NonNegativeInt, OpenUnitInterval, PositiveInt
 from lightning.pytorch import LightningDataModule
 from lightning.pytorch.overrides.distributed import UnrepeatedDistributedSampler
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from numpy.typing import NDArray
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import BatchSampler, DataLoader, Dataset, DistributedSampler, RandomSampler, Sampler
 
-MD5 = {
-    "train-images-idx3-ubyte": "6bbc9ace898e44ae57da46a324031adb",
-    "train-labels-idx1-ubyte": "a25bea736e30d166cdddb491f175f624",
-    "t10k-images-idx3-ubyte": "2646ac647ad5339dbf082846283269ea",
-    "t10k-labels-idx1-ubyte": "27ae3e4e09519cfbb04c329615203637",
-}
-"""The four files of MNIST and the MD5 of their unpacked bytes, as published with the database."""
-
-MAX_BYTES = 2**30
-"""What is read of a file, whatever its header promises: 1.3 million images."""
+from mnist_lightning.idx import MD5, embedded, find_idx, parse_idx, read_idx
+from mnist_lightning.runs import note
 
 Batch = tuple[Tensor, Tensor]
-"""Images, float32 of shape (batch, 1, 28, 28) in [0, 1], and labels, int64 of shape (batch,)."""
+"""Images, float32 of shape (batch, channels, height, width), and labels, int64 of shape (batch,)."""
 
 
 class Split(Dataset[Batch]):
-    """Images and labels in memory, from which a whole batch is gathered and scaled at once.
+    """Images and labels in memory, from which a whole batch is gathered, scaled and augmented at once.
 
     Args:
-        images: uint8 of shape (n, 1, 28, 28); a quarter of the memory of float32, and faster to gather.
+        images: Of shape (n, channels, height, width): uint8 (a quarter of the memory of float32, and faster to gather),
+            or floats in [0, 1].
         labels: int64 of shape (n,).
+        augmentation: Applied to each batch, one after the other; each maps images in [0, 1] and labels to such.
+        statistics: Mean and standard deviation of each channel, of shape (channels, 1, 1), to standardise with.
     """
 
-    def __init__(self, images: Tensor, labels: Tensor) -> None:
+    def __init__(
+        self,
+        images: Tensor,
+        labels: Tensor,
+        augmentation: Sequence[nn.Module] = (),
+        statistics: tuple[Tensor, Tensor] | None = None,
+    ) -> None:
         self.images = images
         self.labels = labels
+        self.augmentation = augmentation
+        self.statistics = statistics
 
     def __len__(self) -> int:
         return len(self.labels)
 
     def to(self, device: torch.device) -> "Split":
         """The same images and labels on ``device``."""
-        return Split(self.images.to(device), self.labels.to(device))
+        mean, std = self.statistics or (None, None)
+        statistics = None if mean is None or std is None else (mean.to(device), std.to(device))
+        return Split(self.images.to(device), self.labels.to(device), self.augmentation, statistics)
+
+    def scaled(self, indices: Sequence[int] | NDArray[np.integer[Any]] | Tensor) -> Tensor:
+        """The images at ``indices`` as they are in the data set: float32 in [0, 1]."""
+        # index_select takes half the time of indexing with a list or a tensor
+        images = self.images.index_select(0, torch.as_tensor(indices).to(self.images.device, non_blocking=True))
+        return images / 255 if images.dtype == torch.uint8 else images.float()
 
     def __getitems__(self, indices: Sequence[int]) -> Batch:
         """Batch of the images and labels at ``indices``; the DataLoader calls it once a batch."""
-        # index_select takes half the time of indexing with a list or a tensor
-        index = torch.as_tensor(indices).to(self.images.device, non_blocking=True)
-        return self.images.index_select(0, index) / 255, self.labels.index_select(0, index)
+        index = torch.as_tensor(indices).to(self.labels.device, non_blocking=True)
+        images, labels = self.scaled(index), self.labels.index_select(0, index)
+        for augment in self.augmentation:
+            images, labels = augment(images, labels)
+        if self.statistics is not None:
+            mean, std = self.statistics
+            images = (images - mean) / std
+        return images, labels
 
 
 class TensorBatchSampler(BatchSampler):
@@ -91,17 +102,25 @@ class TensorBatchSampler(BatchSampler):
         yield from batches[:-1] if self.drop_last and len(batches[-1]) < self.batch_size else batches
 
 
-class MNISTDataModule(LightningDataModule):
-    """MNIST, held in memory: the head of the 60,000 training images, their tail as validation, 10,000 test images.
+class ImageDataModule(LightningDataModule):
+    """Labelled images, held in memory: the head of the training images, their tail as validation, and test images.
 
-    Nothing is downloaded: the package carries the four files.
+    A data set of one's own is a subclass with a method :meth:`load`, and needs no more. A network gets the size of the
+    images and the number of classes from here.
 
     Args:
-        data_dir: Folder with an own copy of the four IDX files (raw or ``.gz``, 28x28 images, labels 0 to 9); it is
-            only read. By default the copy inside the package is used.
+        data_dir: Folder with the data set; what is there is never changed.
         batch_size: Images in a training batch; the last, smaller batch of an epoch is kept.
         eval_batch_size: Images in a batch of validation, test and prediction; no result depends on it.
         val_split: Share of the training images, taken from their end, that is held out for validation.
+        split_seed: Shuffles the training images before they are split, always alike; null keeps their order.
+        standardize: Whether each channel gets mean 0 and standard deviation 1 over the training images; else they are
+            in [0, 1].
+        augmentation: Changes training batches, on the device where they are: modules that map images in [0, 1] and
+            labels to such, as ``mnist_lightning.augmentation`` and ``torchvision.transforms.v2`` have them.
+
+    Attributes:
+        train: The training images, once they are loaded; likewise ``val`` and ``test``.
     """
 
     def __init__(
@@ -110,16 +129,69 @@ class MNISTDataModule(LightningDataModule):
         batch_size: PositiveInt = 64,
         eval_batch_size: PositiveInt = 250,
         val_split: OpenUnitInterval = 0.2,
+        split_seed: NonNegativeInt | None = None,
+        standardize: bool = False,
+        augmentation: list[nn.Module] | None = None,
     ) -> None:
         super().__init__()
         self.save_hyperparameters()
+        if "_class_path" not in self.hparams:  # not made from a config, which has the augmentation in plain types
+            self.remove_ignored_hparams(["augmentation"])
+            self.hparams["_class_path"] = f"{type(self).__module__}.{type(self).__qualname__}"
         self.data_dir = Path(data_dir).expanduser() if data_dir is not None else None
         self.batch_size = batch_size
         self.eval_batch_size = eval_batch_size
         self.val_split = val_split
+        self.split_seed = split_seed
+        self.standardize = standardize
+        self.augmentation = augmentation or []
         self.train: Split | None = None
         self.val: Split | None = None
         self.test: Split | None = None
+        self._own_classes: list[str] | None = None
+        self._trained_classes: list[str] | None = None
+        self._loaded: dict[str, Any] = {}
+
+    def load(self, split: str) -> tuple[Any, Any] | None:
+        """Read a part of the data set.
+
+        Args:
+            split: ``"train"``, ``"val"`` or ``"test"``.
+
+        Returns:
+            Images of shape (n, channels, height, width) or (n, height, width), uint8 or floats in [0, 1], and whole
+            numbers as labels, of shape (n,): arrays or tensors. None for ``"val"`` if validation images are to be held
+            out from those of ``"train"``.
+        """
+        raise NotImplementedError(f"{type(self).__name__} has no method load(split) that returns images and labels")
+
+    @property
+    def source(self) -> str:
+        """Where the data is from, for people."""
+        return f"{type(self).__name__.removesuffix('DataModule')}{f' in {self.data_dir}' if self.data_dir else ''}"
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """Channels, height and width of an image."""
+        channels, height, width = self._load("train")[0].shape[1:]
+        return channels, height, width
+
+    @property
+    def class_names(self) -> Sequence[str] | None:
+        """Names of the classes with the labels 0, 1, ...; None if the labels are to be counted."""
+        return None
+
+    @property
+    def classes(self) -> list[str]:
+        """Names of the classes, in the order of the network's outputs."""
+        if self._own_classes is None:
+            names = self.class_names
+            self._own_classes = [str(name) for name in (self._distinct_labels() if names is None else names)]
+        return self._trained_classes or self._own_classes
+
+    def names(self, outputs: int) -> list[str]:
+        """Names of a network's outputs: those of the classes, and numbers for what it has beyond them."""
+        return [*self.classes[:outputs], *map(str, range(len(self.classes), outputs))]
 
     def setup(self, stage: str) -> None:
         """Load the splits that ``stage`` needs, if they are not loaded yet.
@@ -128,16 +200,62 @@ class MNISTDataModule(LightningDataModule):
             stage: ``"fit"`` or ``"validate"`` (training and validation images) or ``"test"`` or ``"predict"``.
 
         Raises:
-            MisconfigurationException: A file of ``data_dir`` is missing, damaged or not what its name says.
+            MisconfigurationException: The data is missing, damaged or not what it should be.
         """
-        if stage in ("fit", "validate"):
-            if self.train is None:
-                images, labels = self._load("train")
+        needs_training = stage in ("fit", "validate")
+        if self.train is None and (needs_training or self.standardize):
+            images, labels = self._labelled("train")
+            statistics = None
+            validation = self._labelled("val") if self._load("val") else None
+            if validation is None:
+                if self.split_seed is not None:
+                    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(self.split_seed))
+                    images, labels = images[order], labels[order]
                 split = int(len(labels) * (1 - self.val_split))  # Keras's rule for `validation_split`
-                self.train = Split(images[:split], labels[:split])
-                self.val = Split(images[split:], labels[split:])
-        elif self.test is None:
-            self.test = Split(*self._load("t10k"))
+                validation = images[split:], labels[split:]
+                images, labels = images[:split], labels[:split]
+            if not min(len(labels), len(validation[1])):
+                raise MisconfigurationException(f"{self.source}: there are too few training images to split.")
+            missing = {*validation[1].unique().tolist()} - {*labels.unique().tolist()}
+            if missing:
+                raise MisconfigurationException(
+                    f"{self.source}: of class {self.classes[min(missing)]} all images are held out for validation. If "
+                    "the images are sorted by class, add --data.split_seed 0"
+                )
+            if self.standardize:
+                statistics = _statistics(images)
+            self.train = Split(images, labels, self.augmentation, statistics)
+            self.val = Split(*validation, statistics=statistics)
+        if not needs_training and self.test is None:
+            self.test = Split(*self._labelled("test"), statistics=self.train.statistics if self.train else None)
+        self._loaded.clear()
+
+    def state_dict(self) -> dict[str, Any]:
+        """The names of the classes, to be stored in a checkpoint."""
+        return {"classes": self.classes}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """See that a checkpoint's classes are those of the data, or number the data's as the checkpoint does.
+
+        Raises:
+            MisconfigurationException: The data has a class that the checkpoint has not.
+        """
+        trained, own = [*state_dict["classes"]], self._own_classes or self.classes
+        if unknown := [name for name in own if name not in trained]:
+            raise MisconfigurationException(
+                f"{self.source} has a class {unknown[0]}, but the checkpoint is of a network for {', '.join(trained)}."
+            )
+        if trained != self.classes:
+            self._trained_classes = trained
+            for split in (self.train, self.val, self.test):
+                if split is not None:
+                    split.labels = self._as_trained(split.labels)
+
+    def _as_trained(self, labels: Tensor) -> Tensor:
+        """Labels as a checkpoint numbers them."""
+        if self._trained_classes is None or self._own_classes is None:
+            return labels
+        return torch.tensor([self._trained_classes.index(name) for name in self._own_classes])[labels]
 
     def digest(self) -> str:
         """What tells the training and validation images and labels, however split, from any others, in hexadecimal."""
@@ -174,87 +292,141 @@ class MNISTDataModule(LightningDataModule):
 
     def _on_device(self, split: Split | None) -> Split:
         assert split is not None, "call setup() first"
-        # 47 MB at most: batches are gathered and scaled where they are used
+        # batches are gathered, scaled and augmented where they are used
         return split.to(self.trainer.strategy.root_device) if self.trainer else split
 
-    def _load(self, prefix: str) -> Batch:
-        images, labels = (self._read(f"{prefix}-{kind}") for kind in ("images-idx3-ubyte", "labels-idx1-ubyte"))
-        if len(images) != len(labels):
-            raise MisconfigurationException(
-                f"{self.data_dir}: {prefix} has {len(images)} images but {len(labels)} labels; "
-                "take both files from one copy of the data set."
-            )
-        return torch.from_numpy(images).unsqueeze(1), torch.from_numpy(labels).long()
+    def _load(self, split: str) -> Any:
+        """What :meth:`load` gives, as tensors that have the shape they should."""
+        if split not in self._loaded:
+            loaded = self.load(split)
+            self._loaded[split] = None if loaded is None else self._as_tensors(split, *loaded)
+        return self._loaded[split]
 
-    def _read(self, name: str) -> NDArray[np.uint8]:
-        if self.data_dir is None:
+    def _as_tensors(self, split: str, images: Any, labels: Any) -> Batch:
+        images, labels = torch.as_tensor(images), torch.as_tensor(labels)
+        if images.dim() == 3:
+            images = images.unsqueeze(1)
+        is_scaled = images.dtype == torch.uint8 or (
+            images.is_floating_point() and 0 <= images.min() <= images.max() <= 1
+        )
+        if images.dim() != 4 or not is_scaled:
+            raise MisconfigurationException(
+                f"{self.source}: {split} images have shape {tuple(images.shape)}, {images.dtype}; they must be (n, "
+                "channels, height, width) or (n, height, width), uint8 or floats from 0 to 1."
+            )
+        if labels.shape != images.shape[:1] or labels.is_floating_point():
+            raise MisconfigurationException(
+                f"{self.source}: {split} has {len(images)} images but {'x'.join(map(str, labels.shape))} labels; there "
+                "must be a whole number for each image, and both must come from one copy of the data set."
+            )
+        return images, labels.long()
+
+    def _distinct_labels(self) -> list[int]:
+        labels: list[int] = self._load("train")[1].unique().tolist()
+        return labels
+
+    def _labelled(self, split: str) -> Batch:
+        """Images, and labels as the indices of their classes."""
+        images, labels = self._load(split)
+        if images.shape[1:] != (shape := self.image_shape):
+            raise MisconfigurationException(
+                f"{self.source}: {split} images are {'x'.join(map(str, images.shape[1:]))}, those of training "
+                f"{'x'.join(map(str, shape))}."
+            )
+        numbers = self._distinct_labels() if self.class_names is None else [*range(len(self.class_names))]
+        if unknown := {*labels.unique().tolist()} - {*numbers}:
+            raise MisconfigurationException(
+                f"{self.source}: a {split} image has label {min(unknown)}, which is none of the {len(numbers)} classes."
+            )
+        if numbers != [*range(len(numbers))]:
+            if split == "train":
+                note(f"{self.source}: its labels {_ranges(numbers)} are the network's classes 0 to {len(numbers) - 1}")
+            labels = torch.searchsorted(torch.tensor(numbers), labels)
+        return images, self._as_trained(labels)
+
+
+KINDS = {"images": "images-idx3-ubyte", "labels": "labels-idx1-ubyte"}
+"""Ends of the names of files."""
+
+
+class MNISTDataModule(ImageDataModule):
+    """MNIST, from the copy inside the package; with ``data_dir`` any data set in files of the same format.
+
+    The files are ``train-images-idx3-ubyte``, ``train-labels-idx1-ubyte``, ``t10k-images-idx3-ubyte`` and
+    ``t10k-labels-idx1-ubyte``, raw or with ``.gz``. Images may have any size. If the labels are not just 0 to 9, the
+    distinct ones are the classes.
+    """
+
+    files = ("train-{}", "t10k-{}")
+    """Names of the files to train and to test with, around one of ``KINDS``."""
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        if not self.folders():
+            return 1, 28, 28
+        _, height, width = self._read(self._some_split(), "images", header_only=True).shape
+        return 1, height, width
+
+    @property
+    def class_names(self) -> Sequence[str] | None:
+        names = [str(digit) for digit in range(10)]
+        return names if self.data_dir is None or max(self._distinct_labels()) < 10 else None
+
+    def load(self, split: str) -> tuple[Any, Any] | None:
+        return None if split == "val" else (self._read(split, "images"), self._read(split, "labels"))
+
+    def _distinct_labels(self) -> list[int]:
+        return [*map(int, np.unique(self._read(self._some_split(), "labels")))]
+
+    def _some_split(self) -> str:
+        """Training images tell what the data is like; to evaluate, a folder may have test images alone."""
+        names = [[prefix.format(kind) for kind in KINDS.values()] for prefix in self.files]
+        has_train, has_test = (all(find_idx(self.folders(), name) for name in pair) for pair in names)
+        return "test" if has_test and not has_train else "train"
+
+    def folders(self) -> list[Path]:
+        """Where the files may be; without any, they are those of the package."""
+        return [self.data_dir] if self.data_dir else []
+
+    def _read(self, split: str, kind: str, header_only: bool = False) -> NDArray[np.uint8]:
+        name = self.files[split == "test"].format(KINDS[kind])
+        folders = self.folders()
+        if not folders:
             return parse_idx(embedded(name), name)
-        for path in (self.data_dir / name, self.data_dir / f"{name}.gz"):
-            if path.is_file():
-                try:
-                    with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
-                        count = int.from_bytes(file.read(8)[4:])
-                        file.seek(0)  # no more than the header promises: a small .gz may hold any amount
-                        return parse_idx(file.read(min(16 + count * 28 * 28 + 1, MAX_BYTES)), name)
-                except (ValueError, EOFError, gzip.BadGzipFile, zlib.error) as error:
-                    raise MisconfigurationException(
-                        f"{path} is damaged or no MNIST file: {error}. Copy it anew, or take the package's own "
-                        "copy: --data.data_dir null"
-                    ) from error
-        raise MisconfigurationException(
+        path = find_idx(folders, name)
+        if path is None:
+            raise MisconfigurationException(self._missing(name))
+        return read_idx(path, header_only)
+
+    def _missing(self, name: str) -> str:
+        return (
             f"{self.data_dir} has no file {name} or {name}.gz. --data.data_dir wants these four, raw or gzipped: "
             f"{', '.join(MD5)}; null is the package's own copy."
         )
 
 
+def _statistics(images: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation of each channel over images scaled to [0, 1], of shape (channels, 1, 1)."""
+    scale = 255 if images.dtype == torch.uint8 else 1
+    means, stds = [], []
+    for channel in range(images.shape[1]):  # one after the other: float64 takes eight times the memory of uint8
+        values = images[:, channel].double() / scale
+        means.append(values.mean())
+        stds.append(values.std(correction=0).clamp(min=1e-7))
+    mean, std = (torch.stack(values).float().view(-1, 1, 1) for values in (means, stds))
+    return mean, std
+
+
+def _ranges(numbers: Sequence[int]) -> str:
+    """Sorted numbers for people, such as ``1 to 26`` or ``0, 3 to 5``."""
+    parts: list[list[int]] = []
+    for number in numbers:
+        if parts and number == parts[-1][-1] + 1:
+            parts[-1].append(number)
+        else:
+            parts.append([number])
+    return ", ".join(f"{part[0]} to {part[-1]}" if len(part) > 1 else str(part[0]) for part in parts)
+
+
 def _as_is(batch: Any) -> Any:
     return batch
-
-
-def parse_idx(content: bytes, name: str) -> NDArray[np.uint8]:
-    """Read an IDX file of MNIST, the format of http://yann.lecun.com/exdb/mnist.
-
-    Args:
-        content: The whole file, not compressed.
-        name: Name of the file; ``images`` or ``labels`` in it says what it must hold.
-
-    Returns:
-        uint8 array, writable: images of shape (n, 28, 28), or labels of shape (n,) from 0 to 9.
-
-    Raises:
-        ValueError: The content is not what the name promises.
-    """
-    shape = (28, 28) if "images" in name else ()
-    kind, header_size = ("images", 16) if shape else ("labels", 8)
-    if len(content) < header_size:
-        raise ValueError(f"{len(content)} bytes are too few for an IDX header")
-    magic, count, *dims = np.frombuffer(content, ">u4", header_size // 4).tolist()
-    if magic != 0x801 + len(shape):  # 08: unsigned bytes; then the number of dimensions
-        raise ValueError(f"magic number {magic:#010x} is not {0x801 + len(shape):#010x}, that of {kind}")
-    if tuple(dims) != shape:
-        raise ValueError(f"its images are {'x'.join(map(str, dims))}, not 28x28")
-    expected = header_size + count * int(np.prod(shape, dtype=int))
-    if len(content) != expected or count == 0:
-        found = "more" if len(content) > expected else len(content)
-        raise ValueError(f"its header promises {count} {kind}, {expected} bytes in all, but it has {found}")
-    array = np.frombuffer(bytearray(content), np.uint8, offset=header_size).reshape(count, *shape)
-    if not shape and array.max() > 9:
-        raise ValueError(f"label {array.max()} is not a digit")
-    return array
-
-
-def embedded(name: str) -> bytes:
-    """The unpacked bytes of one of the package's files, from the cache if that is whole, else unpacked into it."""
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mnist_lightning"
-    with suppress(OSError):
-        content = (cache / name).read_bytes()
-        if hashlib.md5(content, usedforsecurity=False).hexdigest() == MD5[name]:
-            return content
-    content = gzip.decompress((Path(__file__).parent / "mnist" / f"{name}.gz").read_bytes())
-    with suppress(OSError):  # a cache that cannot be written only costs the time to unpack
-        cache.mkdir(parents=True, exist_ok=True)
-        # write aside, then rename: another process never sees half a file
-        with tempfile.NamedTemporaryFile(dir=cache, delete=False) as file:
-            file.write(content)
-        Path(file.name).replace(cache / name)
-    return content

@@ -21,13 +21,14 @@ from jsonargparse.typing import register_type
 from lightning.pytorch.cli import LightningArgumentParser
 
 from mnist_lightning.classifier import TOTALS
+from mnist_lightning.data import ImageDataModule
 
 MAX_NODES = 10_000
 """Values in a config file; aliases in a few lines of YAML may stand for billions."""
 
 USUAL = (
     *("trainer.max_epochs", "trainer.accelerator", "trainer.devices", "trainer.precision", "trainer.callbacks"),
-    *("data.data_dir", "data.batch_size", "data.val_split"),
+    *("data", "data.data_dir", "data.batch_size", "data.val_split", "data.augmentation"),
     *("model.network", "model.optimizer", "model.lr_scheduler"),
 )
 """What people change of a run, for the short help."""
@@ -42,16 +43,30 @@ HELP = {
     "trainer.accelerator": "cpu, gpu, mps, ...",
     "trainer.devices": "How many of them train together.",
     "trainer.precision": "32-true, bf16-mixed, bf16-true, 16-mixed, ...",
+    "data": "FashionMNIST, KMNIST, EMNIST, QMNIST, USPS, CIFAR10, ImageFolder, or a class of your own.",
+    "data.data_dir": "Folder with the data set; for MNIST with any four files of its format.",
+    "data.batch_size": "Images in a training batch.",
+    "data.val_split": "Share of the training images, taken from their end, that is held out for validation.",
+    "data.augmentation": "What changes training images, such as +=Distortion --data.augmentation.rotation=10.",
     "trainer.callbacks": "Lightning's callbacks, such as +=EarlyStopping --trainer.callbacks.monitor=val/loss.",
 }
 """Shorter than Lightning's own."""
+
+SHAPE = ("in_features", "in_channels", "image_size", "num_classes")
+"""Arguments of networks and augmentation that the data gives: numbers in an image, channels, height, classes."""
 
 typed: set[str] = set()
 """Options on the command line while it is parsed, without their dashes."""
 
 
 class Parser(LightningArgumentParser):
-    """Says what is wrong in one line instead of a page of usage."""
+    """Says what is wrong in one line instead of a page of usage, and lets the data shape the network.
+
+    Attributes:
+        is_shaped: Whether the :data:`SHAPE` arguments of classes are taken from the data, unless they are typed.
+    """
+
+    is_shaped = True
 
     def parse_args(self, args: Any = None, *arguments: Any, **kwargs: Any) -> Namespace:  # type: ignore[override]
         args = sys.argv[1:] if args is None else args
@@ -64,6 +79,16 @@ class Parser(LightningArgumentParser):
             config: Namespace = super().parse_args(_order(args), *arguments, **kwargs)
         finally:
             typed.clear()  # a config that is parsed later, as of a trial, was not typed
+        return config
+
+    def _parse_common(self, cfg: Namespace, *args: Any, **kwargs: Any) -> Namespace:
+        if (
+            self.is_shaped
+            and isinstance(cfg.get("data"), Namespace)
+            and isinstance(cfg.get("model.network"), Namespace)
+        ):
+            _shape(cfg)
+        config: Namespace = super()._parse_common(cfg, *args, **kwargs)
         return config
 
     def print_short_help(self) -> None:
@@ -82,7 +107,7 @@ class Parser(LightningArgumentParser):
         ]
         for group, keys in ((own, others), (usual, USUAL)):
             for key in keys:
-                default = defaults.get(key)
+                default = defaults.get(key, defaults.get(key.replace("data.", "data.init_args.")))
                 if isinstance(default, Namespace | dict):
                     default = default.get("class_path", "").rpartition(".")[2]
                 text = HELP.get(key) or str(actions[key].help).replace("``", "")
@@ -111,10 +136,39 @@ class Parser(LightningArgumentParser):
         self.exit(2)
 
 
+def _shape(config: Namespace) -> None:
+    """Give the network, and what augments, the size of the images and the number of classes."""
+    given = vars(config.data.get("init_args", Namespace()))
+    specs = [(f"data.augmentation.{index}", spec) for index, spec in enumerate(given.get("augmentation") or [])]
+    values: dict[str, int] = {}
+    for key, spec in [("model.network", config.model.network), *specs]:
+        try:
+            parameters = inspect.signature(_typehints.import_object(spec["class_path"])).parameters
+            names = [name for name in SHAPE if name in parameters]
+            if names and not values:
+                data_class = _typehints.import_object(config.data.class_path)
+                if not issubclass(data_class, ImageDataModule):
+                    return
+                data = data_class(**{name: value for name, value in given.items() if name != "augmentation"})
+                channels, height, width = data.image_shape
+                values = dict(zip(SHAPE, (channels * height * width, channels, height, len(data.classes)), strict=True))
+        except (TypeError, KeyError, ValueError, AttributeError, ImportError):  # said where the config is validated
+            return
+        for name in names:
+            if not {f"{key}.{name}", f"{key}.init_args.{name}"} & typed:
+                spec["init_args"] = Namespace({**vars(spec.get("init_args", Namespace())), name: values[name]})
+
+
 def shorten(message: str) -> str:
     """What jsonargparse says of a value, as key, value and what was expected."""
     text = " ".join(message.split())
     text = re.sub(r"- Expected a path but \S+ either not accessible or invalid - ", "", text)
+    text = re.sub(  # of a class that may be null, what is said of the class
+        r"Does not validate against any of the Union subtypes Subtypes: \[[^],]*, <class 'NoneType'>\] Errors: "
+        r"- (Problem with given class_path .*?) - Expected a <class 'NoneType'> Given value type: .*",
+        r"\1",
+        text,
+    )
     of_class = r"(?:Problem with given class_path '[^']*'|Type \S.*? expects a function or a callable class): "
     text = re.sub(rf'(Parser key "[^"]*)": {of_class}Parser key "', r"\1.", text)
     text = re.sub(r"\. Got value: Namespace\(.*", "", text)
@@ -220,10 +274,10 @@ def _discard_defaults(original: Callable[..., Any]) -> Callable[..., Any]:
         handed_on = previous.get("init_args", {}) if isinstance(previous, Namespace) else {}
         arguments = value.get("init_args", Namespace())
         parameters = inspect.signature(_typehints.import_object(value["class_path"])).parameters
-        for name in TOTALS if isinstance(arguments, Namespace) else ():
+        for name in (*TOTALS, *SHAPE) if isinstance(arguments, Namespace) else ():
             is_required = name in parameters and parameters[name].default is inspect.Parameter.empty
             if is_required and name not in arguments and name not in handed_on:
-                value["init_args"] = Namespace({**vars(arguments), name: -1})
+                arguments = value["init_args"] = Namespace({**vars(arguments), name: -1})
 
     return discard
 

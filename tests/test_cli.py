@@ -620,7 +620,7 @@ def test_a_run_is_evaluated_on_its_own_data(quick, monkeypatch, capfd, data_dir,
     path = f"--ckpt_path={run / 'checkpoints/last.ckpt'}"
     code, out, err = in_process(capfd, "validate", path)
     assert code == 0, err
-    assert f"Data: {data_dir}" in out
+    assert f"Data: MNIST in {data_dir}" in out
     assert "0.4 of the training images" in out
     accuracy = float(re.search(r"val/accuracy\s+(\S+)", out)[1])
     assert accuracy == pytest.approx(float(row["val/accuracy"]))
@@ -629,7 +629,7 @@ def test_a_run_is_evaluated_on_its_own_data(quick, monkeypatch, capfd, data_dir,
     assert len(pd.read_csv("predictions.csv")) == 300  # of the small data set
     code, out, err = in_process(capfd, "validate", path, "--data.data_dir=null", "--data.val_split=0.1")
     assert code == 0, err
-    assert "Data: the package's own MNIST, scaled to [0, 1], 0.1 of the training images" in out
+    assert "Data: MNIST, scaled to [0, 1], 0.1 of the training images" in out
 
 
 # --- mistakes -----------------------------------------------------------------------------------------------

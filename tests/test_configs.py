@@ -48,4 +48,5 @@ def test_a_run_of_an_earlier_version_is_evaluated_continued_and_repeated(quick, 
     quick(tmp_path, "fit", f"--config={config}", data=False)
     repeated = torch.load(tmp_path / "lightning_logs/baseline/version_1/checkpoints/last.ckpt", weights_only=True)
     for name, tensor in Classifier.load_from_checkpoint(checkpoint, weights_only=True).state_dict().items():
-        assert torch.equal(tensor, repeated["state_dict"][name])
+        # another processor rounds differently
+        assert torch.allclose(tensor, repeated["state_dict"][name], atol=1e-4)

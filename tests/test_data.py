@@ -13,8 +13,9 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch.utils.data import BatchSampler, RandomSampler
 from torchvision.datasets.mnist import read_image_file, read_label_file
 
-from mnist_lightning import data
-from mnist_lightning.data import MD5, MNISTDataModule, TensorBatchSampler, parse_idx
+from mnist_lightning import idx
+from mnist_lightning.data import MNISTDataModule, TensorBatchSampler
+from mnist_lightning.idx import MD5, parse_idx
 
 
 def cache() -> Path:
@@ -107,20 +108,15 @@ def test_training_does_not_touch_the_test_files(data_dir, tmp_path):
     ("damage", "message"),
     [
         (lambda path: path.unlink(), "has no file train-images-idx3-ubyte or"),
-        (lambda path: path.write_bytes(path.read_bytes()[:-1]), "its header promises 1250 images"),
+        (lambda path: path.write_bytes(path.read_bytes()[:-1]), "its header promises 1250x28x28 values"),
         (lambda path: path.write_bytes(b"\0\0"), "too few for an IDX header"),
         (lambda path: path.write_bytes(b"no images at all, just text"), "magic number"),
         (
             lambda path: path.write_bytes(path.with_name("train-labels-idx1-ubyte").read_bytes()),
             "magic number 0x00000801",
         ),
-        (lambda path: write_idx(path, np.zeros((1250, 32, 32))), "32x32, not 28x28"),
         (lambda path: write_idx(path, np.zeros((3, 28, 28))), "3 images but 1250 labels"),
-        (lambda path: path.rename(f"{path}.gz"), "damaged or no MNIST file: Not a gzipped file"),
-        (
-            lambda path: write_idx(path.with_name("train-labels-idx1-ubyte"), np.full(1250, 10)),
-            "label 10 is not a digit",
-        ),
+        (lambda path: path.rename(f"{path}.gz"), "damaged or no IDX file: Not a gzipped file"),
     ],
 )
 def test_a_bad_copy_is_named(data_dir, tmp_path, damage, message):
@@ -161,7 +157,7 @@ def test_a_cache_that_cannot_be_written_is_done_without(mnist, tmp_path, monkeyp
 
 
 def test_the_cache_is_unpacked_once(mnist, monkeypatch):
-    monkeypatch.setattr(data.gzip, "decompress", None)
+    monkeypatch.setattr(idx.gzip, "decompress", None)
     MNISTDataModule().setup("fit")
 
 

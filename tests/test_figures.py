@@ -12,8 +12,8 @@ from mnist_lightning.checkpoints import RunCheckpoint
 
 
 def test_sample_grid_shows_the_first_25_digits_under_their_labels(mnist):
-    images, labels = mnist.train.images[:30, 0].numpy() / 255, mnist.train.labels[:30].numpy()
-    (axes,) = figures.sample_grid(images, labels).axes
+    images, labels = figures.pictures(mnist.train.scaled(range(30))), mnist.train.labels[:30].numpy()
+    (axes,) = figures.sample_grid(images, [*map(str, labels)]).axes
     assert [int(text.get_text()) for text in axes.texts] == labels[:25].tolist()
     mosaic = axes.images[0].get_array()
     assert mosaic.sum() == pytest.approx(images[:25].sum())
@@ -24,7 +24,7 @@ def test_sample_grid_shows_the_first_25_digits_under_their_labels(mnist):
 
 def test_a_last_row_of_images_need_not_be_full():
     images = np.ones((3, 8, 6))  # of any size
-    (axes,) = figures.digits(images, ["a", "b", "c"], columns=2).axes
+    (axes,) = figures.image_grid(images, ["a", "b", "c"], columns=2).axes
     height, width = axes.images[0].get_array().shape
     assert [text.get_text() for text in axes.texts] == ["a", "b", "c"]
     corner = axes.images[0].get_array()[height // 2 :, width // 2 :]
@@ -36,7 +36,9 @@ def test_predictions_are_green_where_right_and_red_where_wrong(mnist):
     labels = mnist.test.labels[:12].numpy()
     predicted = labels.copy()
     predicted[[2, 5]] = (labels[[2, 5]] + 1) % 10
-    (axes,) = figures.predictions(mnist.test.images[:12, 0].numpy() / 255, labels, predicted).axes
+    (axes,) = figures.predictions(
+        figures.pictures(mnist.test.scaled(range(12))), [*map(str, labels)], [*map(str, predicted)]
+    ).axes
     titles = [text.get_text() for text in axes.texts]
     assert titles == [f"predicted {p}\ntrue {t}" for p, t in zip(predicted[:10], labels[:10], strict=True)]
     colors = [to_rgb(text.get_color()) for text in axes.texts]
@@ -45,7 +47,7 @@ def test_predictions_are_green_where_right_and_red_where_wrong(mnist):
 
 def test_confusion_matrix_writes_every_count():
     counts = np.array([[50, 0, 1], [3, 1234, 0], [0, 0, 0]])
-    (axes,) = figures.confusion_matrix(counts, "title").axes
+    (axes,) = figures.confusion_matrix(counts, "title", ["a", "b", "c"]).axes
     written = {}  # by cell (column, row): the outlines of the glyphs
     for patch in axes.patches:
         path = patch.get_path()

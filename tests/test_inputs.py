@@ -19,7 +19,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from optuna.distributions import IntDistribution
 from optuna.storages.journal._storage import JournalOperation
 
-from mnist_lightning import data
+from mnist_lightning import idx
 from mnist_lightning.__main__ import main
 from mnist_lightning.data import MNISTDataModule
 from mnist_lightning.report import page
@@ -256,14 +256,14 @@ def test_damaged_data_are_refused_or_valid(images, seed):
 
 @pytest.mark.parametrize("count", [300, 2**32 - 1])
 def test_a_gzip_bomb_does_not_fill_the_memory(images, monkeypatch, count):
-    monkeypatch.setattr(data, "MAX_BYTES", 2**20)
+    monkeypatch.setattr(idx, "MAX_BYTES", 2**20)
     images.unlink()
     with gzip.open(f"{images}.gz", "wb", 1) as file:
         file.write(struct.pack(">4I", 0x803, count, 28, 28))
         for _ in range(64):
             file.write(bytes(2**20))
     tracemalloc.start()
-    with pytest.raises(MisconfigurationException, match=f"its header promises {count} images"):
+    with pytest.raises(MisconfigurationException, match=f"its header promises {count}x28x28 values"):
         MNISTDataModule(str(images.parent)).setup("test")
     assert tracemalloc.get_traced_memory()[1] < 8 * 2**20
     tracemalloc.stop()

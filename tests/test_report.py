@@ -567,7 +567,7 @@ def test_one_model_has_an_accuracy_and_no_difference(run):
     assert found["differences"] == {}
     accuracy = found["models"]["baseline"]["metrics"]["test/accuracy (last epoch)"][0]
     low, high = found["models"]["baseline"]["accuracy_interval"]
-    assert f"gets {accuracy:.4f} of 300 test digits right (95 % interval {low:.4f} to {high:.4f})" in output
+    assert f"gets {accuracy:.4f} of 300 test images right (95 % interval {low:.4f} to {high:.4f})" in output
     assert low < accuracy < high
     assert Path("lightning_logs/report/comparison.csv").read_text().startswith("quantity,baseline\n")
 

@@ -508,7 +508,7 @@ def test_any_key_of_trainer_model_and_data_can_be_searched(tune, tmp_path):
     assert code == 0, errors
     run = tmp_path / "here/lightning_logs/tune/trial_000/execution_0"
     config = yaml.safe_load((run / "config.yaml").read_text())
-    assert config["data"]["batch_size"] == 50
+    assert config["data"]["init_args"]["batch_size"] == 50
     assert config["trainer"]["gradient_clip_val"] == 0.5
     optimizer = config["model"]["optimizer"]
     assert optimizer["class_path"] == "torch.optim.AdamW"
@@ -646,7 +646,7 @@ def test_tune_yaml_spells_out_the_defaults(capfd):
             for name in ("lr_scheduler", "lr_interval", "lr_frequency"):
                 default["model"].pop(name)
         if key == "data":
-            default["data"].pop("data_dir")
+            default["data"]["init_args"].pop("data_dir")
         assert spelled[key] == default[key]
     assert spelled["search_space"].keys() == default["search_space"].keys() == NOTEBOOK_SPACE.keys()
 

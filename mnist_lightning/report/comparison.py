@@ -170,7 +170,7 @@ def verdict(name: str, other: str, comparison: Comparison, count: int, models: i
         models: How many are compared with each other.
     """
     numbers = (
-        f"of {count:,} digits, {name} corrects {comparison.corrected} that {other} gets wrong and breaks "
+        f"of {count:,} images, {name} corrects {comparison.corrected} that {other} gets wrong and breaks "
         f"{comparison.broken} that it gets right (exact McNemar test: {_format_p(comparison, models)})"
     )
     seeds = comparison.seeds

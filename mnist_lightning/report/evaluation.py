@@ -19,7 +19,8 @@ from torch.nn import functional as F
 
 from mnist_lightning.checkpoints import checkpoint_errors, read_history
 from mnist_lightning.classifier import Classifier
-from mnist_lightning.data import MNISTDataModule, Split
+from mnist_lightning.cli import DEFAULTS
+from mnist_lightning.data import ImageDataModule, Split
 from mnist_lightning.report.comparison import calibration_error
 
 WEIGHTS = ("last", "best")
@@ -34,12 +35,14 @@ class Evaluation:
 
     Attributes:
         probabilities: float32 of shape (n, classes).
+        classes: Names of the classes.
         metrics: Means of :meth:`Classifier.metrics`, by their names.
         mistakes: Indices of the images that it gets wrong.
     """
 
     split: Split
     probabilities: NDArray[np.float32]
+    classes: list[str]
     metrics: dict[str, float]
 
     def __post_init__(self) -> None:
@@ -68,9 +71,10 @@ class Evaluation:
 
     @property
     def scores(self) -> pd.DataFrame:
-        """``precision``, ``recall``, ``f1`` and ``support``, with a row for each class."""
+        """``precision``, ``recall``, ``f1`` and ``support``, with a row for each class by its name."""
         scores = precision_recall_fscore_support(self.labels, self.predicted, labels=self._classes, zero_division=0)
-        return pd.DataFrame(np.transpose(scores), columns=["precision", "recall", "f1", "support"])
+        columns = ["precision", "recall", "f1", "support"]
+        return pd.DataFrame(np.transpose(scores), columns=columns, index=self.classes)
 
 
 @dataclass
@@ -166,9 +170,11 @@ def load_run(path: Path) -> Run:
     with checkpoint_errors(files["last"]):
         state = checkpoints["last"]["callbacks"]["RunCheckpoint"]
         history, seconds = read_history(state), float(state["seconds"])
-        data = MNISTDataModule(**_arguments(checkpoints["last"]["datamodule_hyper_parameters"]))
+        data = _data(checkpoints["last"])
         data.setup("fit")
         data.setup("test")
+        if saved := checkpoints["last"].get(type(data).__qualname__):
+            data.load_state_dict(saved)
     config_file = files["last"].absolute().parent.parent / "config.yaml"
     try:
         config = dict(yaml.safe_load(config_file.read_text())) if config_file.is_file() else {}
@@ -179,12 +185,20 @@ def load_run(path: Path) -> Run:
     assert data.val is not None
     assert data.test is not None
     evaluations = {
-        (weights, name): evaluate(classifier, split, fabric, data.eval_batch_size)
+        (weights, name): evaluate(classifier, data, split, fabric)
         for weights, classifier in classifiers.items()
         for name, split in (("val", data.val), ("test", data.test))
     }
     parameters = sum(parameter.numel() for parameter in classifiers["last"].parameters() if parameter.requires_grad)
     return Run(path, config, history, seconds, parameters, evaluations)
+
+
+def _data(checkpoint: dict[str, Any]) -> ImageDataModule:
+    """The data module of a checkpoint; those of earlier versions name no class."""
+    arguments = checkpoint["datamodule_hyper_parameters"]
+    class_path = arguments.get("_class_path", DEFAULTS["data"]["class_path"])
+    arguments = {"_class_path": class_path, **_arguments(arguments), "augmentation": None}  # which is for training
+    return instantiate_module(ImageDataModule, arguments)
 
 
 def _arguments(hyper_parameters: dict[str, Any]) -> dict[str, Any]:
@@ -193,14 +207,14 @@ def _arguments(hyper_parameters: dict[str, Any]) -> dict[str, Any]:
 
 
 @torch.inference_mode()
-def evaluate(classifier: Classifier, split: Split, fabric: Fabric, batch_size: int) -> Evaluation:
+def evaluate(classifier: Classifier, data: ImageDataModule, split: Split, fabric: Fabric) -> Evaluation:
     """Predict a whole split, with a classifier in evaluation mode, as the commands do: in the fabric's precision."""
     predict = fabric.setup_module(classifier)
-    batches = torch.arange(len(split)).split(batch_size)
+    batches = torch.arange(len(split)).split(data.eval_batch_size)
     logits = torch.cat([predict(split.__getitems__(batch)[0]).float() for batch in batches])
     metrics = classifier.metrics(logits, split.labels, F.cross_entropy(logits, split.labels))
     means = {name: values.float().mean().item() for name, values in metrics.items()}
-    return Evaluation(split, logits.softmax(dim=1).numpy(), means)
+    return Evaluation(split, logits.softmax(dim=1).numpy(), data.names(logits.shape[1]), means)
 
 
 def check_same_data(runs: Sequence[Run]) -> None:
@@ -215,5 +229,5 @@ def check_same_data(runs: Sequence[Run]) -> None:
             if not (torch.equal(one.labels, two.labels) and torch.equal(one.images, two.images)):
                 raise MisconfigurationException(
                     f"{first.path} and {other.path} have other {name} images than each other: their results do not "
-                    "compare. Train both with the same data_dir and val_split."
+                    "compare. Train both with the same data, data_dir and val_split."
                 )

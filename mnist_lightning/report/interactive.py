@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from mnist_lightning.figures import mosaic
+from mnist_lightning.figures import mosaic, pictures
 from mnist_lightning.report.evaluation import Model
 from mnist_lightning.report.plots import data_url
 
@@ -68,15 +68,16 @@ def mistakes(models: Sequence[Model]) -> tuple[dict[str, Any], list[dict[str, An
 
     Returns:
         The images' place in the sprite, true classes and indices; for each model its number of mistakes, and its
-        predicted classes and confidences of those images in hundredths of a percent; the sprite, a grey PNG as a URL.
+        predicted classes and confidences of those images in hundredths of a percent; the sprite, a PNG as a URL.
     """
     test = models[0].test
     indices = np.unique(np.concatenate([model.test.confident_mistakes[:LIMIT] for model in models]))
-    images = test.split.images[indices, 0].numpy()
-    height, width = images.shape[1:]
+    images = (255 * pictures(test.split.scaled(indices))).round().astype(np.uint8)
+    height, width = images.shape[1:3]
     file = io.BytesIO()
     Image.fromarray(mosaic(images, COLUMNS)).save(file, "png", optimize=True)
     place: dict[str, Any] = {"width": width, "height": height, "columns": COLUMNS, "limit": LIMIT}
+    place |= {"classes": test.classes, "grey": images.ndim == 3}
     answers = [
         {
             "mistakes": len(model.test.mistakes),

@@ -96,7 +96,7 @@ if (data.charts) {
 
 // every mistake
 if (data.gallery) {
-  const { width, height, columns, labels, indices, limit } = data.gallery;
+  const { width, height, columns, labels, indices, limit, classes } = data.gallery;
   const form = byId("filter"), scale = Math.max(1, Math.round(64 / width)), step = 60;
   const percent = (model, i) => `${(model.confidence[i] / 100).toFixed(1)} %`;
   const orders = data.models.map(({ predicted, confidence }) =>
@@ -104,17 +104,17 @@ if (data.gallery) {
   let found = [], shown = 0;
   const tile = (i) => {
     const model = data.models[form.elements.model.value], figure = document.createElement("figure"), image = document.createElement("div");
-    const said = `${labels[i]} → ${model.predicted[i]}`;
+    const said = `${classes[labels[i]]} → ${classes[model.predicted[i]]}`;
     image.className = "tile";
     image.role = "img";
-    image.ariaLabel = `test image ${indices[i]}, true ${labels[i]}, predicted ${model.predicted[i]}`;
+    image.ariaLabel = `test image ${indices[i]}, true ${classes[labels[i]]}, predicted ${classes[model.predicted[i]]}`;
     image.title = `test image ${indices[i]}`;
     Object.assign(image.style, {
       width: `${scale * width}px`, height: `${scale * height}px`, backgroundSize: `${scale * width * columns}px auto`,
       backgroundPosition: `-${scale * width * (i % columns)}px -${scale * height * Math.floor(i / columns)}px`,
     });
     const caption = document.createElement("div"), lines = [[said, percent(model, i)]];
-    for (const other of data.models) if (other !== model) lines.push([`${other.name} ${other.predicted[i]}`, percent(other, i)]);
+    for (const other of data.models) if (other !== model) lines.push([`${other.name} ${classes[other.predicted[i]]}`, percent(other, i)]);
     for (const [what, sure] of lines) {
       const line = caption.appendChild(document.createElement("div"));
       line.append(caption.childElementCount === 1 ? Object.assign(document.createElement("b"), { textContent: what }) : what, ` ${sure}`);

@@ -135,7 +135,7 @@ def _describe(model: Model) -> str:
     """The accuracy of a model that is compared to no other."""
     low, high = accuracy_interval(model.test.correct)
     text = (
-        f"{model.name} gets {model.test.accuracy:.4f} of {len(model.test.labels):,} test digits right "
+        f"{model.name} gets {model.test.accuracy:.4f} of {len(model.test.labels):,} test images right "
         f"(95 % interval {low:.4f} to {high:.4f}); {len(model.test.mistakes):,} it gets wrong."
     )
     if len(model.runs) == 1:
@@ -343,14 +343,14 @@ def model_sections(report: Report) -> list[Section]:
     sections = [
         Section("Comparison", text=loss, table=report.quantities),
         Section("Curves", pictures=curves, widget="curves"),
-        Section("Predictions", pictures=[plots.first_digits(models)]),
+        Section("Predictions", pictures=[plots.first_images(models)]),
         Section("Confusion matrices", level=3, text=click, pictures=matrices, widget="confusion"),
-        Section("Misclassified digits", level=3, pictures=mistakes, widget="gallery"),
+        Section("Misclassified images", level=3, pictures=mistakes, widget="gallery"),
     ]
     if differing:
         sections.append(Section("Where they differ", level=3, pictures=differing))
     sections += [
-        Section("Classes", table=pd.DataFrame(scores).fillna("-").rename_axis("digit")),
+        Section("Classes", table=pd.DataFrame(scores).fillna("-").rename_axis("class")),
         Section("Calibration and cost", text=calibration, pictures=trust_and_cost),
     ]
     if len(models) > 1:

@@ -36,9 +36,11 @@ class Picture:
         figure: None if there is nothing to show but the caption.
         alt: What it shows, for those who cannot see it.
         caption: Stands above it.
+        is_photo: Whether it shows images in colour, which stay as they are in dark mode.
     """
 
-    def __init__(self, name: str, figure: Figure | None, alt: str, caption: str = "") -> None:
+    def __init__(self, name: str, figure: Figure | None, alt: str, caption: str = "", is_photo: bool = False) -> None:
+        self.is_photo = is_photo
         self.name, self.alt, self.caption, self.png = name, alt, caption, b""
         if figure is not None:
             figure.set_dpi(200)  # sharp on a screen of double density, and shown half as wide
@@ -90,20 +92,20 @@ def confusion_matrix(model: Model) -> Picture:
     """The confusion matrix of a model on the test images."""
     counts = model.test.confusion_matrix
     alt = f"confusion matrix of {model.name} on the test images: {counts.trace()} of {counts.sum()} on the diagonal"
-    return Picture(f"confusion_{model.slug}", figures.confusion_matrix(counts, model.name), alt)
+    return Picture(f"confusion_{model.slug}", figures.confusion_matrix(counts, model.name, model.test.classes), alt)
 
 
-def first_digits(models: Sequence[Model]) -> Picture:
+def first_images(models: Sequence[Model]) -> Picture:
     """The first test images."""
-    caption = f"The first ten test digits: green where {['all are', 'the model is'][len(models) == 1]} right"
-    alt = f"the first ten test digits with what {_names(models)} predict"
-    return _predictions("samples", models, np.arange(SAMPLES), alt, caption)
+    caption = f"The first ten test images: green where {['all are', 'the model is'][len(models) == 1]} right"
+    alt = f"the first ten test images with what {_names(models)} predict"
+    return _predictions("samples", models, np.arange(min(SAMPLES, len(models[0].test.labels))), alt, caption)
 
 
 def misclassified(model: Model) -> Picture:
     """The first test images that a model gets wrong."""
     caption = f"{model.name}: the first of {len(model.test.mistakes)}"
-    alt = f"ten digits that {model.name} gets wrong"
+    alt = f"ten images that {model.name} gets wrong"
     return _predictions(f"misclassified_{model.slug}", [model], model.test.mistakes, alt, caption)
 
 
@@ -118,7 +120,7 @@ def right_in_one(model: Model, other: Model) -> Picture:
     indices = np.flatnonzero(model.test.correct & ~other.test.correct)
     count = f"the first of {len(indices)}" if len(indices) > SAMPLES else len(indices)
     caption = f"{model.name} right, {other.name} wrong: {count}"
-    alt = f"digits that {model.name} gets right and {other.name} wrong"
+    alt = f"images that {model.name} gets right and {other.name} wrong"
     return _predictions(f"only_{model.slug}_not_{other.slug}", [model, other], indices, alt, caption)
 
 
@@ -128,15 +130,16 @@ def _predictions(name: str, models: Sequence[Model], indices: NDArray[np.intp], 
     if not len(shown):
         return Picture(name, None, alt, caption)
     test = models[0].test
+    names = [test.classes[label] for label in test.labels[shown]]
     titles = [
-        "\n".join([f"true {test.labels[index]}", *(f"{model.name} {model.test.predicted[index]}" for model in models)])
-        for index in shown
+        "\n".join([f"true {name}", *(f"{model.name} {test.classes[model.test.predicted[index]]}" for model in models)])
+        for name, index in zip(names, shown, strict=True)
     ]
     all_right = np.all([model.test.correct[shown] for model in models], axis=0)
     colors = [figures.RIGHT if right else figures.WRONG for right in all_right]
-    images = test.split.images[shown, 0].numpy() / 255
-    figure = figures.digits(images, titles, min(5, len(shown)), colors, scale=1.5)
-    return Picture(name, figure, f"{alt}; true digits: {', '.join(map(str, test.labels[shown]))}", caption)
+    images = figures.pictures(test.split.scaled(shown))
+    figure = figures.image_grid(images, titles, min(5, len(shown)), colors, scale=1.5)
+    return Picture(name, figure, f"{alt}; true classes: {', '.join(names)}", caption, is_photo=images.ndim == 4)
 
 
 def reliability_diagram(models: Sequence[Model]) -> Picture:

@@ -28,7 +28,7 @@ from optuna.study import Study
 from optuna.trial import FrozenTrial, TrialState
 from tqdm import tqdm
 
-from mnist_lightning.cli import RunCLI, fit, quieten_lightning
+from mnist_lightning.cli import DEFAULTS, RunCLI, fit, quieten_lightning
 from mnist_lightning.parsing import corrected
 from mnist_lightning.runs import PROG, RUN_KEYS, atomic_write, flatten, format_table, newest_file, user_errors
 from mnist_lightning.signals import Interrupt, interruptible
@@ -40,6 +40,7 @@ from mnist_lightning.tune.space import (
     config_with,
     describe,
     describe_conditions,
+    full_key,
     get_value,
     in_distribution,
     make_space,
@@ -137,7 +138,8 @@ class SearchCLI(RunCLI):
         super().add_arguments_to_parser(parser)
         parser.add_class_arguments(SearchOptions, as_group=False)
         parser.add_argument("--show", action="store_true", help="Print the results so far of the study, and no more.")
-        parser.set_defaults({"name": "tuned", "trainer.max_epochs": 10, "data.batch_size": 32})
+        parser.set_defaults({"name": "tuned", "trainer.max_epochs": 10})
+        parser.set_defaults({"data": {**DEFAULTS["data"], "init_args": {"batch_size": 32}}})
 
     def before_instantiate_classes(self) -> None:
         super().before_instantiate_classes()
@@ -314,7 +316,7 @@ def _first_trials(run: SearchCLI, space: SearchSpace, base: dict[str, Any]) -> l
         found = {}
         for key in space:
             with suppress(KeyError, TypeError, IndexError, ValueError):  # a config may lack what is not always drawn
-                found[key] = values[key] if key in values else get_value(values, key)
+                found[key] = values[key] if key in values else get_value(values, full_key(key))
         params = params_of(found, space, source)
         if values.keys() <= space.keys() and (ignored := values.keys() - params.keys()):
             raise MisconfigurationException(
@@ -379,8 +381,10 @@ def _settings(search: Search, digest: str) -> dict[str, Any]:
     for key in ("name", "origin", "num_threads", "tensorboard"):
         del settings[key]
     settings["trainer"] = {key: value for key, value in settings["trainer"].items() if key not in PLUMBING}
-    settings["data"] = {**settings["data"], "digest": digest}
-    del settings["data"]["data_dir"], settings["data"]["eval_batch_size"]
+    data = {key: value for key, value in settings["data"]["init_args"].items() if value not in (None, False)}
+    for key in ("data_dir", "eval_batch_size"):  # the digest tells the data, wherever it is
+        data.pop(key, None)
+    settings["data"] = {**data, "digest": digest}
     metric = search.options.metric if len(search.options.metric) > 1 else search.options.metric[0]
     return {**settings, "metric": metric, "executions_per_trial": search.options.executions_per_trial, "version": 2}
 

@@ -3,6 +3,7 @@
 import copy
 import json
 import math
+import re
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from typing import Any
@@ -131,7 +132,7 @@ def make_space(config: dict[str, Any] | None, base: dict[str, Any]) -> SearchSpa
                 }
     for key in space:
         for part in space:
-            if str(part).startswith(f"{key}."):
+            if f"{full_key(part)}.".startswith(f"{full_key(key)}.") and part != key:
                 raise MisconfigurationException(f"search_space: {part} is a part of {key}: search one of them.")
         try:
             if not key.startswith(("trainer.", "model.", "data.")):
@@ -238,8 +239,9 @@ def config_with(base: dict[str, Any], params: Mapping[str, Any], space: SearchSp
     one repeated; an item that is searched, but not drawn, is not there.
     """
     config = copy.deepcopy(base)
-    for key in sorted(params, key=_order):
-        value = params[key]
+    for key, value in sorted(
+        ((full_key(key), value) for key, value in params.items()), key=lambda item: _order(item[0])
+    ):
         if isinstance(value, str) and value[:1] in ("[", "{"):
             value = json.loads(value)
         parent, _, last = key.removesuffix(".class_path").rpartition(".")
@@ -257,13 +259,18 @@ def config_with(base: dict[str, Any], params: Mapping[str, Any], space: SearchSp
             node[last] = value
         else:
             raise KeyError(last)
-    for key in sorted(space.keys() - params.keys(), key=_order, reverse=True):
+    for key in sorted(map(full_key, space.keys() - params.keys()), key=_order, reverse=True):
         parent, _, last = key.rpartition(".")
         with suppress(KeyError, TypeError, IndexError, ValueError):  # of another class
             node = get_value(config, parent)
             if isinstance(node, list) and last != "length":
                 del node[int(last)]
     return config
+
+
+def full_key(key: str) -> str:
+    """The key in a config: that of an argument of ``data`` may be written as on the command line."""
+    return re.sub(r"^data\.(?!class_path$|init_args\b)", "data.init_args.", str(key))
 
 
 def _order(key: str) -> tuple[int, int]:

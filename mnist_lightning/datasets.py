@@ -1,0 +1,275 @@
+"""More data sets, by their names: those that torchvision downloads, and folders of images."""
+
+import hashlib
+import string
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from filelock import FileLock
+from jsonargparse.typing import NonNegativeInt, OpenUnitInterval, PositiveInt
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from PIL import Image, ImageOps
+
+from mnist_lightning.data import KINDS, ImageDataModule, MNISTDataModule
+from mnist_lightning.idx import MD5, cache_dir, find_idx
+
+
+def from_torchvision(name: str, data_dir: Path | None, files: str, **arguments: Any) -> Any:
+    """A data set of torchvision, downloaded where it is not there yet.
+
+    Args:
+        name: Of the class in ``torchvision.datasets``.
+        data_dir: Its ``root``; None for the package's cache.
+        files: What torchvision takes instead of a download, for the message.
+        arguments: What else the class takes.
+
+    Raises:
+        MisconfigurationException: It is not there, and cannot be downloaded.
+    """
+    from torchvision import datasets  # takes a second
+
+    if data_dir is not None and not data_dir.is_dir():
+        raise MisconfigurationException(f"There is no folder {data_dir}.")
+    root = data_dir or cache_dir()
+    try:
+        if data_dir is None:
+            root.mkdir(parents=True, exist_ok=True)
+        with FileLock(root / f".{name}.lock"):  # several processes may want it at once
+            return getattr(datasets, name)(root, download=True, **arguments)
+    except (OSError, RuntimeError, EOFError, ValueError) as error:
+        raise MisconfigurationException(
+            f"{name} is not in {root} and cannot be downloaded ({' '.join(str(error).split())}). "
+            f"Put {files} into a folder and give it as --data.data_dir"
+        ) from error
+
+
+class MNISTLike(MNISTDataModule):
+    """Base of data sets in files like MNIST's, which are looked for in ``data_dir``, then downloaded."""
+
+    image_shape = (1, 28, 28)
+    others: Sequence[Path] = ()
+    """Folders in which they may be as well."""
+    arguments: Mapping[str, Any] = MappingProxyType({})
+    """What torchvision's class takes."""
+
+    def folders(self) -> list[Path]:
+        name = type(self).__name__
+        folders = [cache_dir() / name / "raw", *self.others]  # cache_dir() itself has MNIST's, by the same names
+        if self.data_dir:
+            folders = [self.data_dir, self.data_dir / name / "raw"]
+        if find_idx(folders, self.files[0].format(KINDS["images"])) is None:
+            files = ", ".join(prefix.format(kind) for prefix in self.files for kind in KINDS.values())
+            from_torchvision(name, self.data_dir, f"{files} (raw or gzipped)", **self.arguments)
+        return folders
+
+    def load(self, split: str) -> tuple[Any, Any] | None:
+        loaded = super().load(split)
+        if loaded is not None:
+            content = b"\0\0\x08\x01" + len(loaded[1]).to_bytes(4) + loaded[1].tobytes()
+            if hashlib.md5(content, usedforsecurity=False).hexdigest() in MD5.values():
+                raise MisconfigurationException(
+                    f"The files in {self.data_dir} are MNIST's, not {type(self).__name__}'s."
+                )
+        return loaded
+
+
+class FashionMNIST(MNISTLike):
+    """Clothes (Xiao, Rasul and Vollgraf, 2017): 60,000 images to train with and 10,000 to test, grey, 28x28.
+
+    Without ``data_dir``, the files of Debian's package ``dataset-fashion-mnist`` are taken, or downloaded.
+    """
+
+    class_names = ("T-shirt", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "boot")
+    others = (Path("/usr/share/datasets/fashion-mnist"),)
+
+
+class KMNIST(MNISTLike):
+    """Cursive Japanese characters (Clanuwat et al., 2018): 60,000 images to train with, 10,000 to test, grey, 28x28."""
+
+    class_names = ("o", "ki", "su", "tsu", "na", "ha", "ma", "ya", "re", "wo")
+
+
+class EMNIST(MNISTLike):
+    """Handwritten digits and letters (Cohen et al., 2017), grey, 28x28.
+
+    Args:
+        split: Which of its sets: ``byclass`` (62 classes), ``bymerge`` or ``balanced`` (47: some small letters are one
+            class with their capitals), ``letters`` (26), ``digits`` or ``mnist``.
+    """
+
+    def __init__(
+        self,
+        split: Literal["balanced", "byclass", "bymerge", "letters", "digits", "mnist"] = "balanced",
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(**kwargs)
+        self.split = split
+        self.files = (f"emnist-{split}-train-{{}}", f"emnist-{split}-test-{{}}")
+        self.arguments = {"split": split}
+
+    @property
+    def class_names(self) -> Sequence[str]:
+        merged = "cijklmopsuvwxyz" if self.split in ("balanced", "bymerge") else ""
+        characters = string.digits + string.ascii_uppercase + "".join(sorted({*string.ascii_lowercase} - {*merged}))
+        few = {"letters": string.ascii_lowercase, "digits": string.digits, "mnist": string.digits}
+        return [*few.get(self.split, characters)]
+
+    def load(self, split: str) -> tuple[Any, Any] | None:
+        if split == "val":
+            return None
+        # its files have rows for columns, and count letters from 1
+        return self._read(split, "images").swapaxes(1, 2).copy(), self._read(split, "labels") - (
+            self.split == "letters"
+        )
+
+
+class TorchvisionDataModule(ImageDataModule):
+    """Base of data sets that torchvision reads itself."""
+
+    files: str
+    """What can be put into ``data_dir`` instead of a download."""
+
+    def load(self, split: str) -> tuple[Any, Any] | None:
+        if split == "val":
+            return None
+        name = type(self).__name__
+        dataset = from_torchvision(name, self.data_dir, self.files, train=split == "train")
+        images, labels = torch.as_tensor(dataset.data), torch.as_tensor(dataset.targets)
+        images = images.permute(0, 3, 1, 2) if images.dim() == 4 else images
+        return images, labels[:, 0] if labels.dim() == 2 else labels  # QMNIST has more numbers beside a label
+
+
+class QMNIST(TorchvisionDataModule):
+    """MNIST with all of NIST's 60,000 test digits (Yadav and Bottou, 2019), grey, 28x28."""
+
+    class_names = tuple(string.digits)
+    image_shape = (1, 28, 28)
+    files = "QMNIST/raw/ with qmnist-{train,test}-images-idx3-ubyte and qmnist-{train,test}-labels-idx2-int"
+
+
+class USPS(TorchvisionDataModule):
+    """Digits of American envelopes (Hull, 1994): 7,291 images to train with and 2,007 to test, grey, 16x16."""
+
+    class_names = tuple(string.digits)
+    image_shape = (1, 16, 16)
+    files = "usps.bz2 and usps.t.bz2"
+
+
+class CIFAR10(TorchvisionDataModule):
+    """Photos of animals and vehicles (Krizhevsky, 2009): 50,000 to train with and 10,000 to test, colour, 32x32."""
+
+    class_names = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
+    image_shape = (3, 32, 32)
+    files = "cifar-10-python.tar.gz, or the folder cifar-10-batches-py that is in it,"
+
+
+GREY = ("1", "L", "LA")
+"""Pillow's modes without colours."""
+
+
+class ImageFolder(ImageDataModule):
+    """A folder of image files in a folder for each class, as torchvision's ``ImageFolder`` has them.
+
+    ``data_dir`` has ``train`` and ``test`` with such folders, and may have ``val``. Or it has the folders of the
+    classes itself: then some of their images are held out to test.
+
+    Args:
+        size: Height and width to which images are scaled; by default those of the first, which all must have.
+        channels: 1 for grey, 3 for colour; by default what the first image has, and no other may have more.
+        test_split: Share of the images that is held out to test, where ``data_dir`` has no folder ``test``.
+        split_seed: Shuffles images before they are held out, always alike.
+    """
+
+    def __init__(
+        self,
+        data_dir: str,
+        size: tuple[PositiveInt, PositiveInt] | None = None,
+        channels: Literal[1, 3] | None = None,
+        test_split: OpenUnitInterval = 0.2,
+        split_seed: NonNegativeInt | None = 0,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(data_dir=data_dir, split_seed=split_seed, **kwargs)
+        self.size = size
+        self.channels = channels
+        self.test_split = test_split
+
+    @property
+    def class_names(self) -> Sequence[str]:
+        return self._files[0]
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        (path, _), *_ = self._files[1]["train"]
+        with self._open(path) as image:
+            channels = 1 if image.mode in GREY else 3
+            height, width = self.size or (image.height, image.width)
+        return self.channels or channels, height, width
+
+    def load(self, split: str) -> tuple[Any, Any] | None:
+        files = self._files[1].get(split)
+        if files is None:
+            return None
+        channels, height, width = self.image_shape
+        images = np.empty((len(files), height, width, channels), np.uint8)
+        for index, (path, _) in enumerate(files):
+            with self._open(path) as image:
+                if self.channels is None and channels == 1 and image.mode not in GREY:
+                    raise MisconfigurationException(
+                        f"{path} is in colour, the first image grey: say --data.channels 3, or 1 for all grey."
+                    )
+                if self.size is None and image.size != (width, height):
+                    raise MisconfigurationException(
+                        f"{path} has {image.height}x{image.width} pixels, the first image {height}x{width}: give one "
+                        f"size for all, as --data.size [{height},{width}]"
+                    )
+                image = image.convert("L" if channels == 1 else "RGB").resize((width, height))
+                images[index] = np.asarray(image).reshape(height, width, channels)
+        return images.transpose(0, 3, 1, 2), np.array([label for _, label in files])
+
+    @cached_property
+    def _files(self) -> tuple[list[str], dict[str, list[tuple[str, int]]]]:
+        """The names of the classes, and path and class of each image of each split."""
+        from torchvision.datasets.folder import IMG_EXTENSIONS, find_classes, make_dataset  # takes a second
+
+        assert self.data_dir is not None
+        has_splits = (self.data_dir / "train").is_dir()
+        splits = ("train", "val", "test") if has_splits else (".",)
+        folders = {
+            split: self.data_dir / split for split in splits if split != "val" or (self.data_dir / "val").is_dir()
+        }
+        try:
+            classes, index = find_classes(folders[splits[0]])
+            for folder in folders.values():
+                if unknown := {*find_classes(folder)[0]} - {*classes}:
+                    raise FileNotFoundError(f"{folder / min(unknown)} is of a class that train does not have.")
+            files = {
+                split: make_dataset(folder, index, IMG_EXTENSIONS, allow_empty=split != splits[0])
+                for split, folder in folders.items()
+            }
+        except OSError as error:
+            raise MisconfigurationException(
+                f"{self.data_dir} must hold a folder for each class with its images, or folders train and test that "
+                f"do: {' '.join(str(error).split())[:300]}"
+            ) from error
+        if not has_splits:
+            (everything,) = files.values()
+            order = torch.randperm(len(everything), generator=torch.Generator().manual_seed(self.split_seed or 0))
+            shuffled = [everything[i] for i in order]
+            count = max(1, int(len(shuffled) * self.test_split))
+            files = {"train": shuffled[count:], "test": shuffled[:count]}
+        return classes, files
+
+    def _open(self, path: str) -> Image.Image:
+        try:
+            image = ImageOps.exif_transpose(Image.open(path))
+            if image.mode[0] in "IF":
+                raise ValueError("it has more than 8 bits a channel, which would be cut off")
+        except (OSError, ValueError, Image.DecompressionBombError) as error:
+            raise MisconfigurationException(f"{path} cannot be read: {error}") from error
+        return image

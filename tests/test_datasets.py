@@ -1,0 +1,367 @@
+"""Data sets of any shape: read right, refused with reason, and known to network, figures, predictions and report."""
+
+import bz2
+import json
+import pickle
+import re
+import string
+import struct
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+import torchvision.datasets
+import yaml
+from conftest import in_process, write_idx
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from PIL import Image
+
+from mnist_lightning.data import ImageDataModule, MNISTDataModule
+from mnist_lightning.datasets import CIFAR10, EMNIST, KMNIST, QMNIST, USPS, FashionMNIST, ImageFolder
+
+FASHION = Path("/usr/share/datasets/fashion-mnist")
+needs_fashion = pytest.mark.skipif(not FASHION.is_dir(), reason="Debian's package dataset-fashion-mnist is not there")
+RANDOM = np.random.default_rng(0)
+
+
+def pixels(*shape):
+    return RANDOM.integers(0, 256, shape, dtype=np.uint8)
+
+
+def write_pair(folder, prefix, images, labels):
+    folder.mkdir(parents=True, exist_ok=True)
+    write_idx(folder / prefix.format("images-idx3-ubyte"), images)
+    write_idx(folder / prefix.format("labels-idx1-ubyte"), labels)
+
+
+def both(datamodule):
+    datamodule.setup("fit")
+    datamodule.setup("test")
+    return datamodule
+
+
+@needs_fashion
+def test_fashion_mnist_is_found_and_named():
+    data = both(FashionMNIST())
+    assert (len(data.train), len(data.val), len(data.test)) == (48_000, 12_000, 10_000)
+    # https://github.com/zalandoresearch/fashion-mnist shows boots first in training and test images
+    assert [data.classes[split.labels[0]] for split in (data.train, data.test)] == ["boot", "boot"]
+    assert data.train.labels.bincount().max() < 5_000
+    other = both(FashionMNIST(str(FASHION)))
+    assert torch.equal(other.test.images, data.test.images)
+
+
+def test_mnist_is_not_taken_for_another_data_set(mnist, monkeypatch, tmp_path):
+    """The package's cache has MNIST by the names that the others' files have."""
+    monkeypatch.setattr(FashionMNIST, "others", ())
+    monkeypatch.setattr(torchvision.datasets.FashionMNIST, "mirrors", ["http://127.0.0.1:9/"])
+    with pytest.raises(MisconfigurationException, match=r"cannot be downloaded .*Put train-images-idx3-ubyte, .*t10k-"):
+        FashionMNIST().setup("test")
+    write_pair(tmp_path, "t10k-{}", mnist.test.images[:, 0].numpy(), mnist.test.labels.numpy())
+    write_pair(tmp_path, "train-{}", pixels(20, 28, 28), np.arange(20) % 10)
+    with pytest.raises(MisconfigurationException, match="are MNIST's, not FashionMNIST's"):
+        FashionMNIST(str(tmp_path)).setup("test")
+
+
+def test_files_are_taken_as_torchvision_leaves_them(tmp_path):
+    write_pair(tmp_path / "KMNIST/raw", "train-{}", pixels(50, 28, 28), np.arange(50) % 10)
+    write_pair(tmp_path / "KMNIST/raw", "t10k-{}", pixels(20, 28, 28), np.arange(20) % 10)
+    data, other = both(KMNIST(str(tmp_path))), torchvision.datasets.KMNIST(tmp_path, train=False)
+    assert torch.equal(data.test.images[:, 0], other.data)
+    assert torch.equal(data.test.labels, other.targets)
+    assert data.classes == other.classes
+
+
+@pytest.mark.parametrize("split", ["letters", "balanced", "byclass", "bymerge", "digits", "mnist"])
+def test_emnist_stands_upright_and_its_letters_count_from_a(tmp_path, split):
+    known = [name for name in torchvision.datasets.EMNIST.classes_split_dict[split] if name != "N/A"]
+    labels, images = np.arange(2 * len(known)) % len(known) + (split == "letters"), pixels(2 * len(known), 28, 28)
+    for part in ("train", "test"):
+        write_pair(tmp_path / "EMNIST/raw", f"emnist-{split}-{part}-{{}}", images, labels)
+    data = both(EMNIST(split, data_dir=str(tmp_path), val_split=0.5))
+    assert data.classes == known
+    assert data.test.labels.tolist() == [*range(len(known))] * 2
+    assert np.array_equal(data.test.images[0, 0].numpy(), images[0].T)
+
+
+def test_qmnist_usps_and_cifar10_are_what_torchvision_reads(tmp_path, monkeypatch):
+    raw = tmp_path / "QMNIST/raw"
+    for part in ("train", "test"):
+        raw.mkdir(parents=True, exist_ok=True)
+        write_idx(raw / f"qmnist-{part}-images-idx3-ubyte", pixels(30, 28, 28))
+        labels = np.zeros((30, 8), ">i4")
+        labels[:, 0] = np.arange(30) % 10
+        (raw / f"qmnist-{part}-labels-idx2-int").write_bytes(struct.pack(">3I", 0xC02, 30, 8) + labels.tobytes())
+    data = both(QMNIST(str(tmp_path)))
+    assert data.test.labels.tolist() == [*range(10)] * 3
+
+    for name in ("usps.bz2", "usps.t.bz2"):
+        lines = [f"{n % 10 + 1} " + " ".join(f"{i + 1}:{(-1) ** n}" for i in range(256)) for n in range(30)]
+        (tmp_path / name).write_bytes(bz2.compress("\n".join(lines).encode()))
+    data = both(USPS(str(tmp_path)))
+    assert data.test.images.shape[1:] == data.image_shape == (1, 16, 16)
+    assert data.test.images.float().mean(dim=(1, 2, 3)).tolist() == [255, 0] * 15
+    assert data.test.labels.tolist() == [*range(10)] * 3
+
+    folder, photos = tmp_path / "cifar-10-batches-py", pixels(30, 32, 32, 3)
+    folder.mkdir()
+    batch = {"data": photos.transpose(0, 3, 1, 2).reshape(30, -1), "labels": [*range(10)] * 3}
+    for name in [*(f"data_batch_{n}" for n in range(1, 6)), "test_batch"]:
+        (folder / name).write_bytes(pickle.dumps(batch))
+    (folder / "batches.meta").write_bytes(pickle.dumps({"label_names": CIFAR10.class_names}))
+    monkeypatch.setattr("torchvision.datasets.cifar.check_integrity", lambda *_: True)  # the content is not CIFAR's
+    data = both(CIFAR10(str(tmp_path)))
+    assert np.array_equal(data.test.images.numpy().transpose(0, 2, 3, 1), photos)
+    assert (len(data.train), len(data.val)) == (120, 30)
+
+
+# --- any folder ---------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def odd(tmp_path):
+    """A folder of IDX files: images of 12x20 that show their class, whose labels have gaps."""
+    folder = tmp_path / "odd"
+    for prefix, count in (("train-{}", 300), ("t10k-{}", 60)):
+        labels = RANDOM.permutation(np.array([2, 7, 30, 31])[np.arange(count) % 4])
+        images = pixels(count, 12, 20) // 4
+        for image, label in zip(images, labels, strict=True):
+            image[:, [2, 7, 30, 31].index(label) * 5] = 255
+        write_pair(folder, prefix, images, labels)
+    return folder
+
+
+def test_a_folder_of_any_shape_and_labels_goes_through_all_commands(odd, monkeypatch, capfd, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    options = [f"--data.data_dir={odd}", "--data.batch_size=16", "--model.network.l2=0"]
+    code, out, err = in_process(capfd, "fit", *options, "--trainer.max_epochs=6")
+    assert code == 0, err
+    assert "its labels 2, 7, 30 to 31 are the network's classes 0 to 3" in out + err
+    assert re.search(r"train +images \(240, 1, 12, 20\)", out)
+    run = tmp_path / "lightning_logs/baseline/version_0"
+    network = yaml.safe_load((run / "config.yaml").read_text())["model"]["network"]["init_args"]
+    assert (network["in_features"], network["num_classes"]) == (240, 4)
+    accuracy = pd.read_csv(run / "test.csv")["test/accuracy"][0]
+    assert accuracy > 0.95
+    code, _, err = in_process(capfd, "predict")
+    assert code == 0, err
+    table = pd.read_csv("predictions.csv")
+    assert {*table.label} == {2, 7, 30, 31}
+    assert (table.label == table.predicted).mean() == pytest.approx(accuracy)
+    assert [*table.columns[-4:]] == [f"probability_{label}" for label in (2, 7, 30, 31)]
+
+    # test images alone, of some of the classes
+    some = tmp_path / "some"
+    labels, images = table.label.to_numpy(), both(MNISTDataModule(str(odd))).test.images[:, 0].numpy()
+    write_pair(some, "t10k-{}", images[labels > 7], labels[labels > 7])
+    code, out, err = in_process(capfd, "test", f"--data.data_dir={some}")
+    assert code == 0, err
+    expected = (table.label == table.predicted)[table.label > 7].mean()
+    assert float(re.search(r"test/accuracy +([\d.]+)", out)[1]) == pytest.approx(expected, abs=1e-4)
+    write_pair(some, "t10k-{}", images, labels + 1)
+    code, _, err = in_process(capfd, "test", f"--data.data_dir={some}")
+    assert code == 1
+    assert "has a class 3, but the checkpoint is of a network for 2, 7, 30, 31" in err
+    code, _, err = in_process(capfd, "test", "--data.data_dir=null")
+    assert (code, "has a class 0, but the checkpoint" in err) == (1, True)
+
+    code, out, err = in_process(capfd, "report", "baseline")
+    assert code == 0, err
+    page = (tmp_path / "lightning_logs/report/report.html").read_text()
+    assert "<th>30</th>" in page
+    assert json.loads((tmp_path / "lightning_logs/report/report.json").read_text())["images"] == 60
+
+
+def test_images_of_training_and_test_have_one_size(odd):
+    write_pair(odd, "t10k-{}", pixels(8, 12, 12), np.array([2, 7, 30, 31] * 2))
+    with pytest.raises(MisconfigurationException, match="test images are 1x12x12, those of training 1x12x20"):
+        both(MNISTDataModule(str(odd)))
+
+
+def test_images_sorted_by_class_are_not_split_in_their_order(tmp_path):
+    labels = np.arange(300) // 30
+    write_pair(tmp_path, "train-{}", pixels(300, 8, 8), labels)
+    with pytest.raises(MisconfigurationException, match=r"of class 8 all images .* add --data\.split_seed 0"):
+        MNISTDataModule(str(tmp_path)).setup("fit")
+    splits = []
+    for _ in range(2):
+        data = MNISTDataModule(str(tmp_path), split_seed=0)
+        data.setup("fit")
+        assert data.val.labels.unique().tolist() == [*range(10)]
+        splits.append(data.val.images)
+    assert torch.equal(*splits)
+
+
+def test_standardised_images_have_mean_0_and_deviation_1_over_the_training_images(data_dir):
+    data = both(MNISTDataModule(str(data_dir), standardize=True))
+    images = data.train.__getitems__(range(1000))[0]
+    assert images.mean().item() == pytest.approx(0, abs=1e-5)
+    assert images.std(correction=0).item() == pytest.approx(1, abs=1e-5)
+    raw = data.train.images.double() / 255
+    for split in (data.val, data.test):
+        expected = (split.images.double() / 255 - raw.mean()) / raw.std(correction=0)
+        assert torch.allclose(split.__getitems__(range(len(split)))[0].double(), expected, atol=1e-5)
+    alone = MNISTDataModule(str(data_dir), standardize=True)
+    alone.setup("test")
+    assert torch.equal(alone.test.__getitems__([0])[0], data.test.__getitems__([0])[0])
+
+
+# --- image files --------------------------------------------------------------------------------------------
+
+COLORS = {"blue": (0, 0, 200), "green": (0, 200, 0), "red": (200, 0, 0)}
+
+
+def write_files(folder, count=10, mode="RGB", size=(10, 8)):
+    for name, color in COLORS.items():
+        (folder / name).mkdir(parents=True, exist_ok=True)
+        for number in range(count):
+            image = Image.new("RGB", size, color)
+            image.putpixel((0, 0), (number, 0, 0))
+            image.convert(mode).save(folder / name / f"{number}.png")
+    return folder
+
+
+def test_a_folder_of_photos_is_trained_predicted_and_reported(monkeypatch, capfd, tmp_path):
+    write_files(tmp_path / "photos/train", 40)
+    write_files(tmp_path / "photos/test", 6)
+    monkeypatch.chdir(tmp_path)
+    code, out, err = in_process(
+        capfd, "fit", "--data=ImageFolder", "--data.data_dir=photos", "--trainer.max_epochs=4", "--data.batch_size=8",
+        "--model.network.l2=0",
+    )  # fmt: skip
+    assert code == 0, err
+    assert re.search(r"train +images \(96, 3, 8, 10\)", out)
+    assert pd.read_csv(tmp_path / "lightning_logs/baseline/version_0/test.csv")["test/accuracy"][0] == 1
+    code, _, err = in_process(capfd, "predict")
+    assert code == 0, err
+    assert (pd.read_csv("predictions.csv").predicted == ["blue"] * 6 + ["green"] * 6 + ["red"] * 6).all()
+    samples = np.asarray(Image.open(tmp_path / "lightning_logs/baseline/version_0/figures/samples.png"))
+    for color in COLORS.values():  # in their colours
+        assert (np.abs(samples.astype(int) - color).max(axis=-1) < 10).mean() > 0.05
+    code, out, err = in_process(capfd, "report", "baseline")
+    assert code == 0, err
+    assert ">green</th>" in (tmp_path / "lightning_logs/report/report.html").read_text()
+
+
+def test_a_folder_of_classes_alone_is_shuffled_and_shared_out(tmp_path):
+    data = both(ImageFolder(str(write_files(tmp_path, 50)), test_split=0.2, val_split=0.25))
+    splits = (data.train, data.val, data.test)
+    assert [len(split) for split in splits] == [90, 30, 30]
+    for split in splits:
+        assert split.labels.unique().tolist() == [0, 1, 2]
+        assert torch.equal(split.images.flatten(2).float().mean(dim=2).argmax(dim=1), 2 - split.labels)
+    numbers = torch.cat([split.images[:, 0, 0, 0] + 100 * split.labels for split in splits])
+    assert len(numbers.unique()) == 150  # each image once
+    assert torch.equal(both(ImageFolder(str(tmp_path))).test.labels, both(ImageFolder(str(tmp_path))).test.labels)
+
+
+def test_a_folder_of_validation_images_is_used(tmp_path):
+    for split, count in (("train", 5), ("val", 3), ("test", 2)):
+        write_files(tmp_path / split, count, "L")
+    data = both(ImageFolder(str(tmp_path)))
+    assert [len(split) for split in (data.train, data.val, data.test)] == [15, 9, 6]
+    assert data.image_shape == (1, 8, 10)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda folder: (folder / "red/3.png").write_bytes(b"no image"), r"red/3\.png cannot be read"),
+        (lambda folder: Image.new("L", (5, 5)).save(folder / "red/3.png"), r"5x5 pixels, the first image 8x10: .*size"),
+        (lambda folder: Image.new("RGB", (10, 8)).save(folder / "red/3.png"), "in colour, the first image grey"),
+        (lambda folder: Image.new("I;16", (10, 8)).save(folder / "red/3.png"), "more than 8 bits"),
+        (lambda folder: (folder / "empty").mkdir(), "no valid file for the classes empty"),
+        (lambda folder: (folder / "train").mkdir(), "must hold a folder for each class"),
+    ],
+)
+def test_what_is_wrong_in_a_folder_is_named(tmp_path, change, message):
+    write_files(tmp_path, 5, "L")
+    change(tmp_path)
+    with pytest.raises(MisconfigurationException, match=message):
+        both(ImageFolder(str(tmp_path)))
+
+
+def test_images_are_scaled_and_made_grey_where_that_is_wanted(tmp_path):
+    write_files(tmp_path, 5)
+    Image.new("L", (5, 5)).save(tmp_path / "red/3.png")
+    data = both(ImageFolder(str(tmp_path), size=(6, 7), channels=1))
+    assert data.train.images.shape[1:] == (1, 6, 7)
+
+
+# --- classes of one's own ------------------------------------------------------------------------------------
+
+OWN = """
+import torch
+from torch import nn
+from mnist_lightning.data import ImageDataModule
+
+class Stripes(ImageDataModule):
+    def load(self, split):
+        if split == "val":
+            return None
+        generator = torch.Generator().manual_seed(len(split))
+        labels = torch.arange(240) % 3
+        images = torch.rand(240, 2, 9, 9, generator=generator) / 2
+        images[torch.arange(240), :, labels * 4] = 1
+        return images, labels + 5
+
+class Net(nn.Module):
+    def __init__(self, in_channels: int, num_classes: int, width: int = 8):
+        super().__init__()
+        self.layers = nn.Sequential(nn.Conv2d(in_channels, width, 3), nn.Flatten(), nn.LazyLinear(num_classes))
+    def forward(self, images):
+        return self.layers(images)
+"""
+
+
+def test_data_and_network_of_one_s_own_fit_together(monkeypatch, capfd, tmp_path):
+    (tmp_path / "own_stripes.py").write_text(OWN)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    options = ["--data=own_stripes.Stripes", "--model.network=own_stripes.Net", "--model.network.width=6"]
+    code, out, err = in_process(capfd, "fit", *options, "--print_config")
+    assert code == 0, err
+    assert yaml.safe_load(out)["model"]["network"]["init_args"] == {"in_channels": 2, "num_classes": 3, "width": 6}
+    code, out, err = in_process(capfd, "fit", *options, "--trainer.max_epochs=5")
+    assert code == 0, err
+    assert pd.read_csv(tmp_path / "lightning_logs/baseline/version_0/test.csv")["test/accuracy"][0] > 0.9
+    code, out, err = in_process(capfd, "predict")
+    assert code == 0, err
+    assert {*pd.read_csv("predictions.csv").label} == {5, 6, 7}
+    code, _, err = in_process(capfd, "report", "baseline")
+    assert code == 0, err
+    code, _, err = in_process(capfd, "fit", *options, "--model.network.num_classes=2", "--trainer.max_epochs=5")
+    assert code == 1
+    assert "For 3 classes, the network must give logits of shape (batch, 3), not (batch, 2)" in err
+    code, _, err = in_process(capfd, "fit", "--data=own_stripes.Stripes", "--model.network.in_features=7")
+    assert code == 1
+    assert "The network cannot take images of (2, 9, 9)" in err
+
+
+@pytest.mark.parametrize(
+    ("loaded", "message"),
+    [
+        ((torch.rand(9, 4, 4) * 255, torch.arange(9)), "floats from 0 to 1"),
+        ((torch.zeros(9, 4, 4, dtype=torch.int32), torch.arange(9)), "uint8 or floats"),
+        ((torch.rand(9, 4, 4), torch.arange(8)), "9 images but 8 labels"),
+        ((torch.rand(9, 4, 4), torch.rand(9)), "a whole number for each image"),
+        ((torch.rand(1, 4, 4), torch.arange(1)), "too few training images"),
+    ],
+)
+def test_what_load_returns_is_checked(loaded, message):
+    class Own(ImageDataModule):
+        def load(self, split):
+            return None if split == "val" else loaded
+
+    with pytest.raises(MisconfigurationException, match=message):
+        Own().setup("fit")
+
+
+def test_a_checkpoint_from_python_knows_its_data(odd):
+    data = MNISTDataModule(str(odd), augmentation=[torch.nn.Identity()])
+    assert data.hparams["_class_path"] == "mnist_lightning.data.MNISTDataModule"
+    assert "augmentation" not in data.hparams
+    assert data.state_dict() == {"classes": ["2", "7", "30", "31"]}
+    assert [*EMNIST("digits").classes] == [*string.digits]
