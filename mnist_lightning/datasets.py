@@ -19,12 +19,17 @@ from mnist_lightning.data import KINDS, ImageDataModule, MNISTDataModule
 from mnist_lightning.idx import MD5, cache_dir, find_idx
 
 
+def downloads() -> Path:
+    """Where data sets are kept that no ``data_dir`` has."""
+    return cache_dir() / "torchvision"
+
+
 def from_torchvision(name: str, data_dir: Path | None, files: str, **arguments: Any) -> Any:
     """A data set of torchvision, downloaded where it is not there yet.
 
     Args:
         name: Of the class in ``torchvision.datasets``.
-        data_dir: Its ``root``; None for the package's cache.
+        data_dir: Its ``root``; None for :func:`downloads`.
         files: What torchvision takes instead of a download, for the message.
         arguments: What else the class takes.
 
@@ -35,7 +40,7 @@ def from_torchvision(name: str, data_dir: Path | None, files: str, **arguments: 
 
     if data_dir is not None and not data_dir.is_dir():
         raise MisconfigurationException(f"There is no folder {data_dir}.")
-    root = data_dir or cache_dir()
+    root = data_dir or downloads()
     try:
         if data_dir is None:
             root.mkdir(parents=True, exist_ok=True)
@@ -59,7 +64,7 @@ class MNISTLike(MNISTDataModule):
 
     def folders(self) -> list[Path]:
         name = type(self).__name__
-        folders = [cache_dir() / name / "raw", *self.others]  # cache_dir() itself has MNIST's, by the same names
+        folders = [downloads() / name / "raw", *self.others]
         if self.data_dir:
             folders = [self.data_dir, self.data_dir / name / "raw"]
         if find_idx(folders, self.files[0].format(KINDS["images"])) is None:
