@@ -1,8 +1,8 @@
 """Augmentation of training batches: modules that map images and labels to others, with draws for each image.
 
-Those of torchvision (``torchvision.transforms.v2``) are called alike and will do as well, ``MixUp`` and ``CutMix``, say,
-whose labels are shares of the classes, of shape (batch, classes). But what torchvision draws, it draws once for a whole
-batch. All draws are from torch's global generators, so that a resumed run repeats them.
+Those of torchvision (``torchvision.transforms.v2``) are called alike and will do as well: ``MixUp`` and ``CutMix``,
+whose labels are shares of the classes, of shape (batch, classes), for example. But what torchvision draws, it draws
+once for a whole batch. All draws are from torch's global generators, so that a resumed run repeats them.
 """
 
 import math
