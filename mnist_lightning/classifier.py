@@ -5,7 +5,7 @@ from collections import defaultdict
 from typing import Any, Literal
 
 import torch
-from jsonargparse.typing import PositiveInt
+from jsonargparse.typing import ClosedUnitInterval, PositiveInt
 from lightning.pytorch import LightningModule
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
@@ -43,14 +43,20 @@ class Classifier(LightningModule):
     and ``test``. Those of ``train`` are means over the epoch, while the weights move and dropout is on, as Keras gives
     them. ``lr`` is the learning rate of an epoch's first step.
 
+    A training batch may have labels of shape (batch, classes) instead of (batch,), as MixUp makes them: shares of the
+    classes. The loss takes them as they are, the other metrics the class of the largest share.
+
     Args:
-        network: Maps images of shape (batch, 1, 28, 28) to logits of shape (batch, classes).
+        network: Maps images of shape (batch, channels, height, width) to logits of shape (batch, classes).
         optimizer: Makes an optimizer from parameters or parameter groups.
         lr_scheduler: Makes a learning-rate scheduler from the optimizer. If its ``total_steps``, ``T_max`` or
             ``total_iters`` is -1, it gets the number of times that it steps in the training.
         lr_interval: What the scheduler counts; by default steps for OneCycleLR and CyclicLR, epochs for others.
         lr_frequency: It steps after every so many of them; by default after each, or after each validation if it
             monitors one.
+        label_smoothing: Share of a label that is spread evenly over all classes (Szegedy et al. 2016) in the loss that
+            the optimizer follows. The ``loss`` that is logged is without, so that runs compare.
+        compile: Compile the network with ``torch.compile`` where a trainer uses it: True, or one of its modes.
     """
 
     def __init__(
@@ -60,6 +66,8 @@ class Classifier(LightningModule):
         lr_scheduler: LRSchedulerCallable | None = None,
         lr_interval: Literal["epoch", "step"] | None = None,
         lr_frequency: PositiveInt | None = None,
+        label_smoothing: ClosedUnitInterval = 0.0,
+        compile: bool | Literal["reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"] = False,
     ) -> None:
         super().__init__()
         self.network = network
@@ -67,12 +75,14 @@ class Classifier(LightningModule):
         self.lr_scheduler = lr_scheduler
         self.lr_interval = lr_interval
         self.lr_frequency = lr_frequency
+        self.label_smoothing = label_smoothing
+        self.compile_mode = compile
         self.kernels: list[tuple[Any, Any]] = [
             (layer.weight, layer.l2) for layer in network.modules() if getattr(layer, "l2", 0)
         ]
         self.penalty_in_loss = False
         self.totals: dict[str, dict[str, Tensor]] = {}
-        self.example_input_array = torch.zeros(1, 1, 28, 28)  # for the layer table and TensorBoard's graph
+        self.example_input_array = torch.zeros(1, 1, 28, 28)  # for the layer table
 
     def __setattr__(self, name: str, value: Any) -> None:
         """Set an attribute; Lightning's note of the running hook by a short way.
@@ -85,15 +95,24 @@ class Classifier(LightningModule):
             super().__setattr__(name, value)
 
     def setup(self, stage: str) -> None:
-        """Set up this process.
+        """Set up this process, and compile the network if that is wanted.
 
         Subnormal numbers are flushed to zero: L2 drives the kernels of pixels that are always black, and Adam's moments
         of them, into subnormals; without this every step takes three times as long from the third epoch on. And with
         several devices, each draws dropout masks of its own.
+
+        Raises:
+            MisconfigurationException: torch has no compiler here.
         """
         torch.set_flush_denormal(True)
         if self.trainer.global_rank > 0 and stage == "fit":
             torch.manual_seed(torch.initial_seed() + self.trainer.global_rank)
+        data = getattr(self.trainer, "datamodule", None)
+        self.example_input_array = torch.zeros(1, *getattr(data, "image_shape", (1, 28, 28)))
+        if self.compile_mode and self.network._compiled_call_impl is None:
+            check_compiler(self.trainer.strategy.root_device)
+            # in place, so that the names of the weights stay; copies, as those of averages, are not compiled
+            self.network.compile(mode=None if self.compile_mode is True else self.compile_mode)
 
     def configure_optimizers(self) -> Any:
         """Make the optimizer, with one parameter group for each distinct λ, and the scheduler."""
@@ -153,7 +172,7 @@ class Classifier(LightningModule):
         return min(epochs * len(counted), steps)
 
     def forward(self, images: Tensor) -> Tensor:
-        """Images of shape (batch, 1, 28, 28) to logits of shape (batch, classes)."""
+        """Images of shape (batch, channels, height, width) to logits of shape (batch, classes)."""
         logits: Tensor = self.network(images)
         return logits
 
@@ -169,7 +188,7 @@ class Classifier(LightningModule):
         Args:
             logits: Of shape (batch, classes).
             labels: True classes, of shape (batch,).
-            loss: Cross-entropy, a scalar.
+            loss: Cross-entropy, a scalar, without label smoothing.
 
         Returns:
             From a metric's name to its values, of shape (batch,), or to their mean, a scalar: ``loss``,
@@ -179,7 +198,9 @@ class Classifier(LightningModule):
 
     def training_step(self, batch: Batch) -> Tensor:
         """Loss of a batch, whose gradient the optimizer follows."""
-        loss, _ = self._step(batch, "train")
+        loss, logits = self._step(batch, "train")
+        if self.label_smoothing:
+            loss = F.cross_entropy(logits, batch[1], label_smoothing=self.label_smoothing)
         return loss + self.penalty() if self.penalty_in_loss else loss
 
     def validation_step(self, batch: Batch) -> Tensor:
@@ -218,17 +239,31 @@ class Classifier(LightningModule):
     def on_train_epoch_end(self) -> None:
         self._log("train")
 
+    def on_validation_epoch_start(self) -> None:
+        self._share_buffers()
+
+    def on_test_epoch_start(self) -> None:
+        self._share_buffers()
+
     def on_validation_epoch_end(self) -> None:
         self._log("val")
 
     def on_test_epoch_end(self) -> None:
         self._log("test")
 
+    def _share_buffers(self) -> None:
+        """Take the first process's batch statistics on all: each has its own, and those of the first are saved."""
+        if self.trainer.world_size > 1:
+            for buffer in self.network.buffers():
+                buffer.copy_(self.trainer.strategy.broadcast(buffer))
+
     def _step(self, batch: Batch, stage: str) -> tuple[Tensor, Tensor]:
         images, labels = batch
         logits = _at_least_float32(self.network(images))
         loss = F.cross_entropy(logits, labels)
         with torch.no_grad():
+            if labels.dim() == 2:
+                labels = labels.argmax(dim=1)
             values = self.metrics(logits, labels, loss)
             if stage not in self.totals:
                 self.totals[stage] = {
@@ -250,6 +285,22 @@ class Classifier(LightningModule):
         self.log_dict(
             {f"{stage}/{name}": total / images for name, total in zip(names, sums, strict=False)}, sync_dist=True
         )
+
+
+def check_compiler(device: torch.device) -> None:
+    """Compile next to nothing.
+
+    Raises:
+        MisconfigurationException: It cannot be done.
+    """
+    try:
+        torch.compile(torch.neg)(torch.zeros(1, device=device))
+    except Exception as error:  # of torch's private classes
+        reason = str(error).strip().partition("\n")[0]
+        raise MisconfigurationException(
+            f"torch.compile does not work here: {reason}. Install a C++ compiler (for a GPU, Triton), or take compile "
+            "false."
+        ) from error
 
 
 def _at_least_float32(tensor: Tensor) -> Tensor:
