@@ -7,7 +7,9 @@ from typing import Any, Literal
 import torch
 from jsonargparse.typing import ClosedUnitInterval, PositiveInt
 from lightning.pytorch import LightningModule
+from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveraging
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -222,6 +224,9 @@ class Classifier(LightningModule):
         Raises:
             MisconfigurationException: One does.
         """
+        trainer: Any = self.trainer
+        if any(isinstance(callback, StochasticWeightAveraging) for callback in trainer.callbacks):
+            return  # it brings a schedule of its own, and with batch normalization an epoch more
         for config in self.trainer.lr_scheduler_configs:
             name = type(config.scheduler).__name__
             for argument in TOTALS if name == "PolynomialLR" else TOTALS[:2]:  # other total_iters are of a warm-up
@@ -238,6 +243,11 @@ class Classifier(LightningModule):
 
     def on_train_epoch_end(self) -> None:
         self._log("train")
+        self._update_averages()
+
+    def on_validation_start(self) -> None:
+        if self.trainer.state.fn == TrainerFn.FITTING and not self.trainer.sanity_checking:
+            self._update_averages()
 
     def on_validation_epoch_start(self) -> None:
         self._share_buffers()
@@ -250,6 +260,21 @@ class Classifier(LightningModule):
 
     def on_test_epoch_end(self) -> None:
         self._log("test")
+
+    def _update_averages(self) -> None:
+        """Let averages of weights be validated as they are saved.
+
+        Lightning's callback validates those of the epoch before if it updates them at an epoch's end, and saves the
+        initial weights until it begins.
+        """
+        trainer: Any = self.trainer
+        for callback in trainer.callbacks:
+            if isinstance(callback, WeightAveraging):
+                if trainer.fit_loop.epoch_loop.batch_progress.is_last_batch:
+                    callback.on_train_epoch_end(trainer, self)  # which does nothing when it is called again
+                average = callback._average_model
+                if average is not None and not average.n_averaged:
+                    average.module.load_state_dict(self.state_dict())
 
     def _share_buffers(self) -> None:
         """Take the first process's batch statistics on all: each has its own, and those of the first are saved."""
