@@ -1,5 +1,6 @@
 """The LightningModule: cross-entropy and L2 on any network, with any optimizer and learning-rate schedule."""
 
+import copy
 import math
 from collections import defaultdict
 from typing import Any, Literal
@@ -95,6 +96,18 @@ class Classifier(LightningModule):
             self.__dict__[name] = value
         else:
             super().__setattr__(name, value)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Classifier":
+        """Copy all but what makes the optimizer and the schedule.
+
+        jsonargparse's know the parser and by it the trainer, whose processes and locks cannot be copied; and averages
+        of weights are kept in a copy.
+        """
+        memo.update({id(factory): factory for factory in (self.optimizer, self.lr_scheduler)})
+        copied: Classifier = type(self).__new__(type(self))
+        memo[id(self)] = copied
+        copied.__setstate__(copy.deepcopy(self.__getstate__(), memo))
+        return copied
 
     def setup(self, stage: str) -> None:
         """Set up this process, and compile the network if that is wanted.

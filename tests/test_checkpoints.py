@@ -3,10 +3,12 @@
 import errno
 import pickle
 import random
+import re
 import shutil
 import warnings
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from lightning.pytorch import Trainer, seed_everything
@@ -182,6 +184,17 @@ def test_averaged_weights_are_validated_as_they_are_saved(data_dir, tmp_path, ki
         current = saved["current_model_state"]
         is_averaged = any(not torch.equal(current[name], tensor) for name, tensor in saved["state_dict"].items())
         assert is_averaged == is_begun, row["epoch"]
+
+
+def test_two_devices_validate_the_averages_and_batch_statistics_that_they_save(command, quick, tmp_path):
+    network = ["--model.network=CNN", "--model.network.channels=[4,6]", "--model.optimizer.lr=0.01"]
+    average = ["--trainer.callbacks+=EMAWeightAveraging", "--trainer.callbacks.decay=0.8"]
+    devices = ["--trainer.accelerator=cpu", "--trainer.devices=2"]
+    command(tmp_path, "fit", "--trainer.max_epochs=2", *network, *average, *devices)
+    expected = pd.read_csv(next(tmp_path.rglob("metrics.csv"))).iloc[-1]
+    results = quick(tmp_path, "validate", "--trainer.accelerator=cpu").stdout
+    loss = float(re.search(r"val/loss\s+(\S+)", results)[1])
+    assert loss == pytest.approx(expected["val/loss"], rel=1e-5)
 
 
 def test_a_malicious_checkpoint_runs_nothing(tmp_path):

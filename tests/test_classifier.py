@@ -1,7 +1,9 @@
 """The LightningModule: the penalty is Keras's, and the metrics are what they say."""
 
 import copy
+import threading
 import warnings
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -11,6 +13,7 @@ from lightning.pytorch.cli import ReduceLROnPlateau
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import nn
 from torch.nn import functional as F
+from torch.optim.lr_scheduler import StepLR
 
 from mnist_lightning.callbacks import Figures
 from mnist_lightning.checkpoints import RunCheckpoint
@@ -198,6 +201,18 @@ def test_batch_normalization_has_no_penalty_and_its_statistics_are_saved():
     for name, parameter in classifier.named_parameters():
         assert decay[id(parameter)] == (0.2 if name.endswith("convolution_1.weight") else 0), name
     assert "network.stage_2.normalization_1.running_var" in classifier.state_dict()
+
+
+def test_a_copy_has_its_own_weights_and_the_same_factories():
+    """As Lightning's averages of weights keep one, whatever the factories refer to."""
+    lock = threading.Lock()  # cannot be copied
+    classifier = Classifier(MLP(), lambda params, _=lock: KerasAdam(params), partial(StepLR, step_size=1, gamma=lock))
+    copied = copy.deepcopy(classifier)
+    assert (copied.optimizer, copied.lr_scheduler) == (classifier.optimizer, classifier.lr_scheduler)
+    penalty = classifier.penalty().item()
+    with torch.no_grad():
+        copied.network.dense_1.weight.zero_()
+    assert classifier.penalty().item() == penalty > 2 * copied.penalty().item()
 
 
 def test_all_devices_evaluate_with_the_statistics_that_are_saved(monkeypatch):
