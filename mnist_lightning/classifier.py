@@ -262,12 +262,6 @@ class Classifier(LightningModule):
         if self.trainer.state.fn == TrainerFn.FITTING and not self.trainer.sanity_checking:
             self._update_averages()
 
-    def on_validation_epoch_start(self) -> None:
-        self._share_buffers()
-
-    def on_test_epoch_start(self) -> None:
-        self._share_buffers()
-
     def on_validation_epoch_end(self) -> None:
         self._log("val")
 
@@ -288,12 +282,6 @@ class Classifier(LightningModule):
                 average = callback._average_model
                 if average is not None and not average.n_averaged:
                     average.module.load_state_dict(self.state_dict())
-
-    def _share_buffers(self) -> None:
-        """Take the first process's batch statistics on all: each has its own, and those of the first are saved."""
-        if self.trainer.world_size > 1:
-            for buffer in self.network.buffers():
-                buffer.copy_(self.trainer.strategy.broadcast(buffer))
 
     def _step(self, batch: Batch, stage: str) -> tuple[Tensor, Tensor]:
         images, labels = batch

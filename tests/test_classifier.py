@@ -215,17 +215,6 @@ def test_a_copy_has_its_own_weights_and_the_same_factories():
     assert classifier.penalty().item() == penalty > 2 * copied.penalty().item()
 
 
-def test_all_devices_evaluate_with_the_statistics_that_are_saved(monkeypatch):
-    classifier = Classifier(CNN([4]))
-    first = [torch.rand_like(buffer.float()).to(buffer.dtype) for buffer in classifier.network.buffers()]
-    sent = iter(first)
-    strategy = SimpleNamespace(broadcast=lambda _: next(sent))
-    classifier._trainer = SimpleNamespace(world_size=2, strategy=strategy)
-    classifier.on_validation_epoch_start()
-    for buffer, expected in zip(classifier.network.buffers(), first, strict=True):
-        assert torch.equal(buffer, expected)
-
-
 def test_metrics_are_means_over_all_images(trainer, datamodule):
     network = MLP(units=[16], dropout=0, l2=0.05)
     classifier = Classifier(network, lambda params: KerasSGD(params, lr=0.0))
