@@ -3,6 +3,7 @@
 import copy
 import math
 from collections import defaultdict
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
@@ -122,12 +123,33 @@ class Classifier(LightningModule):
         torch.set_flush_denormal(True)
         if self.trainer.global_rank > 0 and stage == "fit":
             torch.manual_seed(torch.initial_seed() + self.trainer.global_rank)
-        data = getattr(self.trainer, "datamodule", None)
-        self.example_input_array = torch.zeros(1, *getattr(data, "image_shape", (1, 28, 28)))
+        shape = getattr(getattr(self.trainer, "datamodule", None), "image_shape", None)
+        if shape is not None:
+            self.example_input_array = torch.zeros(1, *shape)
         if self.compile_mode and self.network._compiled_call_impl is None:
             check_compiler(self.trainer.strategy.root_device)
             # in place, so that the names of the weights stay; copies, as those of averages, are not compiled
             self.network.compile(mode=None if self.compile_mode is True else self.compile_mode)
+
+    def check_images(self, shape: Sequence[int]) -> None:
+        """See that the network takes images of a shape (channels, height, width), and note it for the layer table.
+
+        Raises:
+            MisconfigurationException: It does not.
+        """
+        self.example_input_array = torch.zeros(1, *shape)
+        is_training = self.network.training
+        try:
+            with torch.no_grad():
+                self.network.eval()(self.example_input_array)
+        except Exception as error:  # a network may be anybody's
+            reason = str(error).strip().partition("\n")[0]
+            raise MisconfigurationException(
+                f"{type(self.network).__name__} does not take images of shape {tuple(shape)} (channels, height, "
+                f"width): {reason}. Give its arguments to fit, or another network."
+            ) from error
+        finally:
+            self.network.train(is_training)
 
     def configure_optimizers(self) -> Any:
         """Make the optimizer, with one parameter group for each distinct λ, and the scheduler."""

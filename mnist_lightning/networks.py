@@ -122,9 +122,10 @@ class MLP(nn.Sequential):
 class CNN(nn.Sequential):
     """Stages of convolutions, with pooling between them, and a linear layer on the last one's averages.
 
-    A convolution keeps the size and is followed by its normalization and activation. Between two stages, max-pooling
-    halves the size; the last stage ends in global average pooling (Lin et al. 2014), so images of any size will do. On
-    a CPU, channels stand last in memory, which takes a tenth to a quarter off a step, with bf16 a third.
+    A convolution keeps the size and is followed by its normalization and activation. Max-pooling halves the size before
+    those of a stage's last convolution, where they cost a quarter (as in Jordan 2024, arXiv:2404.00498). The last stage
+    ends in global average pooling (Lin et al. 2014), so images of any size will do. Channels stand last in memory, as
+    is faster; with ``--trainer.precision bf16-mixed``, a processor that has bf16 takes 0.4 to 0.7 of the time.
 
     Args:
         channels: Width of each stage: channels of its convolutions.
@@ -166,18 +167,20 @@ class CNN(nn.Sequential):
         _check_l2(per_stage["l2"])
         make_activation = _activation(activation)
         for stage, (width, count, size, rate, factor) in enumerate(zip(channels, *per_stage.values(), strict=True), 1):
-            layers = nn.Sequential()
+            layers, is_last = nn.Sequential(), stage == len(channels)
             for layer in range(1, count + 1):
                 convolution = Convolution(in_channels, width, size, factor, bias=normalization is None)
                 layers.add_module(f"convolution_{layer}", convolution)
+                if layer == count and not is_last:
+                    # ceil_mode: the smallest image has a pixel left after any number of stages
+                    layers.add_module("pool", nn.MaxPool2d(2, ceil_mode=True))
                 if normalization is not None:
                     norm = nn.BatchNorm2d(width) if normalization == "batch" else nn.GroupNorm(1, width)
                     layers.add_module(f"normalization_{layer}", norm)
                 layers.add_module(f"activation_{layer}", make_activation())
                 in_channels = width
-            is_last = stage == len(channels)
-            # ceil_mode: the smallest image has a pixel left after any number of stages
-            layers.add_module("pool", nn.AdaptiveAvgPool2d(1) if is_last else nn.MaxPool2d(2, ceil_mode=True))
+            if is_last:
+                layers.add_module("pool", nn.AdaptiveAvgPool2d(1))
             layers.add_module("dropout", Dropout(rate))
             self.add_module(f"stage_{stage}", layers)
         self.add_module("flatten", nn.Flatten())
