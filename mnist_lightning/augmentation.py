@@ -70,9 +70,9 @@ class Distortion(nn.Module):
         grid = F.affine_grid(matrices, [batch, 1, height, width], align_corners=False)
         if self.alpha:
             shifts = torch.rand(batch, 2, height, width, device=images.device) * 2 - 1
-            shifts = _gaussian(height, self.sigma, images.device) @ shifts @ _gaussian(width, self.sigma, images.device)
-            pixel = torch.tensor([2 / width, 2 / height]).to(images.device, non_blocking=True)
-            grid = grid + shifts.permute(0, 2, 3, 1) * (self.alpha * pixel)
+            smooth_height, smooth_width = (_gaussian(side, self.sigma, images.device) for side in (height, width))
+            x, y = (smooth_height @ shifts @ smooth_width * self.alpha).unbind(dim=1)
+            grid = grid + torch.stack([x * (2 / width), y * (2 / height)], dim=-1)
         distorted = F.grid_sample(images.float(), grid, padding_mode=self.padding_mode, align_corners=False)
         return distorted.to(images.dtype), labels
 

@@ -34,12 +34,14 @@ class Dense(nn.Linear):
 
 
 class Dropout(nn.Dropout):
-    """``nn.Dropout`` with a mask that takes a third of the time on a CPU, where torch draws its own one by one."""
+    """``nn.Dropout`` with a mask that takes half the time or less on a CPU, where torch draws its own one by one."""
 
     def forward(self, input: Tensor) -> Tensor:
         """Zero each value with probability ``p`` and divide the others by ``1 - p``; in evaluation, do nothing."""
-        if self.training and self.p < 1 and input.dtype == torch.float32 and input.device.type == "cpu":
-            return input * torch.rand_like(input).ge_(self.p).div_(1 - self.p)
+        is_supported = input.device.type == "cpu" and input.dtype in (torch.float32, torch.bfloat16)
+        if self.training and self.p < 1 and is_supported:
+            mask = torch.rand_like(input, dtype=torch.float32).ge_(self.p).div_(1 - self.p)
+            return input * mask.to(input.dtype)
         return super().forward(input)
 
 

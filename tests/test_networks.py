@@ -87,16 +87,17 @@ def test_what_has_no_sense_is_refused(arguments, message):
         MLP(**arguments)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 @pytest.mark.parametrize("rate", [0.0, 0.2, 0.5, 1.0])
-def test_dropout_zeroes_its_share_and_scales_the_rest(rate):
+def test_dropout_zeroes_its_share_and_scales_the_rest(rate, dtype):
     torch.manual_seed(0)
-    dropout, inputs = Dropout(rate), torch.full((1000, 100), 3.0, requires_grad=True)
+    dropout, inputs = Dropout(rate), torch.full((1000, 100), 3.0, requires_grad=True, dtype=dtype)
     outputs = dropout(inputs)
     kept = outputs != 0
     assert kept.float().mean().item() == pytest.approx(1 - rate, abs=0.005)  # three standard deviations
-    assert torch.allclose(outputs[kept], torch.tensor(3 / (1 - rate) if rate < 1 else 0.0))
+    assert torch.allclose(outputs[kept], torch.tensor(3 / (1 - rate) if rate < 1 else 0.0, dtype=dtype))
     outputs.sum().backward()
-    assert torch.equal(inputs.grad * 3, outputs)
+    torch.testing.assert_close(inputs.grad * 3, outputs)
     assert not torch.equal(dropout(inputs), outputs) or rate in (0, 1)
     assert dropout.eval()(inputs) is inputs
 
