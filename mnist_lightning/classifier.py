@@ -1,13 +1,17 @@
 """The LightningModule: cross-entropy and L2 on any network, with any optimizer and learning-rate schedule."""
 
+import copy
 import math
 from collections import defaultdict
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
-from jsonargparse.typing import PositiveInt
+from jsonargparse.typing import ClosedUnitInterval, PositiveInt
 from lightning.pytorch import LightningModule
+from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveraging
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -43,14 +47,20 @@ class Classifier(LightningModule):
     and ``test``. Those of ``train`` are means over the epoch, while the weights move and dropout is on, as Keras gives
     them. ``lr`` is the learning rate of an epoch's first step.
 
+    A training batch may have labels of shape (batch, classes) instead of (batch,), as MixUp makes them: shares of the
+    classes. The loss takes them as they are, the other metrics the class of the largest share.
+
     Args:
-        network: Maps images of shape (batch, 1, 28, 28) to logits of shape (batch, classes).
+        network: Maps images of shape (batch, channels, height, width) to logits of shape (batch, classes).
         optimizer: Makes an optimizer from parameters or parameter groups.
         lr_scheduler: Makes a learning-rate scheduler from the optimizer. If its ``total_steps``, ``T_max`` or
             ``total_iters`` is -1, it gets the number of times that it steps in the training.
         lr_interval: What the scheduler counts; by default steps for OneCycleLR and CyclicLR, epochs for others.
         lr_frequency: It steps after every so many of them; by default after each, or after each validation if it
             monitors one.
+        label_smoothing: Share of a label that is spread evenly over all classes (Szegedy et al. 2016) in the loss that
+            the optimizer follows. The ``loss`` that is logged is without, so that runs compare.
+        compile: Compile the network with ``torch.compile`` where a trainer uses it: True, or one of its modes.
     """
 
     def __init__(
@@ -60,6 +70,8 @@ class Classifier(LightningModule):
         lr_scheduler: LRSchedulerCallable | None = None,
         lr_interval: Literal["epoch", "step"] | None = None,
         lr_frequency: PositiveInt | None = None,
+        label_smoothing: ClosedUnitInterval = 0.0,
+        compile: bool | Literal["reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"] = False,
     ) -> None:
         super().__init__()
         self.network = network
@@ -67,12 +79,14 @@ class Classifier(LightningModule):
         self.lr_scheduler = lr_scheduler
         self.lr_interval = lr_interval
         self.lr_frequency = lr_frequency
+        self.label_smoothing = label_smoothing
+        self.compile_mode = compile
         self.kernels: list[tuple[Any, Any]] = [
             (layer.weight, layer.l2) for layer in network.modules() if getattr(layer, "l2", 0)
         ]
         self.penalty_in_loss = False
         self.totals: dict[str, dict[str, Tensor]] = {}
-        self.example_input_array = torch.zeros(1, 1, 28, 28)  # for the layer table and TensorBoard's graph
+        self.example_input_array = torch.zeros(1, 1, 28, 28)  # for the layer table
 
     def __setattr__(self, name: str, value: Any) -> None:
         """Set an attribute; Lightning's note of the running hook by a short way.
@@ -84,16 +98,68 @@ class Classifier(LightningModule):
         else:
             super().__setattr__(name, value)
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Classifier":
+        """Copy all but what makes the optimizer and the schedule.
+
+        jsonargparse's know the parser and by it the trainer, whose processes and locks cannot be copied; and averages
+        of weights are kept in a copy.
+        """
+        memo.update({id(factory): factory for factory in (self.optimizer, self.lr_scheduler)})
+        copied: Classifier = type(self).__new__(type(self))
+        memo[id(self)] = copied
+        copied.__setstate__(copy.deepcopy(self.__getstate__(), memo))
+        return copied
+
     def setup(self, stage: str) -> None:
-        """Set up this process.
+        """Set up this process, and compile the network if that is wanted.
 
         Subnormal numbers are flushed to zero: L2 drives the kernels of pixels that are always black, and Adam's moments
         of them, into subnormals; without this every step takes three times as long from the third epoch on. And with
         several devices, each draws dropout masks of its own.
+
+        Raises:
+            MisconfigurationException: torch has no compiler here.
         """
         torch.set_flush_denormal(True)
         if self.trainer.global_rank > 0 and stage == "fit":
             torch.manual_seed(torch.initial_seed() + self.trainer.global_rank)
+        shape = getattr(getattr(self.trainer, "datamodule", None), "image_shape", None)
+        if shape is not None:
+            self.example_input_array = torch.zeros(1, *shape)
+        if self.compile_mode and self.network._compiled_call_impl is None:
+            check_compiler(self.trainer.strategy.root_device)
+            # in place, so that the names of the weights stay; copies, as those of averages, are not compiled
+            self.network.compile(mode=None if self.compile_mode is True else self.compile_mode)
+
+    def check_images(self, shape: Sequence[int], classes: int) -> None:
+        """See that the network takes images of a shape and has an output for each class; the layer table needs it, too.
+
+        Args:
+            shape: Channels, height and width.
+            classes: Number of classes.
+
+        Raises:
+            MisconfigurationException: It does not, or has not.
+        """
+        self.example_input_array = torch.zeros(1, *shape)
+        is_training = self.network.training
+        try:
+            with torch.no_grad():
+                logits = self.network.eval()(self.example_input_array)
+        except Exception as error:  # a network may be anybody's
+            reason = str(error).strip().partition("\n")[0]
+            raise MisconfigurationException(
+                f"{type(self.network).__name__} does not take images of shape {tuple(shape)} (channels, height, "
+                f"width): {reason}. Give its arguments to fit, or another network."
+            ) from error
+        finally:
+            self.network.train(is_training)
+        if not isinstance(logits, Tensor) or logits.dim() != 2 or logits.shape[1] < classes:
+            found = f"a tensor of shape {tuple(logits.shape)}" if isinstance(logits, Tensor) else type(logits).__name__
+            raise MisconfigurationException(
+                f"For {classes} classes, {type(self.network).__name__} must give logits of shape (batch, {classes}), "
+                f"but gives {found} for one image."
+            )
 
     def configure_optimizers(self) -> Any:
         """Make the optimizer, with one parameter group for each distinct λ, and the scheduler."""
@@ -153,7 +219,7 @@ class Classifier(LightningModule):
         return min(epochs * len(counted), steps)
 
     def forward(self, images: Tensor) -> Tensor:
-        """Images of shape (batch, 1, 28, 28) to logits of shape (batch, classes)."""
+        """Images of shape (batch, channels, height, width) to logits of shape (batch, classes)."""
         logits: Tensor = self.network(images)
         return logits
 
@@ -169,7 +235,7 @@ class Classifier(LightningModule):
         Args:
             logits: Of shape (batch, classes).
             labels: True classes, of shape (batch,).
-            loss: Cross-entropy, a scalar.
+            loss: Cross-entropy, a scalar, without label smoothing.
 
         Returns:
             From a metric's name to its values, of shape (batch,), or to their mean, a scalar: ``loss``,
@@ -179,7 +245,9 @@ class Classifier(LightningModule):
 
     def training_step(self, batch: Batch) -> Tensor:
         """Loss of a batch, whose gradient the optimizer follows."""
-        loss, _ = self._step(batch, "train")
+        loss, logits = self._step(batch, "train")
+        if self.label_smoothing:
+            loss = F.cross_entropy(logits, batch[1], label_smoothing=self.label_smoothing)
         return loss + self.penalty() if self.penalty_in_loss else loss
 
     def validation_step(self, batch: Batch) -> Tensor:
@@ -201,6 +269,9 @@ class Classifier(LightningModule):
         Raises:
             MisconfigurationException: One does.
         """
+        trainer: Any = self.trainer
+        if any(isinstance(callback, StochasticWeightAveraging) for callback in trainer.callbacks):
+            return  # it brings a schedule of its own, and with batch normalization an epoch more
         for config in self.trainer.lr_scheduler_configs:
             name = type(config.scheduler).__name__
             for argument in TOTALS if name == "PolynomialLR" else TOTALS[:2]:  # other total_iters are of a warm-up
@@ -217,6 +288,11 @@ class Classifier(LightningModule):
 
     def on_train_epoch_end(self) -> None:
         self._log("train")
+        self._update_averages()
+
+    def on_validation_start(self) -> None:
+        if self.trainer.state.fn == TrainerFn.FITTING and not self.trainer.sanity_checking:
+            self._update_averages()
 
     def on_validation_epoch_end(self) -> None:
         self._log("val")
@@ -224,11 +300,28 @@ class Classifier(LightningModule):
     def on_test_epoch_end(self) -> None:
         self._log("test")
 
+    def _update_averages(self) -> None:
+        """Let averages of weights be validated as they are saved.
+
+        Lightning's callback validates those of the epoch before if it updates them at an epoch's end, and saves the
+        initial weights until it begins.
+        """
+        trainer: Any = self.trainer
+        for callback in trainer.callbacks:
+            if isinstance(callback, WeightAveraging):
+                if trainer.fit_loop.epoch_loop.batch_progress.is_last_batch:
+                    callback.on_train_epoch_end(trainer, self)  # which does nothing when it is called again
+                average = callback._average_model
+                if average is not None and not average.n_averaged:
+                    average.module.load_state_dict(self.state_dict())
+
     def _step(self, batch: Batch, stage: str) -> tuple[Tensor, Tensor]:
         images, labels = batch
         logits = _at_least_float32(self.network(images))
         loss = F.cross_entropy(logits, labels)
         with torch.no_grad():
+            if labels.dim() == 2:
+                labels = labels.argmax(dim=1)
             values = self.metrics(logits, labels, loss)
             if stage not in self.totals:
                 self.totals[stage] = {
@@ -250,6 +343,22 @@ class Classifier(LightningModule):
         self.log_dict(
             {f"{stage}/{name}": total / images for name, total in zip(names, sums, strict=False)}, sync_dist=True
         )
+
+
+def check_compiler(device: torch.device) -> None:
+    """Compile next to nothing.
+
+    Raises:
+        MisconfigurationException: It cannot be done.
+    """
+    try:
+        torch.compile(torch.neg)(torch.zeros(1, device=device))
+    except Exception as error:  # of torch's private classes
+        reason = str(error).strip().partition("\n")[0]
+        raise MisconfigurationException(
+            f"torch.compile does not work here: {reason}. Install a C++ compiler (for a GPU, Triton), or take compile "
+            "false."
+        ) from error
 
 
 def _at_least_float32(tensor: Tensor) -> Tensor:

@@ -21,7 +21,8 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.model_summary import summarize
 
-import mnist_lightning.datasets  # noqa: F401 - so that a name is enough for its classes
+import mnist_lightning.augmentation
+import mnist_lightning.datasets  # noqa: F401 - so that a name is enough for their classes
 from mnist_lightning.callbacks import EpochProgressBar, Figures
 from mnist_lightning.checkpoints import (
     INSTANTIATOR,
@@ -218,31 +219,13 @@ class RunCLI(LightningCLI):
             super().instantiate_classes()
             if self.data_state is not None:  # which Lightning gives to data of the same class only
                 self.datamodule.load_state_dict(self.data_state)
-            self._check_shapes()
+            self.model.check_images(self.datamodule.image_shape, len(self.datamodule.classes))
             self.model.configure_optimizers()  # only to see now whether it can be done
         except (TypeError, ValueError, RuntimeError) as error:
             path = self.config.get("ckpt_path")
             raise MisconfigurationException(f"{path} cannot be used: {error}" if path else str(error)) from error
         # only a model made from a config has hyper-parameters that can be stored as plain types
         self.model.save_hyperparameters({**self.plain_config()["model"], "_instantiator": INSTANTIATOR})
-
-    @torch.no_grad()
-    def _check_shapes(self) -> None:
-        """See that the network takes the images of the data and has an output for each class."""
-        shape, classes = self.datamodule.image_shape, len(self.datamodule.classes)
-        self.model.example_input_array = torch.zeros(1, *shape)
-        network = self.model.network.eval()
-        try:
-            logits = network(self.model.example_input_array)
-        except Exception as error:  # networks raise what they like
-            reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
-            raise MisconfigurationException(f"The network cannot take images of {shape}: {reason}") from error
-        network.train()
-        if logits.shape != (1, max(classes, logits.shape[-1])):
-            raise MisconfigurationException(
-                f"For {classes} classes, the network must give logits of shape (batch, {classes}), not (batch, "
-                f"{', '.join(map(str, logits.shape[1:]))})."
-            )
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Make the trainer; that of a ``fit`` also gets all that a run folder holds."""

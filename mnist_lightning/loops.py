@@ -5,6 +5,7 @@ from contextlib import nullcontext
 from typing import Any
 
 from lightning.pytorch import Callback, LightningDataModule, Trainer
+from lightning.pytorch.callbacks import WeightAveraging
 from lightning.pytorch.loops.fetchers import _DataFetcher
 from lightning.pytorch.loops.fit_loop import _FitLoop
 from lightning.pytorch.loops.training_epoch_loop import _TrainingEpochLoop
@@ -46,8 +47,8 @@ class EpochLoop(_TrainingEpochLoop):
     Calling them takes Lightning a quarter of a millisecond a step, a fifth of the time that the notebook's network
     trains. All batches of an epoch but the last go the short way if nothing that a user can write would see the
     difference: with the package's own module, on one device, in single precision, and without clipping, accumulation,
-    profiler, or a hook inside the step of a callback or data module. The last batch and all other trainings go
-    Lightning's own way. The counters, so the checkpoints, are the same.
+    profiler, or a hook inside the step of a callback or data module, but for Lightning's averages of weights. The last
+    batch and all other trainings go Lightning's own way. The counters, so the checkpoints, are the same.
     """
 
     def advance(self, data_fetcher: _DataFetcher) -> None:
@@ -59,7 +60,7 @@ class EpochLoop(_TrainingEpochLoop):
     def _can_skip_hooks(self) -> bool:
         trainer: Any = self.trainer
         module, data = trainer.lightning_module, trainer.datamodule
-        own_callbacks = (EpochProgressBar, RunCheckpoint)
+        own_callbacks, averages = (EpochProgressBar, RunCheckpoint), _averages(trainer)
         return (
             # a subclass may do anything in a step, and so may a method that was set on the module itself
             type(module) is Classifier
@@ -69,7 +70,7 @@ class EpochLoop(_TrainingEpochLoop):
             and not any(
                 _overrides(callback, Callback, STEP_HOOKS)
                 for callback in trainer.callbacks
-                if type(callback) not in own_callbacks
+                if type(callback) not in own_callbacks and callback not in averages
             )
             and type(trainer.strategy) is SingleDeviceStrategy
             and type(trainer.precision_plugin) is Precision
@@ -84,6 +85,7 @@ class EpochLoop(_TrainingEpochLoop):
     def _advance_to_last(self, data_fetcher: _DataFetcher) -> None:
         trainer: Any = self.trainer
         module, bar, (optimizer,) = trainer.lightning_module, trainer.progress_bar_callback, trainer.optimizers
+        listeners = [*([bar] if bar is not None else []), *_averages(trainer)]
         step, zero_grad = (
             getattr(self.automatic_optimization.optim_progress.optimizer, name) for name in ("step", "zero_grad")
         )
@@ -112,12 +114,21 @@ class EpochLoop(_TrainingEpochLoop):
             self.batch_progress.increment_processed()
             if trainer.lr_scheduler_configs:
                 self.update_lr_schedulers("step", update_plateau_schedulers=False)
-            if bar is not None:
-                bar.on_train_batch_end(trainer, module, {}, batch, batch_idx)
+            for listener in listeners:
+                listener.on_train_batch_end(trainer, module, {}, batch, batch_idx)
             self.batch_progress.increment_completed()
             if trainer.lr_scheduler_configs:
                 self.update_lr_schedulers("step", update_plateau_schedulers=True)
             self._batches_that_stepped += 1
+
+
+def _averages(trainer: Any) -> list[WeightAveraging]:
+    """Lightning's averages of weights, which need nothing of a step but its end."""
+    return [
+        callback
+        for callback in trainer.callbacks
+        if isinstance(callback, WeightAveraging) and not _overrides(callback, WeightAveraging, STEP_HOOKS)
+    ]
 
 
 def _overrides(listener: Any, base: type, hooks: Sequence[str]) -> bool:

@@ -1,9 +1,12 @@
 """Networks: plain ``nn.Module`` classes that map images to logits. Any other class does as well, by its class path."""
 
+import difflib
 from collections.abc import Sequence
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 
 class Dense(nn.Linear):
@@ -31,13 +34,42 @@ class Dense(nn.Linear):
 
 
 class Dropout(nn.Dropout):
-    """``nn.Dropout`` with a mask that takes a third of the time on a CPU, where torch draws its own one by one."""
+    """``nn.Dropout`` with a mask that takes half the time or less on a CPU, where torch draws its own one by one."""
 
     def forward(self, input: Tensor) -> Tensor:
         """Zero each value with probability ``p`` and divide the others by ``1 - p``; in evaluation, do nothing."""
-        if self.training and self.p < 1 and input.dtype == torch.float32 and input.device.type == "cpu":
-            return input * torch.rand_like(input).ge_(self.p).div_(1 - self.p)
+        is_supported = input.device.type == "cpu" and input.dtype in (torch.float32, torch.bfloat16)
+        if self.training and self.p < 1 and is_supported:
+            mask = torch.rand_like(input, dtype=torch.float32).ge_(self.p).div_(1 - self.p)
+            return input * mask.to(input.dtype)
         return super().forward(input)
+
+
+class Convolution(nn.Conv2d):
+    """A convolution that keeps the image's size, with He et al.'s (2015) normal kernel and, if wanted, an L2 penalty.
+
+    Args:
+        in_channels: Channels of an input.
+        out_channels: Channels of an output.
+        kernel_size: Side of the kernel, odd.
+        l2: λ of the penalty λ‖W‖² on the kernel, as in :class:`Dense`.
+        bias: Whether a bias is added; before a normalization, which has its own, it has no effect.
+    """
+
+    def __init__(
+        self, in_channels: int, out_channels: int, kernel_size: int, l2: float = 0.0, bias: bool = True
+    ) -> None:
+        super().__init__(in_channels, out_channels, kernel_size, padding=kernel_size // 2, bias=bias)
+        self.l2 = l2
+
+    def reset_parameters(self) -> None:
+        """Draw the kernel so that ReLU keeps the variance of its inputs, set the bias to zero."""
+        nn.init.kaiming_normal_(self.weight, nonlinearity="relu")
+        if self.bias is not None:
+            nn.init.zeros_(self.bias)
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, l2={self.l2}"
 
 
 class MLP(nn.Sequential):
@@ -48,8 +80,10 @@ class MLP(nn.Sequential):
         dropout: Share of a hidden layer's outputs dropped in training, for each layer or one for all.
         l2: λ of the penalty λ‖W‖² on a hidden layer's kernel, for each layer or one for all.
         activation: Name of a class in ``torch.nn``, for example ``ReLU``, ``GELU``, ``SiLU`` or ``Tanh``.
-        in_features: Pixels of an image.
+        in_features: Values of an image: pixels times channels.
         num_classes: Number of logits.
+        normalization: ``batch`` (Ioffe and Szegedy 2015) or ``layer`` (Ba et al. 2016), before each activation.
+        input_dropout: Share of an image's values dropped in training.
 
     Raises:
         ValueError: ``dropout`` or ``l2`` has another length than ``units``, or a value has no sense.
@@ -63,25 +97,182 @@ class MLP(nn.Sequential):
         activation: str = "ReLU",
         in_features: int = 784,
         num_classes: int = 10,
+        normalization: Literal["batch", "layer"] | None = None,
+        input_dropout: float = 0.0,
     ) -> None:
         super().__init__()
-        if activation not in nn.modules.activation.__all__:
-            raise ValueError(f"activation {activation!r} is no activation of torch.nn; try ReLU, GELU, SiLU or Tanh")
         if min(units, default=1) < 1:
             raise ValueError(f"units {list(units)}: a hidden layer needs at least one unit")
-        per_layer = [values if isinstance(values, Sequence) else [values] * len(units) for values in (dropout, l2)]
-        for name, values in zip(("dropout", "l2"), per_layer, strict=True):
-            if len(values) != len(units):
-                raise ValueError(
-                    f"{name} has {len(values)} values for {len(units)} hidden layers (units): "
-                    f"give one value for each layer, or a single number for all"
-                )
-        if min(per_layer[1], default=0) < 0:
-            raise ValueError(f"l2 {per_layer[1]}: a penalty is not negative")
+        make_activation = _activation(activation)
+        layers = "hidden layers (units)"
+        rates, factors = _each("dropout", dropout, len(units), layers), _each("l2", l2, len(units), layers)
+        _check_l2(factors)
         self.add_module("flatten", nn.Flatten())
-        for layer, (width, rate, factor) in enumerate(zip(units, *per_layer, strict=True), start=1):
+        if input_dropout:
+            self.add_module("input_dropout", Dropout(input_dropout))
+        for layer, (width, rate, factor) in enumerate(zip(units, rates, factors, strict=True), start=1):
             self.add_module(f"dense_{layer}", Dense(in_features, width, factor))
-            self.add_module(f"activation_{layer}", getattr(nn, activation)())
+            if normalization is not None:
+                norm = nn.BatchNorm1d(width) if normalization == "batch" else nn.LayerNorm(width)
+                self.add_module(f"normalization_{layer}", norm)
+            self.add_module(f"activation_{layer}", make_activation())
             self.add_module(f"dropout_{layer}", Dropout(rate))
             in_features = width
         self.add_module("logits", Dense(in_features, num_classes))
+
+
+class CNN(nn.Sequential):
+    """Stages of convolutions, with pooling between them, and a linear layer on the last one's averages.
+
+    A convolution keeps the size and is followed by its normalization and activation. Max-pooling halves the size before
+    those of a stage's last convolution, where they cost a quarter (as in Jordan 2024, arXiv:2404.00498). The last stage
+    ends in global average pooling (Lin et al. 2014), so images of any size will do. Channels stand last in memory, as
+    is faster; with ``--trainer.precision bf16-mixed``, a processor that has bf16 takes 0.4 to 0.7 of the time.
+
+    Args:
+        channels: Width of each stage: channels of its convolutions.
+        convolutions: How many there are in a stage, for each stage or one for all.
+        kernel_size: Side of their kernels, odd, for each stage or one for all.
+        dropout: Share of a stage's pooled outputs dropped in training, for each stage or one for all.
+        l2: λ of the penalty λ‖W‖² on the convolutions' kernels, for each stage or one for all.
+        activation: Name of a class in ``torch.nn``, for example ``ReLU``, ``GELU``, ``SiLU`` or ``Tanh``.
+        normalization: ``batch`` (Ioffe and Szegedy 2015) or ``layer`` (over channels and pixels; Ba et al. 2016).
+        in_channels: Channels of an image.
+        num_classes: Number of logits.
+
+    Raises:
+        ValueError: A list has another length than ``channels``, or a value has no sense.
+    """
+
+    def __init__(
+        self,
+        channels: Sequence[int] = (32, 64, 128),
+        convolutions: Sequence[int] | int = 2,
+        kernel_size: Sequence[int] | int = 3,
+        dropout: Sequence[float] | float = 0.0,
+        l2: Sequence[float] | float = 0.0,
+        activation: str = "ReLU",
+        normalization: Literal["batch", "layer"] | None = "batch",
+        in_channels: int = 1,
+        num_classes: int = 10,
+    ) -> None:
+        super().__init__()
+        given = {"convolutions": convolutions, "kernel_size": kernel_size, "dropout": dropout, "l2": l2}
+        per_stage = {name: _each(name, values, len(channels), "stages (channels)") for name, values in given.items()}
+        if not channels or min(*channels, *per_stage["convolutions"]) < 1:
+            raise ValueError(
+                f"channels {list(channels)}, convolutions {per_stage['convolutions']}: there must be a stage, and each "
+                "needs at least one channel and convolution"
+            )
+        if min(per_stage["kernel_size"]) < 1 or not all(size % 2 for size in per_stage["kernel_size"]):
+            raise ValueError(f"kernel_size {per_stage['kernel_size']}: only an odd one keeps the size of an image")
+        _check_l2(per_stage["l2"])
+        make_activation = _activation(activation)
+        for stage, (width, count, size, rate, factor) in enumerate(zip(channels, *per_stage.values(), strict=True), 1):
+            layers, is_last = nn.Sequential(), stage == len(channels)
+            for layer in range(1, count + 1):
+                convolution = Convolution(in_channels, width, size, factor, bias=normalization is None)
+                layers.add_module(f"convolution_{layer}", convolution)
+                if layer == count and not is_last:
+                    # ceil_mode: the smallest image has a pixel left after any number of stages
+                    layers.add_module("pool", nn.MaxPool2d(2, ceil_mode=True))
+                if normalization is not None:
+                    norm = nn.BatchNorm2d(width) if normalization == "batch" else nn.GroupNorm(1, width)
+                    layers.add_module(f"normalization_{layer}", norm)
+                layers.add_module(f"activation_{layer}", make_activation())
+                in_channels = width
+            if is_last:
+                layers.add_module("pool", nn.AdaptiveAvgPool2d(1))
+            layers.add_module("dropout", Dropout(rate))
+            self.add_module(f"stage_{stage}", layers)
+        self.add_module("flatten", nn.Flatten())
+        self.add_module("logits", Dense(in_channels, num_classes))
+        self.to(memory_format=torch.channels_last)
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Images of shape (batch, channels, height, width) to logits of shape (batch, classes)."""
+        logits: Tensor = super().forward(input.to(memory_format=torch.channels_last))
+        return logits
+
+
+class TorchvisionModel(nn.Module):
+    """A classifier of ``torchvision.models``, fitted to the channels and classes of the data.
+
+    Args:
+        model: Its name, for example ``resnet18``, ``mobilenet_v3_small`` or ``vit_b_16``.
+        weights: Pretrained weights by their name, for example ``DEFAULT`` or ``IMAGENET1K_V1``, which torchvision
+            downloads once; the first and the last layer are fitted, the latter anew. By default all weights are random.
+        image_size: Side to which images are resized: many models need 32 pixels, ``vit_b_16`` 224. By default they stay
+            as they are.
+        in_channels: Channels of an image. Other than the model's own three, its first kernels are summed over them and
+            the sum shared out: a grey image gives what it would give as a grey picture of three channels.
+        num_classes: Number of logits.
+
+    Raises:
+        ValueError: There is no such model or no such weights, or the model has no such first or last layer.
+    """
+
+    def __init__(
+        self,
+        model: str = "resnet18",
+        weights: str | None = None,
+        image_size: int | None = None,
+        in_channels: int = 1,
+        num_classes: int = 10,
+    ) -> None:
+        from torchvision import models  # takes a second, and only this class needs it
+
+        super().__init__()
+        if model not in (names := models.list_models(module=models)):
+            close = difflib.get_close_matches(model, names) or ["resnet18", "mobilenet_v3_small", "vit_b_16"]
+            raise ValueError(f"model {model!r} is no classifier of torchvision.models; try {', '.join(close)}")
+        known = models.get_model_weights(model).__members__
+        if weights is not None and weights not in known:
+            raise ValueError(f"{model} has no weights {weights!r}; take {', '.join(known)}, or null for random ones")
+        network = models.get_model(model, weights=weights)
+        network.transform_input = False  # GoogLeNet's and Inception's own scaling of three channels
+        layers = [(n, layer) for n, layer in network.named_modules() if isinstance(layer, nn.Conv2d | nn.Linear)]
+        (_, first), (name, last) = layers[0], layers[-1]
+        if not isinstance(first, nn.Conv2d):
+            raise ValueError(f"model {model!r} does not begin with a convolution, whose channels could be fitted")
+        if in_channels != first.in_channels:
+            kernels = first.weight.detach().sum(dim=1, keepdim=True).expand(-1, in_channels, -1, -1)
+            first.weight, first.in_channels = nn.Parameter(kernels / in_channels), in_channels
+        if isinstance(last, nn.Linear):
+            network.set_submodule(name, nn.Linear(last.in_features, num_classes))
+        else:  # SqueezeNet's
+            network.set_submodule(name, nn.Conv2d(last.in_channels, num_classes, 1))
+        self.image_size = image_size
+        self.model = network.to(memory_format=torch.channels_last)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Images of shape (batch, channels, height, width) to logits of shape (batch, classes)."""
+        if self.image_size is not None:
+            images = F.interpolate(images, (self.image_size, self.image_size), mode="bilinear", antialias=True)
+        output = self.model(images.to(memory_format=torch.channels_last))
+        logits: Tensor = output if isinstance(output, Tensor) else output[0]  # without those of auxiliary heads
+        return logits
+
+
+def _each(name: str, values: Any, count: int, what: str) -> Sequence[Any]:
+    """The values of each layer, given one by one or as one for all."""
+    if not isinstance(values, Sequence):
+        return [values] * count
+    if len(values) != count:
+        raise ValueError(
+            f"{name} has {len(values)} values for {count} {what}: give one value for each layer, or a single number "
+            "for all"
+        )
+    return values
+
+
+def _check_l2(factors: Sequence[float]) -> None:
+    if min(factors, default=0) < 0:
+        raise ValueError(f"l2 {list(factors)}: a penalty is not negative")
+
+
+def _activation(name: str) -> type[nn.Module]:
+    if name not in nn.modules.activation.__all__:
+        raise ValueError(f"activation {name!r} is no activation of torch.nn; try ReLU, GELU, SiLU or Tanh")
+    activation: type[nn.Module] = getattr(nn, name)
+    return activation

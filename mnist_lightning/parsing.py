@@ -47,13 +47,13 @@ HELP = {
     "data.data_dir": "Folder with the data set; for MNIST with any four files of its format.",
     "data.batch_size": "Images in a training batch.",
     "data.val_split": "Share of the training images, taken from their end, that is held out for validation.",
-    "data.augmentation": "What changes training images, such as +=Distortion --data.augmentation.rotation=10.",
+    "data.augmentation": "What changes training images, such as +=Distortion --data.augmentation.degrees=10.",
     "trainer.callbacks": "Lightning's callbacks, such as +=EarlyStopping --trainer.callbacks.monitor=val/loss.",
 }
 """Shorter than Lightning's own."""
 
-SHAPE = ("in_features", "in_channels", "image_size", "num_classes")
-"""Arguments of networks and augmentation that the data gives: numbers in an image, channels, height, classes."""
+SHAPE = ("in_features", "in_channels", "num_classes")
+"""Arguments of networks and augmentation that the data gives: numbers in an image, channels, classes."""
 
 typed: set[str] = set()
 """Options on the command line while it is parsed, without their dashes."""
@@ -151,7 +151,7 @@ def _shape(config: Namespace) -> None:
                     return
                 data = data_class(**{name: value for name, value in given.items() if name != "augmentation"})
                 channels, height, width = data.image_shape
-                values = dict(zip(SHAPE, (channels * height * width, channels, height, len(data.classes)), strict=True))
+                values = dict(zip(SHAPE, (channels * height * width, channels, len(data.classes)), strict=True))
         except (TypeError, KeyError, ValueError, AttributeError, ImportError):  # said where the config is validated
             return
         for name in names:

@@ -3,13 +3,16 @@
 import errno
 import pickle
 import random
+import re
 import shutil
 import warnings
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from lightning.pytorch import Trainer, seed_everything
+from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint, StochasticWeightAveraging
 from lightning.pytorch.cli import ReduceLROnPlateau
 from lightning.pytorch.loggers import TensorBoardLogger
 
@@ -17,7 +20,7 @@ from mnist_lightning.checkpoints import CheckpointIO, RunCheckpoint
 from mnist_lightning.classifier import Classifier
 from mnist_lightning.data import MNISTDataModule
 from mnist_lightning.loops import FitLoop
-from mnist_lightning.networks import MLP
+from mnist_lightning.networks import CNN, MLP
 from mnist_lightning.optimizers import KerasAdam
 
 
@@ -126,6 +129,72 @@ def test_the_best_is_the_earliest_of_the_highest(whole):
     checkpoint = whole[2]
     scores = [row["val/accuracy"] for row in checkpoint.history]
     assert torch.load(checkpoint.best_model_path, weights_only=True)["epoch"] == scores.index(max(scores))
+
+
+def fit_average(folder, data_dir, average, ckpt_path=None, seed=4):
+    """Train a network with batch statistics for four epochs, each of which leaves a checkpoint."""
+    seed_everything(seed, verbose=False)
+    classifier = Classifier(
+        CNN([4, 6], 1, dropout=0.1),
+        lambda params: KerasAdam(params, lr=0.03),
+        lambda optimizer: torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=4),
+    )
+    checkpoint = RunCheckpoint()
+    each = ModelCheckpoint(filename="{epoch}", save_top_k=-1, save_on_train_epoch_end=True)
+    trainer = Trainer(
+        max_epochs=4, accelerator="cpu", logger=TensorBoardLogger(folder, ""), callbacks=[average, checkpoint, each],
+        plugins=[CheckpointIO()], enable_progress_bar=False, enable_model_summary=False,
+    )  # fmt: skip
+    trainer.fit_loop = FitLoop(trainer)
+    trainer.fit(classifier, MNISTDataModule(str(data_dir)), ckpt_path=ckpt_path)
+    return classifier, checkpoint
+
+
+AVERAGES = {
+    "steps": lambda: EMAWeightAveraging(decay=0.8),
+    "late steps": lambda: EMAWeightAveraging(decay=0.8, update_every_n_steps=2, update_starting_at_step=40),
+    "epochs": lambda: EMAWeightAveraging(decay=0.5, update_every_n_steps=0, update_starting_at_epoch=1),
+    "SWA": lambda: StochasticWeightAveraging(swa_lrs=0.02, swa_epoch_start=2),
+}
+
+
+@pytest.mark.parametrize("kind", AVERAGES)
+def test_averaged_weights_are_continued_exactly(data_dir, tmp_path, kind):
+    whole, expected = fit_average(tmp_path / "whole", data_dir, AVERAGES[kind]())
+    path = next((tmp_path / "whole").rglob("epoch=2.ckpt"))
+    resumed, checkpoint = fit_average(tmp_path / "rest", data_dir, AVERAGES[kind](), str(path), seed=2)
+    assert checkpoint.history == expected.history
+    for name, weights in whole.state_dict().items():
+        assert torch.equal(weights, resumed.state_dict()[name])
+    files = [torch.load(each.last_model_path, weights_only=True) for each in (expected, checkpoint)]
+    for part in {"state_dict", "current_model_state", "averaging_state"} & {*files[0]}:
+        assert all(torch.equal(tensor, files[1][part][name]) for name, tensor in files[0][part].items())
+
+
+@pytest.mark.parametrize("kind", ["steps", "late steps", "epochs"])
+def test_averaged_weights_are_validated_as_they_are_saved(data_dir, tmp_path, kind):
+    classifier, checkpoint = fit_average(tmp_path, data_dir, AVERAGES[kind]())
+    for row in checkpoint.history:
+        saved = torch.load(next(tmp_path.rglob(f"epoch={row['epoch']}.ckpt")), weights_only=True)
+        classifier.load_state_dict(saved["state_dict"])
+        trainer = Trainer(accelerator="cpu", logger=False, enable_progress_bar=False)
+        (results,) = trainer.validate(classifier, MNISTDataModule(str(data_dir)), verbose=False)
+        assert results == pytest.approx({name: row[name] for name in results})
+        is_begun = row["epoch"] > {"steps": -1, "late steps": 1, "epochs": 1}[kind]
+        current = saved["current_model_state"]
+        is_averaged = any(not torch.equal(current[name], tensor) for name, tensor in saved["state_dict"].items())
+        assert is_averaged == is_begun, row["epoch"]
+
+
+def test_two_devices_validate_the_averages_and_batch_statistics_that_they_save(command, quick, tmp_path):
+    network = ["--model.network=CNN", "--model.network.channels=[4,6]", "--model.optimizer.lr=0.01"]
+    average = ["--trainer.callbacks+=EMAWeightAveraging", "--trainer.callbacks.decay=0.8"]
+    devices = ["--trainer.accelerator=cpu", "--trainer.devices=2"]
+    command(tmp_path, "fit", "--trainer.max_epochs=2", *network, *average, *devices)
+    expected = pd.read_csv(next(tmp_path.rglob("metrics.csv"))).iloc[-1]
+    results = quick(tmp_path, "validate", "--trainer.accelerator=cpu").stdout
+    loss = float(re.search(r"val/loss\s+(\S+)", results)[1])
+    assert loss == pytest.approx(expected["val/loss"], rel=1e-5)
 
 
 def test_a_malicious_checkpoint_runs_nothing(tmp_path):

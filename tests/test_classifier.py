@@ -1,20 +1,25 @@
 """The LightningModule: the penalty is Keras's, and the metrics are what they say."""
 
 import copy
+import threading
 import warnings
+from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.cli import ReduceLROnPlateau
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import nn
 from torch.nn import functional as F
+from torch.optim.lr_scheduler import StepLR
 
 from mnist_lightning.callbacks import Figures
 from mnist_lightning.checkpoints import RunCheckpoint
 from mnist_lightning.classifier import Classifier
 from mnist_lightning.data import MNISTDataModule
-from mnist_lightning.networks import MLP
+from mnist_lightning.networks import CNN, MLP
 from mnist_lightning.optimizers import KerasAdam, KerasRMSprop, KerasSGD
 
 
@@ -113,6 +118,110 @@ def test_metrics_are_right_in_any_precision(data_dir, precision):
         return {name: value.item() for name, value in trainer.callback_metrics.items()}
 
     assert fit(precision=precision) == pytest.approx(fit(), rel=0.005, abs=0.005)
+
+
+def test_a_mixture_costs_what_its_parts_cost_and_counts_as_the_larger(mnist):
+    torch.manual_seed(0)
+    classifier = Classifier(MLP(units=[16], dropout=0, l2=0))
+    images, labels = mnist.train.__getitems__(range(64))
+    others = labels.roll(1)
+    shares = 0.7 * F.one_hot(labels, 10) + 0.3 * F.one_hot(others, 10)
+    classifier._step((images, labels), "hard")
+    loss, logits = classifier._step((images, shares), "soft")
+    expected = 0.7 * F.cross_entropy(logits, labels) + 0.3 * F.cross_entropy(logits, others)
+    torch.testing.assert_close(loss, expected)
+    hard, soft = classifier.totals["hard"], classifier.totals["soft"]
+    assert soft["accuracy"] == hard["accuracy"] > 0
+    assert soft["images"] == 64
+    torch.testing.assert_close(soft["loss"], 64 * expected.detach())
+
+
+def test_label_smoothing_is_followed_and_not_logged(mnist):
+    torch.manual_seed(0)
+    network = MLP(units=[16], dropout=0, l2=0)
+    images, labels = mnist.train.__getitems__(range(64))
+    classifier = Classifier(network, label_smoothing=0.2)
+    loss = classifier.training_step((images, labels))
+    logits = network(images)
+    plain = F.cross_entropy(logits, labels)
+    torch.testing.assert_close(loss, 0.8 * plain - 0.2 * logits.log_softmax(1).mean())
+    torch.testing.assert_close(classifier.totals["train"]["loss"], 64 * plain.detach())
+    assert classifier.validation_step((images, labels)).shape == (64, 10)
+    torch.testing.assert_close(classifier.totals["val"]["loss"], 64 * plain.detach())
+
+
+def test_compiling_changes_no_name_and_no_result(trainer, datamodule, monkeypatch):
+    def fit(compile):
+        torch.manual_seed(0)
+        classifier = Classifier(CNN([4, 8], 1, dropout=0.1), compile=compile)
+        trainer.fit_loop.epoch_progress.reset()
+        trainer.fit(classifier, datamodule)
+        return classifier, trainer.test(classifier, datamodule, verbose=False)
+
+    traced = []
+    compile = torch.compile
+
+    def backend(graph, inputs):
+        traced.append(graph)
+        return graph.forward
+
+    monkeypatch.setattr(torch, "compile", lambda *_, **keywords: compile(*_, **keywords, backend=backend))
+    (plain, expected), (compiled, results) = fit(False), fit(True)
+    assert len(traced) >= 3  # the check, training, evaluation
+    assert [*compiled.state_dict()] == [*plain.state_dict()]
+    for name, weights in plain.state_dict().items():
+        assert torch.equal(weights, compiled.state_dict()[name])
+    assert results == expected
+    images, _ = datamodule.test.__getitems__(range(4))
+    assert copy.deepcopy(compiled).network._compiled_call_impl is None
+    torch.jit.trace(copy.deepcopy(compiled.network).eval(), images)  # as for TensorBoard's graph
+
+
+def test_a_missing_compiler_is_said_in_a_line(trainer, datamodule, monkeypatch):
+    def no_compiler(*_, **__):
+        raise RuntimeError("InvalidCxxCompiler: No working C++ compiler found\n\nSet TORCHDYNAMO_VERBOSE=1")
+
+    monkeypatch.setattr(torch, "compile", no_compiler)
+    with pytest.raises(MisconfigurationException, match=r"compiler found\. Install a C.. compiler .*false\.$") as error:
+        trainer.fit(Classifier(MLP(), compile=True), datamodule)
+    assert "\n" not in str(error.value)
+
+
+def test_the_layer_table_has_the_images_of_the_data():
+    classifier = Classifier(CNN([4], in_channels=3))
+    classifier._trainer = SimpleNamespace(global_rank=0, datamodule=SimpleNamespace(image_shape=(3, 20, 24)))
+    classifier.setup("fit")
+    assert classifier.example_input_array.shape == (1, 3, 20, 24)
+
+
+def test_images_that_the_network_does_not_take_are_refused_in_a_line():
+    classifier = Classifier(CNN([4], in_channels=3))
+    classifier.check_images((3, 20, 24))
+    assert classifier.example_input_array.shape == (1, 3, 20, 24)
+    assert classifier.network.training
+    with pytest.raises(MisconfigurationException, match=r"^CNN does not take images of shape \(1, 28, 28\).*$"):
+        classifier.check_images((1, 28, 28))
+
+
+def test_batch_normalization_has_no_penalty_and_its_statistics_are_saved():
+    classifier = Classifier(CNN([4, 8], 1, l2=0.1))
+    optimizer = classifier.configure_optimizers()
+    decay = {id(p): group["weight_decay"] for group in optimizer.param_groups for p in group["params"]}
+    for name, parameter in classifier.named_parameters():
+        assert decay[id(parameter)] == (0.2 if name.endswith("convolution_1.weight") else 0), name
+    assert "network.stage_2.normalization_1.running_var" in classifier.state_dict()
+
+
+def test_a_copy_has_its_own_weights_and_the_same_factories():
+    """As Lightning's averages of weights keep one, whatever the factories refer to."""
+    lock = threading.Lock()  # cannot be copied
+    classifier = Classifier(MLP(), lambda params, _=lock: KerasAdam(params), partial(StepLR, step_size=1, gamma=lock))
+    copied = copy.deepcopy(classifier)
+    assert (copied.optimizer, copied.lr_scheduler) == (classifier.optimizer, classifier.lr_scheduler)
+    penalty = classifier.penalty().item()
+    with torch.no_grad():
+        copied.network.dense_1.weight.zero_()
+    assert classifier.penalty().item() == penalty > 2 * copied.penalty().item()
 
 
 def test_metrics_are_means_over_all_images(trainer, datamodule):

@@ -334,10 +334,10 @@ def test_data_and_network_of_one_s_own_fit_together(monkeypatch, capfd, tmp_path
     assert code == 0, err
     code, _, err = in_process(capfd, "fit", *options, "--model.network.num_classes=2", "--trainer.max_epochs=5")
     assert code == 1
-    assert "For 3 classes, the network must give logits of shape (batch, 3), not (batch, 2)" in err
+    assert "For 3 classes, Net must give logits of shape (batch, 3), but gives a tensor of shape (1, 2)" in err
     code, _, err = in_process(capfd, "fit", "--data=own_stripes.Stripes", "--model.network.in_features=7")
     assert code == 1
-    assert "The network cannot take images of (2, 9, 9)" in err
+    assert "MLP does not take images of shape (2, 9, 9)" in err
 
 
 @pytest.mark.parametrize(

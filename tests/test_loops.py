@@ -6,7 +6,7 @@ import inspect
 import pytest
 import torch
 from lightning.pytorch import Callback, LightningDataModule, Trainer, seed_everything
-from lightning.pytorch.callbacks import LambdaCallback
+from lightning.pytorch.callbacks import EMAWeightAveraging, LambdaCallback
 from lightning.pytorch.core.hooks import CheckpointHooks, DataHooks, ModelHooks
 from lightning.pytorch.loggers import CSVLogger
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -240,6 +240,26 @@ def test_a_schedule_of_steps_goes_the_short_way(fit):
     assert checkpoint["lr_schedulers"] == expected["lr_schedulers"]
     for key, weight in expected["state_dict"].items():
         assert torch.equal(weight, checkpoint["state_dict"][key])
+
+
+def test_averages_of_weights_go_the_short_way(fit):
+    checkpoint, taken = fit("short", callbacks=[EMAWeightAveraging(decay=0.9)])
+    assert taken == 30
+    expected, _ = fit("whole", callbacks=[EMAWeightAveraging(decay=0.9)], short=False)
+    for part in ("state_dict", "current_model_state", "averaging_state"):
+        assert all(torch.equal(tensor, checkpoint[part][name]) for name, tensor in expected[part].items())
+    assert checkpoint["averaging_state"]["n_averaged"] == 32
+
+
+def test_an_average_that_listens_to_more_takes_lightning_s_way(fit):
+    class Listening(EMAWeightAveraging):
+        def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
+            losses.append(outputs["loss"])
+            super().on_train_batch_end(trainer, module, outputs, batch, batch_idx)
+
+    losses = []
+    assert fit("listening", callbacks=[Listening()])[1] == 0
+    assert len(losses) == 32
 
 
 def test_limits_of_batches_and_a_stop_are_kept(fit):
