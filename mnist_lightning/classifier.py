@@ -148,9 +148,11 @@ class Classifier(LightningModule):
                 logits = self.network.eval()(self.example_input_array)
         except Exception as error:  # a network may be anybody's
             reason = str(error).strip().partition("\n")[0]
+            is_torchvision = type(self.network).__module__.startswith("torchvision.")
+            other = "mnist_lightning.networks.TorchvisionModel with its name" if is_torchvision else "another network"
             raise MisconfigurationException(
                 f"{type(self.network).__name__} does not take images of shape {tuple(shape)} (channels, height, "
-                f"width): {reason}. Give its arguments to fit, or another network."
+                f"width): {reason}. Give its arguments to fit, or take {other}."
             ) from error
         finally:
             self.network.train(is_training)

@@ -223,7 +223,8 @@ class RunCLI(LightningCLI):
             self.model.configure_optimizers()  # only to see now whether it can be done
         except (TypeError, ValueError, RuntimeError) as error:
             path = self.config.get("ckpt_path")
-            raise MisconfigurationException(f"{path} cannot be used: {error}" if path else str(error)) from error
+            reason = shorten(str(error)) if str(error).startswith("Does not validate") else str(error)
+            raise MisconfigurationException(f"{path} cannot be used: {reason}" if path else reason) from error
         # only a model made from a config has hyper-parameters that can be stored as plain types
         self.model.save_hyperparameters({**self.plain_config()["model"], "_instantiator": INSTANTIATOR})
 

@@ -162,6 +162,8 @@ def _shape(config: Namespace) -> None:
 def shorten(message: str) -> str:
     """What jsonargparse says of a value, as key, value and what was expected."""
     text = " ".join(message.split())
+    if text.startswith("Does not validate"):  # what a class said of its arguments, in a list or where null is allowed
+        return text.rpartition("Errors: - ")[2].partition(" - Expected a <class 'NoneType'>")[0]
     text = re.sub(r"- Expected a path but \S+ either not accessible or invalid - ", "", text)
     text = re.sub(  # of a class that may be null, what is said of the class
         r"Does not validate against any of the Union subtypes Subtypes: \[[^],]*, <class 'NoneType'>\] Errors: "

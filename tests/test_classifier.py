@@ -196,11 +196,11 @@ def test_the_layer_table_has_the_images_of_the_data():
 
 def test_images_that_the_network_does_not_take_are_refused_in_a_line():
     classifier = Classifier(CNN([4], in_channels=3))
-    classifier.check_images((3, 20, 24))
+    classifier.check_images((3, 20, 24), 10)
     assert classifier.example_input_array.shape == (1, 3, 20, 24)
     assert classifier.network.training
     with pytest.raises(MisconfigurationException, match=r"^CNN does not take images of shape \(1, 28, 28\).*$"):
-        classifier.check_images((1, 28, 28))
+        classifier.check_images((1, 28, 28), 10)
 
 
 def test_batch_normalization_has_no_penalty_and_its_statistics_are_saved():
