@@ -309,7 +309,10 @@ def fit(run: RunCLI) -> None:
         if trainer.is_global_zero and run.checkpoint and Path(run.checkpoint.last_model_path).is_file():
             print(f"Continue: {PROG} fit --ckpt_path {run.checkpoint.last_model_path}")
         raise
-    _test(run, run_dir)
+    if trainer.limit_test_batches != 0:
+        _test(run, run_dir)
+    if run_dir is not None and trainer.is_global_zero:
+        print(f"\nRun: {run_dir}    Look at it: tensorboard --logdir {run.logs}")
 
 
 def _describe(data: ImageDataModule) -> str:
@@ -339,8 +342,6 @@ def _test(run: RunCLI, run_dir: Path | None) -> None:
     titles = ["weights after the", *(name.replace("/", " ").replace("_", " ") for name in results)]
     cells = [[weights, *(f"{value:.4f}" for value in metrics.values())] for weights, metrics in rows.items()]
     print(f"\n{format_table([titles, *cells])}")
-    if run_dir is not None:
-        print(f"\nRun: {run_dir}    Look at it: tensorboard --logdir {run.logs}")
 
 
 def predict(run: RunCLI) -> None:

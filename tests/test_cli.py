@@ -611,6 +611,13 @@ def test_an_epoch_without_validation_shows_none(quick, tmp_path):
     assert ["val:" in line for line in out.splitlines() if line.startswith("Epoch")] == [False, True, False]
 
 
+def test_a_run_may_be_chosen_without_a_look_at_the_test_images(quick, tmp_path):
+    out = quick(tmp_path, "fit", "--trainer.max_epochs=1", "--trainer.limit_test_batches=0").stdout
+    assert "test accuracy" not in out
+    assert "Run: lightning_logs/baseline/version_0" in out
+    assert not (run_of(tmp_path, "baseline") / "test.csv").exists()
+
+
 def test_a_run_is_evaluated_on_its_own_data(quick, monkeypatch, capfd, data_dir, tmp_path):
     (tmp_path / "elsewhere").mkdir()
     quick(tmp_path, "fit", "--trainer.max_epochs=1", "--data.val_split=0.4")

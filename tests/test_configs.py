@@ -34,6 +34,20 @@ def test_a_config_is_trained_tested_and_predicted(quick, tmp_path, config):
     assert float(last["test/accuracy"]) > 0.2
 
 
+@pytest.mark.parametrize("config", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda path: path.stem)
+def test_a_recommended_config_is_one_that_its_command_takes(quick, tmp_path, config):
+    given = yaml.safe_load(config.read_text())
+    if "search_space" in given:
+        small = ["--n_trials=2", "--timeout=null", "--trainer.max_epochs=1", "--workers=1", "--refit_epochs=1"]
+        quick(tmp_path, "tune", f"--config={config}", *small, "--trainer.limit_train_batches=2")
+        assert (tmp_path / f"lightning_logs/{given['name']}/version_0/test.csv").is_file()
+    else:
+        quick(
+            tmp_path, "fit", f"--config={config}", "--trainer.max_epochs=1", "--trainer.limit_train_batches=2",
+            data="data" not in given or "Fashion" not in given["data"].get("class_path", ""),
+        )  # fmt: skip
+
+
 def test_a_run_of_an_earlier_version_is_evaluated_continued_and_repeated(quick, tmp_path):
     """Made by the version of November 2026, before options stood without their command's name."""
     checkpoint, config = CONF / "before/last.ckpt", CONF / "before/config.yaml"

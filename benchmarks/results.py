@@ -1,0 +1,118 @@
+"""The table of results: each config trained with several seeds, and what it gives on the test images.
+
+Run by hand, in a folder where the runs may stay: python benchmarks/results.py
+
+A run that is there is not made again, and one that was stopped is continued; so the command can be given again after a
+stop, or to add configs and seeds. All numbers are appended to results.csv beside this file, with the digest of the
+config. A config that was changed after its test accuracy had been seen is refused: validation chooses, and the test
+images are looked at once. With --check, the table is printed from results.csv, and nothing is trained.
+"""
+
+import argparse
+import csv
+import hashlib
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from mnist_lightning.classifier import Classifier
+
+HERE = Path(__file__).resolve().parent
+SEEDS = (42, 1, 2, 3, 4)
+CONFIGS = {
+    "baseline": "the notebook under Keras: 95.3 ± 0.5",
+}
+"""From the name of a config to the published reference, in percent."""
+COLUMNS = ("config", "digest", "seed", "parameters", "epochs", "seconds", "val/accuracy", "test/accuracy")
+
+
+def digest_of(config: Path) -> str:
+    """What tells the values of a config from others, without its comments."""
+    return hashlib.blake2b(repr(yaml.safe_load(config.read_text())).encode(), digest_size=4).hexdigest()
+
+
+def train(config: Path, seed: int) -> dict[str, Any]:
+    """Train a config with a seed, or find its run; gives a row of the table."""
+    folder = Path("lightning_logs", f"results_{config.stem}_{digest_of(config)}_{seed}")
+    done = next(folder.glob("version_*/test.csv"), None)
+    if done is None:
+        command = [sys.executable, "-m", "mnist_lightning", "fit", "--config", str(config), "--name", folder.name]
+        stopped = [*folder.glob("version_*/checkpoints/last.ckpt")]
+        command += ["--ckpt_path", "last"] if stopped else ["--seed_everything", str(seed)]
+        subprocess.run(command, check=True)
+        done = next(folder.glob("version_*/test.csv"))
+    checkpoint = done.parent / "checkpoints/last.ckpt"
+    state = torch.load(checkpoint, map_location="cpu", weights_only=True)["callbacks"]["RunCheckpoint"]
+    network = Classifier.load_from_checkpoint(checkpoint, map_location="cpu", weights_only=True)
+    last = state["history"][-1]
+    with done.open(newline="") as file:
+        test = next(csv.DictReader(file))
+    values = (
+        config.stem,
+        digest_of(config),
+        seed,
+        sum(parameter.numel() for parameter in network.parameters() if parameter.requires_grad),
+        last["epoch"] + 1,
+        round(state["seconds"], 1),
+        round(last["val/accuracy"], 6),
+        round(float(test["test/accuracy"]), 6),
+    )
+    return dict(zip(COLUMNS, map(str, values), strict=True))
+
+
+def table(rows: list[dict[str, str]]) -> str:
+    """The table in Markdown."""
+    lines = [
+        "| config | parameters | epochs | training | test accuracy | seeds | reference |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for name, reference in CONFIGS.items():
+        own = [row for row in rows if row["config"] == name]
+        if own:
+            accuracies = [100 * float(row["test/accuracy"]) for row in own]
+            spread = f" ± {statistics.stdev(accuracies):.2f}" if len(own) > 1 else ""
+            seconds = statistics.median(float(row["seconds"]) for row in own)
+            lines.append(
+                f"| `{name}` | {int(own[0]['parameters']):,} | {own[0]['epochs']} | {seconds:,.0f} s | "
+                f"{statistics.mean(accuracies):.2f}{spread} | {len(own)} | {reference} |"
+            )
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """Train what is missing, and print the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--configs", nargs="+", choices=CONFIGS, default=list(CONFIGS), metavar="NAME", help="by default all"
+    )
+    parser.add_argument("--seeds", type=int, default=5, help="how many (5)")
+    parser.add_argument("--check", action="store_true", help="train nothing")
+    options = parser.parse_args()
+    file = HERE / "results.csv"
+    rows = list(csv.DictReader(file.open(newline=""))) if file.exists() else []
+    for name in [] if options.check else options.configs:
+        config = HERE.parent / f"configs/{name}.yaml"
+        seen = {row["digest"] for row in rows if row["config"] == name}
+        if seen - {digest_of(config)}:
+            sys.exit(
+                f"{config} was changed after its results on the test images were seen. Give the changed one another "
+                f"name, or take its rows out of {file} and say so."
+            )
+        for seed in SEEDS[: options.seeds]:
+            if not any(row["config"] == name and row["seed"] == str(seed) for row in rows):
+                rows.append(train(config, seed))
+                with file.open("a", newline="") as target:
+                    writer = csv.DictWriter(target, COLUMNS, lineterminator="\n")
+                    if target.tell() == 0:
+                        writer.writeheader()
+                    writer.writerow(rows[-1])
+    print(table(rows))
+
+
+if __name__ == "__main__":
+    main()
