@@ -317,7 +317,10 @@ def fit(run: RunCLI) -> None:
 
 def _describe(data: ImageDataModule) -> str:
     scaled = "standardised" if data.standardize else "scaled to [0, 1]"
-    return f"Data: {data.source}, {scaled}, {data.val_split:.4g} of the training images held out for validation"
+    augmentation = ", ".join(type(each).__name__ for each in data.augmentation)
+    return f"Data: {data.source}, {scaled}, {data.val_split:.4g} of the training images held out for validation" + (
+        f"; {augmentation} in training, so metrics of train are of augmented images" if augmentation else ""
+    )
 
 
 def _test(run: RunCLI, run_dir: Path | None) -> None:

@@ -566,6 +566,8 @@ def test_a_schedule_lasts_as_long_as_the_training(quick, tmp_path, options, rate
         ["--trainer.limit_train_batches=7", "--trainer.precision=bf16-mixed", "--data.batch_size=32"],
         ["--trainer.callbacks+=StochasticWeightAveraging", "--trainer.callbacks.swa_lrs=0.01"],
         ["--trainer.callbacks+=EMAWeightAveraging"],
+        ["--data.augmentation+=Distortion", "--data.augmentation.degrees=30", "--data.standardize=true",
+         "--data.augmentation+=torchvision.transforms.v2.MixUp"],
     ],
     ids=lambda options: " ".join(options)[10:40],
 )  # fmt: skip

@@ -332,6 +332,12 @@ def model_sections(report: Report) -> list[Section]:
         "Of the images that a well-calibrated model is 90 % sure of, it gets 90 % right. The calibration error is the "
         "mean distance from that."
     )
+    augmented = [
+        model.name
+        for model in models
+        if (model.runs[0].config.get("data") or {}).get("init_args", {}).get("augmentation")
+    ]
+    of_training = f"The training metrics of {', '.join(augmented)} are of augmented images." if augmented else ""
     curves = [plots.comparison_curves(models, stage, metric) for metric in metrics for stage in ("val", "train")]
     curves += [plots.training_curves(model, metric) for model in models for metric in metrics]
     matrices = [*map(plots.confusion_matrix, models)]
@@ -342,7 +348,7 @@ def model_sections(report: Report) -> list[Section]:
     trust_and_cost = [plots.reliability_diagram(models), plots.costs(models)]
     sections = [
         Section("Comparison", text=loss, table=report.quantities),
-        Section("Curves", pictures=curves, widget="curves"),
+        Section("Curves", text=of_training, pictures=curves, widget="curves"),
         Section("Predictions", pictures=[plots.first_images(models)]),
         Section("Confusion matrices", level=3, text=click, pictures=matrices, widget="confusion"),
         Section("Misclassified images", level=3, pictures=mistakes, widget="gallery"),
