@@ -316,11 +316,15 @@ def fit(run: RunCLI) -> None:
 
 
 def _describe(data: ImageDataModule) -> str:
-    scaled = "standardised" if data.standardize else "scaled to [0, 1]"
+    """The data in a line, once it is loaded."""
+    parts = [f"Data: {data.source}", "standardised" if data.standardize else "scaled to [0, 1]"]
+    if data.val is not None:
+        held_out = f"{data.val_split:.4g} of the training images held out"
+        parts.append(f"{'its own images' if data.has_own_val else held_out} for validation")
     augmentation = ", ".join(type(each).__name__ for each in data.augmentation)
-    return f"Data: {data.source}, {scaled}, {data.val_split:.4g} of the training images held out for validation" + (
-        f"; {augmentation} in training, so metrics of train are of augmented images" if augmentation else ""
-    )
+    if data.train is not None and augmentation:
+        parts.append(f"augmented in training by {augmentation}, so that metrics of train are of augmented images")
+    return ", ".join(parts)
 
 
 def _test(run: RunCLI, run_dir: Path | None) -> None:
@@ -354,6 +358,7 @@ def predict(run: RunCLI) -> None:
         raise MisconfigurationException(f"{output} exists and is not overwritten: choose another --output.")
     import pandas as pd  # takes a while, and only this command needs it
 
+    run.datamodule.setup("predict")
     note(_describe(run.datamodule))
     batches: Any = run.trainer.predict(run.model, datamodule=run.datamodule, ckpt_path=run.config.ckpt_path)
     probabilities = torch.cat(batches).numpy()
@@ -377,6 +382,7 @@ def main(command: str, description: str, arguments: Sequence[str]) -> None:
         elif command == "predict":
             predict(run)
         else:
+            run.datamodule.setup(command)
             note(_describe(run.datamodule))
             options = {name: run.config[name] for name in run.method_options}
             getattr(run.trainer, command)(run.model, datamodule=run.datamodule, **options)

@@ -121,6 +121,7 @@ class ImageDataModule(LightningDataModule):
 
     Attributes:
         train: The training images, once they are loaded; likewise ``val`` and ``test``.
+        has_own_val: Whether the data set has validation images, so that none are held out; known once they are loaded.
     """
 
     def __init__(
@@ -148,6 +149,7 @@ class ImageDataModule(LightningDataModule):
         self.train: Split | None = None
         self.val: Split | None = None
         self.test: Split | None = None
+        self.has_own_val = False
         self._own_classes: list[str] | None = None
         self._trained_classes: list[str] | None = None
         self._loaded: dict[str, Any] = {}
@@ -173,7 +175,8 @@ class ImageDataModule(LightningDataModule):
     @property
     def image_shape(self) -> tuple[int, int, int]:
         """Channels, height and width of an image."""
-        channels, height, width = self._load("train")[0].shape[1:]
+        split = self.train or self.test
+        channels, height, width = (split.images if split else self._load("train")[0]).shape[1:]
         return channels, height, width
 
     @property
@@ -206,8 +209,10 @@ class ImageDataModule(LightningDataModule):
         if self.train is None and (needs_training or self.standardize):
             images, labels = self._labelled("train")
             statistics = None
-            validation = self._labelled("val") if self._load("val") else None
-            if validation is None:
+            self.has_own_val = self._load("val") is not None
+            if self.has_own_val:
+                validation = self._labelled("val")
+            else:
                 if self.split_seed is not None:
                     order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(self.split_seed))
                     images, labels = images[order], labels[order]
@@ -220,7 +225,7 @@ class ImageDataModule(LightningDataModule):
             if missing:
                 raise MisconfigurationException(
                     f"{self.source}: of class {self.classes[min(missing)]} all images are held out for validation. If "
-                    "the images are sorted by class, add --data.split_seed 0"
+                    "the images are sorted by class, add --data.split_seed 0, else another seed."
                 )
             if self.standardize:
                 statistics = _statistics(images)
@@ -395,14 +400,11 @@ class MNISTDataModule(ImageDataModule):
             return parse_idx(embedded(name), name)
         path = find_idx(folders, name)
         if path is None:
-            raise MisconfigurationException(self._missing(name))
+            raise MisconfigurationException(
+                f"{self.data_dir} has no file {name} or {name}.gz. --data.data_dir wants these four, raw or gzipped: "
+                f"{', '.join(MD5)}; null is the package's own copy."
+            )
         return read_idx(path, header_only)
-
-    def _missing(self, name: str) -> str:
-        return (
-            f"{self.data_dir} has no file {name} or {name}.gz. --data.data_dir wants these four, raw or gzipped: "
-            f"{', '.join(MD5)}; null is the package's own copy."
-        )
 
 
 def _statistics(images: Tensor) -> tuple[Tensor, Tensor]:
