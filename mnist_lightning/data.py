@@ -324,7 +324,7 @@ class ImageDataModule(LightningDataModule):
                 f"{self.source}: {split} has {len(images)} images but {'x'.join(map(str, labels.shape))} labels; there "
                 "must be a whole number for each image, and both must come from one copy of the data set."
             )
-        return images, labels.long()
+        return images.contiguous(), labels.long()
 
     def _distinct_labels(self) -> list[int]:
         labels: list[int] = self._load("train")[1].unique().tolist()

@@ -14,7 +14,7 @@ import pytest
 import torch
 import torchvision.datasets
 import yaml
-from conftest import in_process, write_idx
+from conftest import in_process, load, write_idx
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from PIL import Image
 
@@ -365,3 +365,26 @@ def test_a_checkpoint_from_python_knows_its_data(odd):
     assert "augmentation" not in data.hparams
     assert data.state_dict() == {"classes": ["2", "7", "30", "31"]}
     assert [*EMNIST("digits").classes] == [*string.digits]
+
+
+def test_a_folder_of_photos_is_searched(monkeypatch, capfd, tmp_path):
+    write_files(tmp_path / "photos", 20)
+    monkeypatch.chdir(tmp_path)
+    degrees = "data.augmentation.0.init_args.degrees"  # as on the command line, or with init_args as in a config
+    space = {
+        degrees: {"class_path": "IntDistribution", "init_args": {"low": 5, "high": 30}},
+        "data.init_args.batch_size": {"class_path": "CategoricalDistribution", "init_args": {"choices": [8, 16]}},
+    }
+    code, _, err = in_process(
+        capfd, "tune", f"--search_space={json.dumps(space)}", "--data=ImageFolder", "--data.data_dir=photos",
+        "--data.augmentation+=Distortion", "--n_trials=2", "--workers=1", "--executions_per_trial=1",
+        "--trainer.max_epochs=1", "--refit_epochs=1",
+    )  # fmt: skip
+    assert code == 0, err
+    for number, trial in enumerate(load(tmp_path).trials):
+        run = tmp_path / f"lightning_logs/tune/trial_{number:03}/execution_0"
+        data = yaml.safe_load((run / "config.yaml").read_text())["data"]["init_args"]
+        assert data["augmentation"][0]["init_args"]["degrees"] == trial.params[degrees]
+        assert data["batch_size"] == trial.params["data.init_args.batch_size"]
+    best = yaml.safe_load((tmp_path / "lightning_logs/tune/best.yaml").read_text())
+    assert best["model"]["network"]["init_args"]["in_features"] == 240
