@@ -270,11 +270,13 @@ def test_several_metrics_have_a_pareto_front(tune, capfd, tmp_path):
     assert f"Best within parameters 30,000: trial {small.number}, val/loss" in output
     best = tmp_path / "here/lightning_logs/tune/best.yaml"
     assert yaml.safe_load(best.read_text())["model"]["network"]["init_args"]["units"][0] == small.params[units]
-    _, output, _ = tune("--show", "--limits.parameters=30000")
-    assert f"Best within parameters 30,000: trial {small.number}, val/loss" in output
+    for limits in ([], ["--limits.parameters=30000"]):
+        _, output, _ = tune("--show", *limits)
+        assert f"Best within parameters 30,000: trial {small.number}, val/loss" in output
     code, _, errors = in_process(capfd, "report", "--study=tune")
     assert code == 0, errors
     report = json.loads(Path("lightning_logs/report/report.json").read_text())["study"]
+    assert report["best_trial"] == small.number
     assert report["pareto_front"] == {str(trial.number): trial.values for trial in study.best_trials}
     assert Path("lightning_logs/report/figures/study_front_parameters.png").is_file()
     code, _, errors = tune(*options, "--limits.parameters=3")

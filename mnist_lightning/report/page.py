@@ -367,7 +367,7 @@ def model_sections(report: Report) -> list[Section]:
 
 
 def _describe_best(study: optuna.Study) -> dict[str, Any]:
-    best = best_trial(study, {})
+    best = best_trial(study)
     described: dict[str, Any] = {"best_trial": best.number, "best_value": best.values[0], "best_params": best.params}
     if len(study.directions) > 1:
         described["metrics"] = metrics_of(study)
@@ -407,7 +407,7 @@ def study_sections(report: Report) -> list[Section]:
 
 def describe_edges(study: optuna.Study) -> str:
     """Say which of the best values lie at the edge of what was searched, if any does."""
-    best, at_edge = best_trial(study, {}), []
+    best, at_edge = best_trial(study), []
     for key, distribution in best.distributions.items():
         edges, value = bounds(distribution), best.params[key]
         is_ordered = all(isinstance(edge, int | float) and not isinstance(edge, bool) for edge in edges)

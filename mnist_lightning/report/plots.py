@@ -230,7 +230,7 @@ def study_plots(study: optuna.Study, names: dict[str, str]) -> list[Picture]:
             distributions[names[key]] = distribution
         params = {names[key]: _shorten(value) for key, value in trial.params.items()}
         short.add_trial(optuna.create_trial(value=trial.values[0], params=params, distributions=distributions))
-    best, evaluator = best_trial(study, {}), optuna.importance.FanovaImportanceEvaluator(seed=0)
+    best, evaluator = best_trial(study), optuna.importance.FanovaImportanceEvaluator(seed=0)
     history = f"values of the trials of {study.study_name}; the best is {best.values[0]:.4f}, of trial {best.number}"
     parallel = "parameters of the trials as lines, coloured by value"
     # these functions are experimental, and set a style for all that comes after

@@ -229,6 +229,7 @@ def tune(run: SearchCLI, command: str, interrupt: Interrupt) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     settings = _settings(search, run.datamodule.digest())
     study, _ = open_study(storage, options.study_name, options.direction, settings, space)
+    study.set_user_attr("limits", dict(options.limits))  # for reports
     search.use_sampler(study)
     study.pruner = run.config_init.pruner
     for source, params in first:
@@ -292,7 +293,7 @@ def _first_trials(run: SearchCLI, space: SearchSpace, base: dict[str, Any]) -> l
         other = find_study(options.like, source)
         if other is None:
             raise MisconfigurationException(f"like: there is no study {options.like} in {hide_password(source)}.")
-        best = best_trial(other, {}).params
+        best = best_trial(other).params
         values = {key: best[key] for key in space if key in best and in_distribution(best[key], space[key])}
         values = params_of(values, space, "")  # without what depends on something that is not taken
         if left := sorted(best.keys() - values.keys()):
@@ -540,6 +541,7 @@ def _print_results(study: Study, limits: dict[str, float]) -> None:
         table = table[table["trial"].isin(front)]
         print(f"Pareto front: {len(table)} of them, none of which another betters in every metric")
     print(table.head(10 if len(study.directions) == 1 else 30).to_string(index=False))
+    limits = limits or study.user_attrs.get("limits", {})
     best, metrics = best_trial(study, limits), metrics_of(study)
     values = ", ".join(f"{metric} {format_value(value)}" for metric, value in zip(metrics, best.values, strict=True))
     within = ", ".join(f"{name} {format_value(value)}" for name, value in limits.items())

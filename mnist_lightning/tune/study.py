@@ -223,13 +223,18 @@ def check_limits(limits: dict[str, float], metrics: Sequence[str]) -> None:
         raise MisconfigurationException(f"limits: {', '.join(unknown)} is not among the metrics, {', '.join(metrics)}.")
 
 
-def best_trial(study: Study, limits: dict[str, float]) -> FrozenTrial:
+def best_trial(study: Study, limits: dict[str, float] | None = None) -> FrozenTrial:
     """The trial with the best first metric, of those within the limits of the others; the earliest of equals.
+
+    Args:
+        study: The study.
+        limits: By name of a metric; by default those of the last command that searched.
 
     Raises:
         MisconfigurationException: There is none.
     """
     names, best = metrics_of(study), []
+    limits = study.user_attrs.get("limits", {}) if limits is None else limits
     check_limits(limits, names)
     sign = dict(zip(names, signs(study), strict=True))
     for trial in study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,)):
