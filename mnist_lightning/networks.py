@@ -1,7 +1,8 @@
 """Networks: plain ``nn.Module`` classes that map images to logits. Any other class does as well, by its class path."""
 
 import difflib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -113,8 +114,8 @@ class MLP(nn.Sequential):
         for layer, (width, rate, factor) in enumerate(zip(units, rates, factors, strict=True), start=1):
             self.add_module(f"dense_{layer}", Dense(in_features, width, factor))
             if normalization is not None:
-                norm = nn.BatchNorm1d(width) if normalization == "batch" else nn.LayerNorm(width)
-                self.add_module(f"normalization_{layer}", norm)
+                norms: dict[str, Callable[[int], nn.Module]] = {"batch": nn.BatchNorm1d, "layer": nn.LayerNorm}
+                self.add_module(f"normalization_{layer}", norms[normalization](width))
             self.add_module(f"activation_{layer}", make_activation())
             self.add_module(f"dropout_{layer}", Dropout(rate))
             in_features = width
@@ -177,8 +178,11 @@ class CNN(nn.Sequential):
                     # ceil_mode: the smallest image has a pixel left after any number of stages
                     layers.add_module("pool", nn.MaxPool2d(2, ceil_mode=True))
                 if normalization is not None:
-                    norm = nn.BatchNorm2d(width) if normalization == "batch" else nn.GroupNorm(1, width)
-                    layers.add_module(f"normalization_{layer}", norm)
+                    norms: dict[str, Callable[[int], nn.Module]] = {
+                        "batch": nn.BatchNorm2d,
+                        "layer": partial(nn.GroupNorm, 1),
+                    }
+                    layers.add_module(f"normalization_{layer}", norms[normalization](width))
                 layers.add_module(f"activation_{layer}", make_activation())
                 in_channels = width
             if is_last:
