@@ -15,7 +15,7 @@ COMMANDS = {
     "fit": "Train the network on MNIST and evaluate it on the test set.",
     "validate": "Evaluate a checkpoint on the validation images.",
     "test": "Evaluate a checkpoint on the test images.",
-    "predict": "Write label and probabilities of every test image to a CSV file.",
+    "predict": "Classify your own images, or the test images, into a CSV file.",
     "tune": "Search hyper-parameters with an Optuna study and refit the best.",
     "report": "Compare models, by default baseline and tuned, on one page.",
 }

@@ -3,6 +3,7 @@
 import json
 import logging
 import shutil
+import sys
 import warnings
 from collections.abc import Sequence
 from contextlib import suppress
@@ -20,9 +21,11 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.model_summary import summarize
+from PIL import Image
 
 import mnist_lightning.augmentation
 import mnist_lightning.datasets  # noqa: F401 - so that a name is enough for their classes
+from mnist_lightning import figures
 from mnist_lightning.callbacks import EpochProgressBar, Figures
 from mnist_lightning.checkpoints import (
     INSTANTIATOR,
@@ -32,9 +35,10 @@ from mnist_lightning.checkpoints import (
     checkpoint_errors,
 )
 from mnist_lightning.classifier import Classifier
-from mnist_lightning.data import ImageDataModule
+from mnist_lightning.data import ImageDataModule, Split
 from mnist_lightning.loops import FitLoop, NoProfiler
 from mnist_lightning.parsing import Parser, corrected, shorten
+from mnist_lightning.pictures import PictureError, find, read
 from mnist_lightning.runs import (
     LOGS,
     PROG,
@@ -44,6 +48,7 @@ from mnist_lightning.runs import (
     format_table,
     new_version,
     newest_checkpoint,
+    newest_result,
     note,
     user_errors,
     write_csv,
@@ -51,6 +56,8 @@ from mnist_lightning.runs import (
 from mnist_lightning.signals import leave_as_usual
 from mnist_lightning.slurm import SlurmJob
 
+SHOWN = 500
+"""Pictures on a contact sheet."""
 EXECUTION = "execution"
 """The command of a RunCLI that is one training of a search."""
 
@@ -114,6 +121,13 @@ class RunCLI(LightningCLI):
             )
         if self.command == "predict":
             parser.add_argument("--output", default="predictions.csv", help="CSV file to write; must not exist yet.")
+            parser.add_argument(
+                "--images",
+                type=str,
+                nargs="+",
+                help="Pictures to predict instead: files, folders, patterns.",
+            )
+            parser.add_argument("--sheet", action="store_true", help="Whether each has many digits, to be cut out.")
         if hasattr(Trainer, self.command):
             skip = {"model", "datamodule", "weights_only", "return_predictions"}
             skip |= {f"{prefix}dataloaders" for prefix in ("", "train_", "val_")}
@@ -128,6 +142,12 @@ class RunCLI(LightningCLI):
                 raise MisconfigurationException(
                     f"{group} must have keys of its own, and is not just {self.config[group]}."
                 )
+        if self.config.get("sheet") and not self.config.images:
+            raise MisconfigurationException("--sheet says what the pictures of --images are: name some.")
+        if self.config.get("images"):  # whether a name was typed, or is in a config
+            parser.set_defaults(name="")
+            self.is_named = bool(parser.parse_args(args).name)
+            parser.set_defaults(name=DEFAULTS["name"])
         data = self.config.data.init_args
         if data.data_dir is not None:  # config and checkpoint may be used in another folder
             data.data_dir = str(Path(data.data_dir).expanduser().absolute())
@@ -149,6 +169,8 @@ class RunCLI(LightningCLI):
         folder = self.logs / self.config.name
         if self.job is not None and (path := self.job.checkpoint(folder)):
             return path
+        if self.config.get("images") and not (self.config.ckpt_path or self.is_named):
+            return newest_result(self.logs)
         given = self.config.ckpt_path or ("last" if self.command != "fit" else None)
         if given in ("last", "best"):
             return newest_checkpoint(folder, given)
@@ -371,6 +393,60 @@ def predict(run: RunCLI) -> None:
     print(f"{len(table)} predictions of {run.config.ckpt_path} in {output}")
 
 
+def predict_pictures(run: RunCLI) -> None:
+    """Write and print class, probability and runner-up of each picture, and draw what the network sees of it."""
+    output, data, checkpoint = Path(run.config.output), run.datamodule, run.config.ckpt_path
+    if not output.name or output.suffix == ".png":
+        raise MisconfigurationException("--output names the CSV file; the pictures are drawn beside it, as .png.")
+    sheet = output.with_suffix(".png")
+    for path in (output, sheet):
+        if path.exists():
+            raise MisconfigurationException(f"{path} exists and is not overwritten: choose another --output.")
+    note(f"Network: {checkpoint}, of {data.source}")
+    places, images, skipped = [], [], 0
+    for path, problem in find(run.config.images):
+        try:
+            if problem:
+                raise PictureError(problem)
+            picture, remark = read(path)
+            found = data.from_picture(picture, run.config.sheet)
+        except PictureError as error:
+            print(f"{path} is left out: {error}", file=sys.stderr)
+            skipped += 1
+            continue
+        if remark:
+            print(f"{path}: {remark}", file=sys.stderr)
+        places += [(str(path), number + 1) for number in range(len(found))]
+        images.append(found)
+    if not images:
+        raise MisconfigurationException("There is nothing to predict: none of --images can be used.")
+    if data.standardize:  # as in training
+        data.setup("fit")
+    statistics = data.train.statistics if data.train else None
+    stacked = torch.from_numpy(np.concatenate(images))
+    data.test = Split(stacked, torch.zeros(len(stacked), dtype=torch.long), statistics=statistics)
+    batches: Any = run.trainer.predict(run.model, datamodule=data, ckpt_path=checkpoint)
+    probabilities = torch.cat(batches).float()
+    names = data.names(probabilities.shape[1])
+    best = probabilities.topk(2)
+    rows = []
+    for (file, number), values, indices in zip(places, best.values.tolist(), best.indices.tolist(), strict=False):
+        rows.append({"file": file} | ({"number": number} if run.config.sheet else {}))
+        rows[-1] |= {"class": names[indices[0]], "probability": values[0]}
+        rows[-1] |= {"runner_up": names[indices[1]], "runner_up_probability": values[1]}
+    cells = [[f"{cell:.4f}" if isinstance(cell, float) else str(cell) for cell in row.values()] for row in rows]
+    print(format_table([[title.replace("_", " ") for title in rows[0]], *cells]))
+    shown = range(min(SHOWN, len(rows)))
+    titles = [f"{Path(places[i][0]).name[-14:]}\n{rows[i]['class']}  {rows[i]['probability']:.1%}" for i in shown]
+    grid = figures.image_grid(figures.pictures(data.test.scaled(shown)), titles, columns=min(10, len(shown)))
+    write_csv(output, rows)
+    with atomic_write(sheet) as partial:
+        Image.fromarray(figures.render(grid)).save(partial, "PNG")
+    limit = f" (the first {SHOWN})" if len(rows) > SHOWN else ""
+    left_out = f", {skipped} left out" if skipped else ""
+    print(f"{len(rows)} predictions of {checkpoint} in {output}{left_out}; what the network sees{limit}: {sheet}")
+
+
 def main(command: str, description: str, arguments: Sequence[str]) -> None:
     """Run a command."""
     quieten_lightning()
@@ -380,7 +456,7 @@ def main(command: str, description: str, arguments: Sequence[str]) -> None:
         if command == "fit":
             fit(run)
         elif command == "predict":
-            predict(run)
+            (predict_pictures if run.config.images else predict)(run)
         else:
             run.datamodule.setup(command)
             note(_describe(run.datamodule))

@@ -12,10 +12,12 @@ from lightning.pytorch import LightningDataModule
 from lightning.pytorch.overrides.distributed import UnrepeatedDistributedSampler
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from numpy.typing import NDArray
+from PIL import Image
 from torch import Tensor, nn
 from torch.utils.data import BatchSampler, DataLoader, Dataset, DistributedSampler, RandomSampler, Sampler
 
 from mnist_lightning.idx import MD5, embedded, find_idx, parse_idx, read_idx
+from mnist_lightning.pictures import Placing, characters, flatten, ink_of, placed, resized
 from mnist_lightning.runs import note
 
 Batch = tuple[Tensor, Tensor]
@@ -124,6 +126,9 @@ class ImageDataModule(LightningDataModule):
         has_own_val: Whether the data set has validation images, so that none are held out; known once they are loaded.
     """
 
+    placing: Placing | None = None
+    """How the ink of a character lies in an image; None where images are whole pictures."""
+
     def __init__(
         self,
         data_dir: str | None = None,
@@ -195,6 +200,31 @@ class ImageDataModule(LightningDataModule):
     def names(self, outputs: int) -> list[str]:
         """Names of a network's outputs: those of the classes, and numbers for what it has beyond them."""
         return [*self.classes[:outputs], *map(str, range(len(self.classes), outputs))]
+
+    def from_picture(self, picture: Image.Image, is_sheet: bool = False) -> NDArray[np.uint8]:
+        """Make images of a picture as those of the data set were made: its ink, placed, or all of it, resized.
+
+        Args:
+            picture: As :func:`mnist_lightning.pictures.read` gives it.
+            is_sheet: Whether there are several characters on it.
+
+        Returns:
+            Of shape (n, channels, height, width), where n is 1 but for a sheet.
+
+        Raises:
+            PictureError: There is no ink.
+            MisconfigurationException: Sheets are not for this data set.
+        """
+        picture, (channels, *shape) = flatten(picture), self.image_shape
+        if self.placing is None:
+            if is_sheet:
+                raise MisconfigurationException(
+                    f"--sheet is for characters, but the images of {self.source} are whole pictures."
+                )
+            return resized(picture, self.image_shape)[None]
+        found = characters(ink_of(picture, is_sheet), is_sheet)
+        images = np.stack([placed(ink, self.placing, (shape[0], shape[1])) for ink in found])
+        return images[:, None].repeat(channels, axis=1)
 
     def setup(self, stage: str) -> None:
         """Load the splits that ``stage`` needs, if they are not loaded yet.
@@ -362,6 +392,7 @@ class MNISTDataModule(ImageDataModule):
     distinct ones are the classes.
     """
 
+    placing = Placing(20 / 28, by_mass=True)
     files = ("train-{}", "t10k-{}")
     """Names of the files to train and to test with, around one of ``KINDS``."""
 

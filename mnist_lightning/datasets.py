@@ -13,10 +13,12 @@ import torch
 from filelock import FileLock
 from jsonargparse.typing import NonNegativeInt, OpenUnitInterval, PositiveInt
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from PIL import Image, ImageOps
+from numpy.typing import NDArray
+from PIL import Image, ImageChops, ImageOps
 
 from mnist_lightning.data import KINDS, ImageDataModule, MNISTDataModule
 from mnist_lightning.idx import MD5, cache_dir, find_idx
+from mnist_lightning.pictures import PictureError, Placing, flatten, resized
 
 
 def downloads() -> Path:
@@ -92,10 +94,30 @@ class FashionMNIST(MNISTLike):
     class_names = ("T-shirt", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "boot")
     others = (Path("/usr/share/datasets/fashion-mnist"),)
 
+    def from_picture(self, picture: Image.Image, is_sheet: bool = False) -> NDArray[np.uint8]:
+        """Make an image of a product photo as Xiao et al. did.
+
+        What is within 5 % of the colour of the corner is cut off, the longer side becomes 28 pixels, the rest is filled
+        up, and what is on white is inverted.
+        """
+        if is_sheet:
+            raise MisconfigurationException("--sheet is for characters, but the images of FashionMNIST are of clothes.")
+        grey = flatten(picture).convert("L")
+        corner = grey.getpixel((0, 0))
+        assert isinstance(corner, int)
+        if corner > 127:
+            grey, corner = ImageOps.invert(grey), 255 - corner
+        difference = ImageChops.difference(grey, Image.new("L", grey.size, corner))
+        box = difference.point([255 * (level > 0.05 * 255) for level in range(256)]).getbbox()
+        if box is None:
+            raise PictureError("there is nothing on it")
+        return np.asarray(ImageOps.pad(grey.crop(box), self.image_shape[:0:-1]))[None, None]
+
 
 class KMNIST(MNISTLike):
     """Cursive Japanese characters (Clanuwat et al., 2018): 60,000 images to train with, 10,000 to test, grey, 28x28."""
 
+    placing = Placing(1, by_mass=False)
     class_names = ("o", "ki", "su", "tsu", "na", "ha", "ma", "ya", "re", "wo")
 
 
@@ -106,6 +128,8 @@ class EMNIST(MNISTLike):
         split: Which of its sets: ``byclass`` (62 classes), ``bymerge`` or ``balanced`` (47: some small letters are one
             class with their capitals), ``letters`` (26), ``digits`` or ``mnist``.
     """
+
+    placing = Placing(24 / 28, by_mass=False)  # with a border of two pixels (section II of the paper)
 
     def __init__(
         self,
@@ -152,6 +176,7 @@ class TorchvisionDataModule(ImageDataModule):
 class QMNIST(TorchvisionDataModule):
     """MNIST with all of NIST's 60,000 test digits (Yadav and Bottou, 2019), grey, 28x28."""
 
+    placing = MNISTDataModule.placing
     class_names = tuple(string.digits)
     image_shape = (1, 28, 28)
     files = "QMNIST/raw/ with qmnist-{train,test}-images-idx3-ubyte and qmnist-{train,test}-labels-idx2-int"
@@ -160,6 +185,7 @@ class QMNIST(TorchvisionDataModule):
 class USPS(TorchvisionDataModule):
     """Digits of American envelopes (Hull, 1994): 7,291 images to train with and 2,007 to test, grey, 16x16."""
 
+    placing = Placing(1, by_mass=False)
     class_names = tuple(string.digits)
     image_shape = (1, 16, 16)
     files = "usps.bz2 and usps.t.bz2"
@@ -221,7 +247,7 @@ class ImageFolder(ImageDataModule):
         if files is None:
             return None
         channels, height, width = self.image_shape
-        images = np.empty((len(files), height, width, channels), np.uint8)
+        images = np.empty((len(files), channels, height, width), np.uint8)
         for index, (path, _) in enumerate(files):
             with self._open(path) as image:
                 if self.channels is None and channels == 1 and image.mode not in GREY:
@@ -233,9 +259,14 @@ class ImageFolder(ImageDataModule):
                         f"{path} has {image.height}x{image.width} pixels, the first image {height}x{width}: give one "
                         f"size for all, as --data.size [{height},{width}]"
                     )
-                image = image.convert("L" if channels == 1 else "RGB").resize((width, height))
-                images[index] = np.asarray(image).reshape(height, width, channels)
-        return images.transpose(0, 3, 1, 2), np.array([label for _, label in files])
+                images[index] = resized(image, (channels, height, width))
+        return images, np.array([label for _, label in files])
+
+    def from_picture(self, picture: Image.Image, is_sheet: bool = False) -> NDArray[np.uint8]:
+        if picture.mode[0] in "IF":  # refused by load as well
+            raise PictureError("it has more than 8 bits a channel, which would be cut off")
+        # without its transparency, as load does
+        return super().from_picture(picture.convert("RGB") if picture.mode == "RGBA" else picture, is_sheet)
 
     @cached_property
     def _files(self) -> tuple[list[str], dict[str, list[tuple[str, int]]]]:

@@ -65,6 +65,22 @@ def newest_complete_run(folder: Path) -> Path:
     raise MisconfigurationException(f"{newest} was stopped before its end. {remedy}")
 
 
+def newest_result(logs: Path) -> Path:
+    """The last checkpoint of the newest complete run that ``tune`` made, or else ``fit``.
+
+    Raises:
+        MisconfigurationException: There is none.
+    """
+    for name in ("tuned", "baseline"):
+        complete = [path.with_name("checkpoints") / "last.ckpt" for path in logs.glob(f"{name}/version_*/test.csv")]
+        if newest := newest_file(path for path in complete if path.is_file()):
+            return newest
+    raise MisconfigurationException(
+        f"No run tuned or baseline in {logs} is complete. Train one with `{PROG} fit`, "
+        "or name another with --name or --ckpt_path."
+    )
+
+
 def new_version(folder: Path) -> int:
     """Make the next ``version_N`` in a folder.
 

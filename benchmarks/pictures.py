@@ -1,0 +1,122 @@
+"""How often a picture of a digit gets the label that the test image gets which it is of, and how well load_digits goes.
+
+Run by hand: python benchmarks/pictures.py lightning_logs/baseline/version_0/checkpoints/last.ckpt
+
+300 test images of MNIST are saved as PNG, enlarged ten times, in each of several ways, and read again.
+"""
+
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image, ImageOps
+from sklearn.datasets import load_digits
+
+from mnist_lightning.classifier import Classifier
+from mnist_lightning.data import MNISTDataModule
+from mnist_lightning.pictures import PictureError, read
+
+COUNT = 300
+generator = np.random.default_rng(0)
+
+
+def enlarged(digit: NDArray[Any]) -> Image.Image:
+    """Blocks of ten by ten pixels."""
+    return Image.fromarray(digit).resize((280, 280), Image.Resampling.NEAREST)
+
+
+def smooth(digit: NDArray[Any]) -> Image.Image:
+    """Enlarged by bicubic interpolation, which blurs the edges."""
+    return Image.fromarray(digit).resize((280, 280), Image.Resampling.BICUBIC)
+
+
+def inverted(digit: NDArray[Any]) -> Image.Image:
+    """Black on white."""
+    return ImageOps.invert(enlarged(digit))
+
+
+def coloured(digit: NDArray[Any]) -> Image.Image:
+    """Any colours that differ by 90 of 255 in a channel at least."""
+    while np.abs(np.subtract(*(colors := generator.integers(0, 256, (2, 3))))).max() < 90:
+        pass
+    share = np.asarray(enlarged(digit), float)[..., None] / 255
+    return Image.fromarray((colors[0] * (1 - share) + colors[1] * share).astype(np.uint8))
+
+
+def padded(digit: NDArray[Any]) -> Image.Image:
+    """With up to 400 pixels more on each side."""
+    left, top, right, bottom = generator.integers(0, 400, 4).tolist()
+    return ImageOps.expand(inverted(digit), (left, top, right, bottom), 255)
+
+
+def shifted(digit: NDArray[Any]) -> Image.Image:
+    """Anywhere in the image, up to its edges."""
+    rows, columns = np.nonzero(digit)
+    shift = [int(generator.integers(-side.min(), 28 - side.max())) for side in (rows, columns)]
+    return inverted(np.roll(digit, shift, (0, 1)))
+
+
+def turned(digit: NDArray[Any]) -> Image.Image:
+    """Lying on its side, as EXIF says."""
+    picture = inverted(digit).transpose(Image.Transpose.ROTATE_90)
+    picture.getexif()[0x112] = 6
+    return picture
+
+
+def shadow(digit: NDArray[Any], hard: bool = False) -> Image.Image:
+    """Noisy grey paper, up to three times as bright on one side as on the other, or with the edge of a shadow."""
+    share = np.zeros((480, 360))
+    share[100:380, 40:320] = np.asarray(enlarged(digit), float) / 255
+    y, x = np.mgrid[-0.5:0.5:480j, -0.5:0.5:360j]
+    angle = generator.uniform(0, 2 * np.pi)
+    place = np.cos(angle) * x + np.sin(angle) * y
+    light = 0.95 - 0.45 / (1 + np.exp(-60 * (place + generator.uniform(-0.2, 0.2)))) if hard else 0.7 + 0.5 * place
+    values = 190 * light * (1 - 0.8 * share) + generator.normal(0, 6, share.shape)
+    return Image.fromarray(values.clip(0, 255).astype(np.uint8))
+
+
+def hard_shadow(digit: NDArray[Any]) -> Image.Image:
+    """With a shadow whose edge crosses the picture."""
+    return shadow(digit, hard=True)
+
+
+def main() -> None:
+    """Print a line for each kind."""
+    torch.set_num_threads(1)
+    data = MNISTDataModule()
+    data.setup("test")
+    assert data.test is not None
+    classifier = Classifier.load_from_checkpoint(sys.argv[1], weights_only=True).eval()
+    file = Path(tempfile.mkdtemp()) / "digit.png"
+
+    @torch.no_grad()
+    def labels(images: NDArray[Any]) -> NDArray[Any]:
+        return np.asarray(classifier(torch.tensor(images) / 255).argmax(dim=1))
+
+    def answers(digits: NDArray[Any], make: Callable[[NDArray[Any]], Image.Image]) -> NDArray[Any]:
+        images = np.zeros((len(digits), 1, 28, 28), np.uint8)
+        for image, digit in zip(images, digits, strict=True):
+            picture = make(digit)
+            picture.save(file, exif=picture.getexif())
+            try:
+                image[:] = data.from_picture(read(file)[0])[0]
+            except PictureError:
+                image[:] = 255  # counts as a mistake, mostly
+        return labels(images)
+
+    digits = data.test.images[:COUNT]
+    truths = labels(digits.numpy())
+    for kind in (enlarged, smooth, inverted, coloured, padded, shifted, turned, shadow, hard_shadow):
+        print(f"{kind.__name__:12} {(answers(digits[:, 0].numpy(), kind) == truths).mean():.4f}", flush=True)
+    others = load_digits()
+    found = answers((others.images * (255 / 16)).astype(np.uint8), enlarged)
+    print(f"load_digits  {(found == others.target).mean():.4f}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,201 @@
+"""Pictures of one's own: the network's answers to them, what cannot be used, and sheets."""
+
+import re
+import subprocess
+import sys
+
+import numpy as np
+import pandas as pd
+import pytest
+from conftest import ROOT, in_process
+from PIL import Image, ImageOps
+from test_datasets import write_files
+
+from mnist_lightning.data import MNISTDataModule
+from mnist_lightning.datasets import FashionMNIST, ImageFolder
+from mnist_lightning.pictures import PIXELS, PictureError, characters, find, ink_of, read
+
+
+@pytest.fixture(scope="module")
+def digits(mnist):
+    return mnist.test.images[:24, 0].numpy()
+
+
+def enlarged(digit, side=280):
+    return Image.fromarray(digit).resize((side, side), Image.Resampling.NEAREST)
+
+
+def on_paper(digit, paper=(230, 220, 150), ink=(40, 30, 120)):
+    share = np.asarray(enlarged(digit), float)[..., None] / 255
+    return Image.fromarray((np.array(paper) * (1 - share) + np.array(ink) * share).astype(np.uint8))
+
+
+def in_shadow(digit):
+    y, x = np.mgrid[:400, :360]
+    share = np.zeros((400, 360))
+    share[60:340, 40:320] = np.asarray(enlarged(digit), float) / 255
+    noise = np.random.default_rng(0).normal(0, 4, share.shape)
+    return Image.fromarray((190 * (1 - x / 600 - y / 1500) * (1 - 0.8 * share) + noise).clip(0, 255).astype(np.uint8))
+
+
+def see_through(digit):
+    alpha = enlarged(digit)
+    return Image.merge("RGBA", [Image.new("L", alpha.size, 255)] * 3 + [alpha])
+
+
+KINDS = {
+    "light on dark": enlarged,
+    "dark on light": lambda digit: ImageOps.invert(enlarged(digit)),
+    "one bit": lambda digit: ImageOps.invert(enlarged(digit)).convert("1"),
+    "palette": lambda digit: on_paper(digit).quantize(8),
+    "16 bit": lambda digit: Image.fromarray(np.asarray(enlarged(digit)).astype(np.uint16) * 257),
+    "colour": on_paper,
+    "white on transparent": see_through,
+    "padded": lambda digit: ImageOps.expand(ImageOps.invert(enlarged(digit)), (300, 20, 10, 150), 255),
+    "shadow": in_shadow,
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_pictures_of_any_kind_become_the_images_that_they_are_of(digits, tmp_path, kind):
+    data = MNISTDataModule()
+    for digit in digits[:8]:
+        KINDS[kind](digit).save(tmp_path / "digit.png")
+        picture, remark = read(tmp_path / "digit.png")
+        assert not remark
+        image = data.from_picture(picture)
+        assert image.shape == (1, 1, 28, 28)
+        assert np.corrcoef(image.ravel(), digit.ravel())[0, 1] > (0.8 if kind == "one bit" else 0.85)
+
+
+def test_a_rotated_photo_is_set_upright(digits, tmp_path):
+    exif = Image.Exif()
+    exif[0x112] = 6  # to be turned clockwise
+    upright = ImageOps.invert(enlarged(digits[0]))
+    upright.transpose(Image.Transpose.ROTATE_90).save(tmp_path / "turned.png", exif=exif)
+    assert read(tmp_path / "turned.png")[0].tobytes() == upright.tobytes()
+
+
+def test_a_sheet_is_cut_in_reading_order(digits):
+    sheet = np.full((620, 900), 235.0)
+    generator = np.random.default_rng(1)
+    expected = digits[:20]
+    for number, digit in enumerate(expected):
+        row, column = divmod(number, 5)
+        top = 20 + 145 * row + 4 * column + generator.integers(8)  # rows slope
+        left = 20 + 170 * column + generator.integers(20)
+        sheet[top : top + 112, left : left + 112] -= 0.8 * np.asarray(enlarged(digit, 112), float)
+    sheet *= np.linspace(1, 0.6, 900)
+    images = MNISTDataModule().from_picture(Image.fromarray(sheet.clip(0, 255).astype(np.uint8)), is_sheet=True)
+    assert images.shape == (20, 1, 28, 28)
+    for image, digit in zip(images, expected, strict=True):
+        assert np.corrcoef(image.ravel(), digit.ravel())[0, 1] > 0.8
+
+
+def test_parts_of_one_digit_are_joined_and_specks_left_out():
+    ink = np.zeros((100, 200), np.float32)
+    ink[20:24, 12:40] = ink[28:60, 10:14] = ink[56:60, 10:40] = 1  # as a 5 whose bar floats above it
+    ink[20:60, 100:104] = 1
+    ink[80:82, 150:152] = 1
+    five, one = characters(ink, is_sheet=True)
+    assert five.shape == (40, 30)
+    assert one.shape == (40, 4)
+
+
+@pytest.mark.parametrize("noise", [0, 3])
+def test_blank_paper_has_no_ink(noise):
+    paper = np.linspace(230, 150, 300) + np.random.default_rng(0).normal(0, noise, (200, 300))
+    with pytest.raises(PictureError, match="no ink"):
+        characters(ink_of(Image.fromarray(paper.astype(np.uint8))))
+
+
+def test_other_data_sets_have_their_own_way(tmp_path):
+    photo = Image.new("RGB", (60, 40), "white")
+    photo.paste((200, 30, 30), (20, 5, 30, 35))
+    write_files(tmp_path, 5)
+    image = ImageFolder(str(tmp_path), size=(6, 7)).from_picture(photo)
+    assert image.shape == (1, 3, 6, 7)
+    assert np.array_equal(image[0].transpose(1, 2, 0), np.asarray(photo.resize((7, 6))))
+    clothes = FashionMNIST().from_picture(photo)[0, 0]
+    assert clothes.shape == (28, 28)
+    assert (clothes > 100).any(axis=1).all()  # as high as the image
+    assert 8 <= (clothes > 100).any(axis=0).sum() <= 11
+    assert clothes[:, :8].max() == 0
+
+
+def test_files_folders_and_patterns_are_found_once(digits, tmp_path):
+    (tmp_path / "more/.hidden").mkdir(parents=True)
+    for name in ("a.png", "b[1].png", "more/c.jpg", "more/.hidden/d.png"):
+        enlarged(digits[0]).save(tmp_path / name)
+    (tmp_path / "more/notes.txt").write_text("no picture")
+    names = [str(tmp_path / name) for name in ("*.png", "b[1].png", "more", "none*")]
+    found = [(path.name, bool(problem)) for path, problem in find(names)]
+    assert found == [("a.png", False), ("b[1].png", False), ("c.jpg", False), ("none*", True)]
+
+
+def test_predict_names_what_it_leaves_out(fitted, digits, monkeypatch, capfd, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "lightning_logs").symlink_to(fitted[0].parents[1])
+    for number in range(3):
+        ImageOps.invert(enlarged(digits[number])).save(tmp_path / f"{number}.png")
+    enlarged(digits[3]).save(tmp_path / "3.gif", save_all=True, append_images=[enlarged(digits[4])])
+    Image.new("L", (50, 50), 255).save(tmp_path / "empty.png")
+    (tmp_path / "cut.png").write_bytes((tmp_path / "0.png").read_bytes()[:300])
+    (tmp_path / "text.png").write_text("no picture")
+    code, out, err = in_process(capfd, "predict", "--images", "*.png", "3.gif", "nothing.jpg")
+    assert code == 0, err
+    assert "Network: lightning_logs/baseline/version_0/checkpoints/last.ckpt, of MNIST" in out
+    for line in (
+        "cut.png is left out: it cannot be read", "empty.png is left out: there is no ink on it",
+        "text.png is left out: it is no picture", "nothing.jpg is left out: there is no such file",
+        "3.gif: it has several frames or pages: the first is taken",
+    ):  # fmt: skip
+        assert err.count(line) == 1
+    table = pd.read_csv("predictions.csv")
+    assert [*table.columns] == ["file", "class", "probability", "runner_up", "runner_up_probability"]
+    assert [*table.file] == ["0.png", "1.png", "2.png", "3.gif"]
+    assert (table.probability > table.runner_up_probability).all()
+    assert "Traceback" not in err
+    assert min(Image.open("predictions.png").size) > 100
+    before = (tmp_path / "predictions.png").read_bytes()
+    (tmp_path / "predictions.csv").unlink()
+    code, _, err = in_process(capfd, "predict", "--images", "0.png")
+    assert code == 1
+    assert "predictions.png exists and is not overwritten" in err
+    assert (tmp_path / "predictions.png").read_bytes() == before
+    code, _, err = in_process(capfd, "predict", "--images", "empty.png", "--output=other.csv")
+    assert code == 1
+    assert "none of --images can be used" in err
+    assert not (tmp_path / "other.csv").exists()
+
+
+def test_the_newest_tuned_run_is_taken_unless_another_is_named(fitted, digits, monkeypatch, capfd, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "lightning_logs").mkdir()
+    for name in ("baseline", "tuned"):
+        (tmp_path / "lightning_logs" / name).symlink_to(fitted[0].parent)
+    enlarged(digits[0]).save("digit.png")
+    for number, (options, name) in enumerate([([], "tuned"), (["--name=baseline"], "baseline")]):
+        code, out, err = in_process(capfd, "predict", "--images", "digit.png", f"--output={number}.csv", *options)
+        assert code == 0, err
+        assert f"Network: lightning_logs/{name}/version_0" in out
+    monkeypatch.chdir(ROOT.parent)
+    code, _, err = in_process(
+        capfd, "predict", "--images", "digit.png", f"--trainer.default_root_dir={tmp_path / 'none'}"
+    )
+    assert code == 1
+    assert "No run tuned or baseline" in err
+
+
+def test_huge_pictures_need_less_than_a_gibibyte(tmp_path):
+    Image.new("L", (10_000, 10_000), 255).save(tmp_path / "huge.png")
+    with pytest.raises(PictureError, match=f"more than {PIXELS // 10**6} megapixels"):
+        read(tmp_path / "huge.png")
+    Image.new("RGB", (10_000, 10_000), "white").save(tmp_path / "huge.jpg", quality=50)
+    code = "import sys, pathlib; from mnist_lightning.pictures import read\n"
+    code += "print(*read(pathlib.Path(sys.argv[1]))[0].size, pathlib.Path('/proc/self/status').read_text())"
+    done = subprocess.run(
+        [sys.executable, "-c", code, tmp_path / "huge.jpg"], capture_output=True, text=True, check=True
+    )
+    assert 1200 <= int(done.stdout.split()[0]) < 2400
+    assert int(re.search(r"VmHWM:\s+(\d+) kB", done.stdout)[1]) < 300_000  # the whole command takes 500 MB more
