@@ -18,7 +18,7 @@ COMMANDS = {
     "predict": "Write label and probabilities of every test image to a CSV file.",
     "tune": "Search hyper-parameters with an Optuna study and refit the best.",
     "report": "Compare models, by default baseline and tuned, on one page.",
-    "export": "Write a network as ONNX, checked, for other programs.",
+    "export": "Write a network as ONNX, or as a page to draw on.",
 }
 
 

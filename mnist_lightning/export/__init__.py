@@ -1,4 +1,4 @@
-"""``export``: the network of a run as a file for other programs."""
+"""``export``: the network of a run as a file for other programs, or as a page to draw on."""
 
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -12,6 +12,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from mnist_lightning.checkpoints import checkpoint_errors
 from mnist_lightning.cli import RunCLI, quieten_lightning
 from mnist_lightning.export import formats
+from mnist_lightning.export.page import write_page
 from mnist_lightning.parsing import corrected
 from mnist_lightning.runs import newest_file, note, user_errors
 from mnist_lightning.signals import leave_as_usual
@@ -23,8 +24,9 @@ class ExportCLI(RunCLI):
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         super().add_arguments_to_parser(parser)
         parser.add_argument("--ckpt_path", type=str | None)
+        parser.add_argument("--output", type=str | None, help="File to write, .onnx or .pt2 (torch.export.load).")
         parser.add_argument(
-            "--output", default="network.onnx", help="File to write: .onnx, or .pt2 for torch.export.load."
+            "--page", type=str | None, help="Page to write, to draw on in a browser; such as digit.html."
         )
         parser.set_defaults({"name": None})  # the newest tuned run, or else the newest baseline
 
@@ -38,26 +40,34 @@ class ExportCLI(RunCLI):
 
 
 def export(run: RunCLI) -> None:
-    """Write the file, once what it gives is what the checkpoint gives."""
-    output, checkpoint = Path(run.config.output), run.config.ckpt_path
-    if output.exists():
-        raise MisconfigurationException(f"{output} exists and is not overwritten: choose another --output.")
-    form = formats.format_of(output)
-    data, classifier = run.datamodule, run.model.eval()
+    """Write what is asked for, once it gives what the checkpoint gives."""
+    checkpoint, data, classifier = run.config.ckpt_path, run.datamodule, run.model.eval()
+    page = Path(run.config.page) if run.config.page else None
+    output = Path(run.config.output or "network.onnx") if run.config.output or page is None else None
+    for option, path in (("output", output), ("page", page)):
+        if path is not None and path.exists():
+            raise MisconfigurationException(f"{path} exists and is not overwritten: choose another --{option}.")
+    form = None if output is None else formats.format_of(output)
     data.setup("test")
     with checkpoint_errors(checkpoint):
         classifier.load_state_dict(torch.load(checkpoint, map_location="cpu", weights_only=True)["state_dict"])
     note(f"Exporting {checkpoint}: {type(classifier.network).__name__} for {data.source}")
     with torch.no_grad():
         expected = torch.cat([classifier.predict_step(batch) for batch in data.test_dataloader()])
-    with _new_file(output) as partial:
-        form.write(formats.exported(classifier.network, data), formats.metadata(data, expected, checkpoint), partial)
-        found = formats.predict(form.read(partial), data)
-        difference = formats.compare(expected, found, f"{form.checker} on the exported network")
-    note(
-        f"{output}: {output.stat().st_size / 2**10:,.0f} KiB. {form.checker} gives {len(expected):,} test images the "
-        f"labels that the checkpoint gives; probabilities differ by at most {difference:.1e}."
-    )
+    if output is not None and form is not None:
+        with _new_file(output) as partial:
+            program = formats.exported(classifier.network, data)
+            form.write(program, formats.metadata(data, expected, checkpoint), partial)
+            difference = formats.compare(expected, formats.predict(form.read(partial), data), form.checker)
+        note(
+            f"{output}: {output.stat().st_size / 2**10:,.0f} KiB. {form.checker} gives all {len(expected):,} test "
+            f"images the checkpoint's labels, and probabilities that differ by at most {difference:.1e}."
+        )
+    if page is not None:
+        html, weights = write_page(classifier.network, data, expected)
+        with _new_file(page) as partial:
+            partial.write_text(html, encoding="utf-8")
+        note(f"{page}: {page.stat().st_size / 2**10:,.0f} KiB, {weights}. Open it in a browser.")
 
 
 @contextmanager
