@@ -18,6 +18,7 @@ COMMANDS = {
     "predict": "Classify your own images, or the test images, into a CSV file.",
     "tune": "Search hyper-parameters with an Optuna study and refit the best.",
     "report": "Compare models, by default baseline and tuned, on one page.",
+    "export": "Write a network as ONNX, or as a page to draw on.",
 }
 
 
@@ -45,7 +46,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if {"-h", "--help"} & {*arguments} and arguments[-1] != "all" and help_file.is_file():
         print(help_file.read_text(encoding="utf-8"), end="")  # what the parser says, but without the seconds to load it
         return
-    module = f"mnist_lightning.{command if command in ('tune', 'report') else 'cli'}"
+    module = f"mnist_lightning.{command if command in ('tune', 'report', 'export') else 'cli'}"
     importlib.import_module(module).main(command, COMMANDS[command], arguments[1:])  # takes seconds: torch, Lightning
 
 

@@ -1,8 +1,10 @@
 """Small pieces of the real MNIST, and the command run as a user runs it."""
 
+import html
 import io
 import json
 import os
+import re
 import shutil
 import signal
 import socket
@@ -145,6 +147,45 @@ def fitted(command: Run, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path
     cwd = tmp_path_factory.mktemp("fitted")
     result = command(cwd, "fit", "--trainer.max_epochs=4")
     return cwd / "lightning_logs/baseline/version_0", result.stdout + result.stderr
+
+
+BEFORE = """<script>
+  const errors = [];
+  for (const name of ["error", "securitypolicyviolation", "unhandledrejection"])
+    addEventListener(name, (event) => errors.push(name + " " + (event.message ?? event.blockedURI ?? event.reason)));
+  for (const name of ["error", "warn"]) console[name] = (...texts) => errors.push(texts.join(" "));
+</script>"""
+AFTER = """<script>
+  const all_ = (selector, root = document) => [...root.querySelectorAll(selector)];
+  const wait = () => new Promise((go) => setTimeout(go, 100));
+  addEventListener("load", async () => {
+    const found = {};
+    try { await wait(); await (async () => { %s })(); } catch (error) { errors.push(String(error)); }
+    found.errors = errors;
+    const requests = performance.getEntriesByType("resource").map(({ name }) => name);
+    found.requests = requests.filter((name) => !name.startsWith("data:"));
+    parent.document.title = JSON.stringify(found);
+  });
+</script>"""
+
+
+def in_browser(text: str, script: str, width: int = 1280, *flags: str) -> dict[str, Any]:
+    """Run a script in a page in headless Chromium; gives the dictionary ``found`` that the script fills."""
+    chromium = shutil.which("chromium")
+    if chromium is None:
+        pytest.skip("no browser here (Debian: apt-get install chromium)")
+    with_script = text.replace("<head>", f"<head>{BEFORE}").replace("</body>", AFTER % script + "</body>")
+    # in a frame, since windows have a least width
+    frame = f'<iframe style="border: 0; width: {width}px; height: 900px" srcdoc="{html.escape(with_script)}">'
+    options = ["--headless", "--no-sandbox", "--disable-gpu", "--window-size=1400,900", "--virtual-time-budget=5000"]
+    with tempfile.TemporaryDirectory() as folder:
+        page = Path(folder, "page.html")
+        page.write_text(f"<title></title>{frame}")
+        command = [chromium, *options, *flags, "--dump-dom", page.as_uri()]
+        result = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    found: dict[str, Any] = json.loads(html.unescape(re.search("<title>(.*?)</title>", result.stdout)[1]))
+    assert (found.pop("errors"), found.pop("requests")) == ([], [])
+    return found
 
 
 @pytest.fixture

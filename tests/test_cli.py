@@ -17,7 +17,7 @@ import yaml
 from conftest import ROOT, in_process, spelled_and_default
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from mnist_lightning import checkpoints, cli, tune
+from mnist_lightning import checkpoints, cli, export, tune
 from mnist_lightning.__main__ import COMMANDS
 from mnist_lightning.classifier import Classifier
 
@@ -61,7 +61,7 @@ def test_an_unknown_command_is_named():
     assert "invalid choice: 'fti'" in result.stderr
 
 
-@pytest.mark.parametrize("name", ["fit", "validate", "test", "predict", "tune"])
+@pytest.mark.parametrize("name", ["fit", "validate", "test", "predict", "tune", "export"])
 def test_help_of_a_command_is_what_its_parser_says(monkeypatch, capfd, name):
     code, out, _ = in_process(capfd, name, "--help")
     assert code == 0
@@ -70,7 +70,7 @@ def test_help_of_a_command_is_what_its_parser_says(monkeypatch, capfd, name):
     assert len(out.splitlines()) < (90 if name == "tune" else 45)
     monkeypatch.setenv("COLUMNS", "100")
     with pytest.raises(SystemExit):
-        (tune if name == "tune" else cli).main(name, COMMANDS[name], ["--help"])
+        {"tune": tune, "export": export}.get(name, cli).main(name, COMMANDS[name], ["--help"])
     said = capfd.readouterr().out
     if "UPDATE_HELP" in os.environ:
         Path(cli.__file__).with_name("help").joinpath(f"{name}.txt").write_text(said)

@@ -2,14 +2,13 @@
 
 import contextlib
 import csv
-import html
 import io
 import json
 import re
 import shutil
-import subprocess
 import sys
 import time
+from functools import partial
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -18,7 +17,7 @@ import optuna
 import pandas as pd
 import pytest
 import torch
-from conftest import in_process, tune_options
+from conftest import in_browser, in_process, tune_options
 from PIL import Image
 from scipy import stats
 from sklearn.metrics import accuracy_score, confusion_matrix, log_loss, precision_recall_fscore_support
@@ -206,54 +205,10 @@ def test_the_page_is_one_file_with_everything(made, reported):
     assert "<tr><td>seed_everything</td><td>42</td><td>42</td></tr>" in folded
 
 
-BEFORE = """<script>
-  const errors = [];
-  for (const name of ["error", "securitypolicyviolation", "unhandledrejection"])
-    addEventListener(name, (event) => errors.push(name + " " + (event.message ?? event.blockedURI ?? event.reason)));
-  for (const name of ["error", "warn"]) console[name] = (...texts) => errors.push(texts.join(" "));
-</script>"""
-AFTER = """<script>
-  const all_ = (selector, root = document) => [...root.querySelectorAll(selector)];
-  const wait = () => new Promise((go) => setTimeout(go, 100));
-  addEventListener("load", async () => {
-    const found = {};
-    try { await wait(); await (async () => { %s })(); } catch (error) { errors.push(String(error)); }
-    found.errors = errors;
-    const requests = performance.getEntriesByType("resource").map(({ name }) => name);
-    found.requests = requests.filter((name) => !name.startsWith("data:"));
-    parent.document.title = JSON.stringify(found);
-  });
-</script>"""
-
-
 @pytest.fixture(scope="module")
-def browse(made, tmp_path_factory):
+def browse(made):
     """Runs a script in the page in headless Chromium; gives the dictionary ``found`` that the script fills."""
-    chromium = shutil.which("chromium")
-    if chromium is None:
-        pytest.skip("no browser here (Debian: apt-get install chromium)")
-    text = (made[0] / "lightning_logs/report/report.html").read_text()
-
-    def run(script, width=1280, *flags):
-        with_script = text.replace("<head>", f"<head>{BEFORE}").replace("</body>", AFTER % script + "</body>")
-        page = tmp_path_factory.mktemp("page") / "page.html"
-        # in a frame, since windows have a least width
-        frame = f'<iframe style="border: 0; width: {width}px; height: 900px" srcdoc="{html.escape(with_script)}">'
-        page.write_text(f"<title></title>{frame}")
-        options = [
-            "--headless",
-            "--no-sandbox",
-            "--disable-gpu",
-            "--window-size=1400,900",
-            "--virtual-time-budget=5000",
-        ]
-        command = [chromium, *options, *flags, "--dump-dom", page.as_uri()]
-        result = subprocess.run(command, capture_output=True, text=True, timeout=60)
-        found = json.loads(html.unescape(re.search("<title>(.*?)</title>", result.stdout)[1]))
-        assert (found.pop("errors"), found.pop("requests")) == ([], [])
-        return found
-
-    return run
+    return partial(in_browser, (made[0] / "lightning_logs/report/report.html").read_text())
 
 
 @pytest.mark.parametrize("width", [360, 1280])

@@ -1,0 +1,336 @@
+"use strict";
+// The network, run one image at a time: its graph as torch.export gives it, with the meaning that PyTorch gives to each
+// operation. A tensor is {shape, data}; an operation takes the shape of its result and its arguments, and gives the data.
+
+const size = (shape) => shape.reduce((product, n) => product * n, 1);
+const steps = (shape) => shape.map((_, i) => size(shape.slice(i + 1)));
+
+/** Where each value of a result of this shape lies, if one more in dimension i lies by[i] further. */
+function offsets(shape, by) {
+  let found = Int32Array.of(0);
+  shape.forEach((n, i) => {
+    const longer = new Int32Array(found.length * n);
+    for (let j = 0; j < longer.length; j++) longer[j] = found[Math.floor(j / n)] + (j % n) * by[i];
+    found = longer;
+  });
+  return found;
+}
+
+/** The value at i of a tensor that is broadcast to a shape, or a number that is the same everywhere. */
+function reader(value, shape) {
+  if (!value?.shape) return () => value;
+  const { data } = value;
+  if (data.length === size(shape)) return (i) => data[i];
+  const by = steps(value.shape), missing = shape.length - by.length;
+  const at = offsets(shape, shape.map((_, i) => (i < missing || value.shape[i - missing] === 1 ? 0 : by[i - missing])));
+  return (i) => data[at[i]];
+}
+
+const each = (compute) => (shape, ...values) => {
+  const [a, b, c, d] = [0, 1, 2, 3].map((i) => reader(values[i], shape));
+  return new Float32Array(size(shape)).map((_, i) => compute(a(i), b(i), c(i), d(i)));
+};
+const same = (_, x) => x.data;
+
+/** Abramowitz and Stegun 7.1.26, to 1.5e-7. */
+function erf(x) {
+  const t = 1 / (1 + 0.3275911 * Math.abs(x));
+  const p = ((((1.061405429 * t - 1.453152027) * t + 1.421413741) * t - 0.284496736) * t + 0.254829592) * t;
+  return Math.sign(x) * (1 - p * Math.exp(-x * x));
+}
+const tanh = (x) => Math.sqrt(2 / Math.PI) * (x + 0.044715 * x ** 3);
+const gelu = (x, kind) => (x / 2) * (1 + (kind === "tanh" ? Math.tanh(tanh(x)) : erf(x / Math.SQRT2)));
+
+/** Mean 0 and variance 1 in each run of `count` values. */
+function normalize(x, count, eps, scale) {
+  const out = new Float32Array(x.data.length);
+  for (let start = 0; start < out.length; start += count) {
+    let mean = 0, variance = 0;
+    for (let i = start; i < start + count; i++) mean += x.data[i] / count;
+    for (let i = start; i < start + count; i++) variance += (x.data[i] - mean) ** 2 / count;
+    for (let i = start; i < start + count; i++) out[i] = scale((x.data[i] - mean) / Math.sqrt(variance + eps), i);
+  }
+  return out;
+}
+
+const softmax = (finish) => (shape, x, dim) => {
+  const by = steps(shape), axis = dim < 0 ? dim + shape.length : dim, out = new Float32Array(x.data.length);
+  for (const start of offsets(shape.map((n, i) => (i === axis ? 1 : n)), by)) {
+    const at = Array.from({ length: shape[axis] }, (_, i) => start + i * by[axis]);
+    const highest = Math.max(...at.map((i) => x.data[i]));
+    const sum = at.reduce((total, i) => total + Math.exp(x.data[i] - highest), 0);
+    for (const i of at) out[i] = finish(x.data[i] - highest, sum);
+  }
+  return out;
+};
+
+const pool = (first, add, finish) => ([, channels, rows, columns], x, kernel, stride, padding, dilation) => {
+  const [, , height, width] = x.shape, [down, right] = stride.length ? stride : kernel;
+  const out = new Float32Array(channels * rows * columns);
+  for (let target = 0; target < out.length; target++) {
+    const column = target % columns, row = Math.floor(target / columns) % rows;
+    const channel = Math.floor(target / columns / rows);
+    let value = first, count = 0;
+    for (let i = 0; i < kernel[0]; i++) {
+      for (let j = 0; j < kernel[1]; j++) {
+        const r = row * down - padding[0] + i * dilation[0], c = column * right - padding[1] + j * dilation[1];
+        if (r < 0 || c < 0 || r >= height || c >= width) continue;
+        value = add(value, x.data[(channel * height + r) * width + c]);
+        count++;
+      }
+    }
+    out[target] = finish(value, count);
+  }
+  return out;
+};
+
+function convolution([, channels, rows, columns], x, w, b, stride, padding, dilation, transposed, outputPadding, groups) {
+  const [, , height, width] = x.shape, [, inputs, kernelRows, kernelColumns] = w.shape;
+  const out = new Float32Array(channels * rows * columns), source = x.data;
+  for (let channel = 0, weight = 0; channel < channels; channel++) {
+    const start = channel * rows * columns, first = Math.floor((channel * groups) / channels) * inputs;
+    if (b) out.fill(b.data[channel], start, start + rows * columns);
+    for (let input = first; input < first + inputs; input++) {
+      for (let i = 0; i < kernelRows; i++) {
+        for (let j = 0; j < kernelColumns; j++, weight++) {
+          const factor = w.data[weight], shift = j * dilation[1] - padding[1];
+          const from = Math.max(0, Math.ceil(-shift / stride[1]));
+          const to = Math.min(columns, Math.floor((width - 1 - shift) / stride[1]) + 1);
+          for (let row = 0; row < rows; row++) {
+            const r = row * stride[0] - padding[0] + i * dilation[0];
+            if (r < 0 || r >= height) continue;
+            const line = (input * height + r) * width + shift, target = start + row * columns;
+            for (let c = from; c < to; c++) out[target + c] += factor * source[line + c * stride[1]];
+          }
+        }
+      }
+    }
+  }
+  return out;
+}
+
+function addmm([rows, columns], bias, a, b) {
+  const inner = b.shape[0], add = reader(bias, [rows, columns]);
+  return new Float32Array(rows * columns).map((_, i) => {
+    const row = Math.floor(i / columns) * inner;
+    let sum = add(i);
+    for (let k = 0, at = i % columns; k < inner; k++, at += columns) sum += a.data[row + k] * b.data[at];
+    return sum;
+  });
+}
+
+function mean(shape, x, dims) {
+  const reduced = dims.map((dim) => (dim < 0 ? dim + x.shape.length : dim));
+  const kept = x.shape.map((n, i) => (reduced.includes(i) ? 1 : n)), by = steps(kept);
+  const at = offsets(x.shape, by.map((step, i) => (reduced.includes(i) ? 0 : step)));
+  const out = new Float32Array(size(shape)), count = x.data.length / out.length;
+  x.data.forEach((value, i) => { out[at[i]] += value / count; });
+  return out;
+}
+
+/* What is listed here is what a page can be made of: Python reads the names. */
+const OPERATIONS = {
+  "aten._log_softmax.default": softmax((x, sum) => x - Math.log(sum)),
+  "aten._native_batch_norm_legit_no_training.default": (shape, x, w, b, mean, variance, momentum, eps) => {
+    const count = size(shape.slice(2));
+    return x.data.map((value, i) => {
+      const c = Math.floor(i / count) % shape[1];
+      const unit = (value - mean.data[c]) / Math.sqrt(variance.data[c] + eps);
+      return unit * (w ? w.data[c] : 1) + (b ? b.data[c] : 0);
+    });
+  },
+  "aten._softmax.default": softmax((x, sum) => Math.exp(x) / sum),
+  "aten._to_copy.default": same,
+  "aten.abs.default": each(Math.abs),
+  "aten.add.Tensor": each((a, b, alpha) => a + b * alpha),
+  "aten.addmm.default": addmm,
+  "aten.as_strided.default": same, // Python lets only such through that change nothing
+  "aten.avg_pool2d.default": (shape, x, kernel, stride, padding) =>
+    pool(0, (a, b) => a + b, (sum, count) => sum / count)(shape, x, kernel, stride, padding, [1, 1]),
+  "aten.clamp.default": each((x, low, high) => Math.min(Math.max(x, low ?? -Infinity), high ?? Infinity)),
+  "aten.clone.default": same,
+  "aten.convolution.default": convolution,
+  "aten.div.Tensor": each((a, b) => a / b),
+  "aten.elu.default": each((x, alpha, scale, factor) => scale * (x > 0 ? x : alpha * Math.expm1(x * factor))),
+  "aten.exp.default": each(Math.exp),
+  "aten.expm1.default": each(Math.expm1),
+  "aten.full.default": (shape, _, value) => new Float32Array(size(shape)).fill(value),
+  "aten.gelu.default": each(gelu),
+  "aten.gt.Scalar": each((a, b) => a > b),
+  "aten.hardtanh.default": each((x, low, high) => Math.min(Math.max(x, low), high)),
+  "aten.le.Scalar": each((a, b) => a <= b),
+  "aten.leaky_relu.default": each((x, slope) => (x > 0 ? x : x * slope)),
+  "aten.log1p.default": each(Math.log1p),
+  "aten.max_pool2d_with_indices.default": pool(-Infinity, Math.max, (highest) => highest),
+  "aten.mean.dim": mean,
+  "aten.minimum.default": each((a, b) => Math.min(a, b)),
+  "aten.mul.Tensor": each((a, b) => a * b),
+  "aten.native_group_norm.default": (shape, x, w, b, n, channels, pixels, groups, eps) => {
+    const channel = (i) => Math.floor(i / pixels) % channels;
+    return normalize(x, (channels / groups) * pixels, eps, (unit, i) =>
+      unit * (w ? w.data[channel(i)] : 1) + (b ? b.data[channel(i)] : 0));
+  },
+  "aten.native_layer_norm.default": (shape, x, normalized, w, b, eps) => {
+    const count = size(normalized);
+    return normalize(x, count, eps, (unit, i) => unit * (w ? w.data[i % count] : 1) + (b ? b.data[i % count] : 0));
+  },
+  "aten.neg.default": each((x) => -x),
+  "aten.permute.default": (shape, x, dims) => {
+    const by = steps(x.shape);
+    return new Float32Array(offsets(shape, dims.map((dim) => by.at(dim)))).map((at) => x.data[at]);
+  },
+  "aten.relu.default": each((x) => Math.max(x, 0)),
+  "aten.scalar_tensor.default": (shape, value) => Float32Array.of(value),
+  "aten.sigmoid.default": each((x) => 1 / (1 + Math.exp(-x))),
+  "aten.sign.default": each(Math.sign),
+  "aten.sub.Tensor": each((a, b, alpha) => a - b * alpha),
+  "aten.tanh.default": each(Math.tanh),
+  "aten.view.default": same,
+  "aten.where.self": each((condition, a, b) => (condition ? a : b)),
+  "getitem": same, // the first of several results
+};
+
+/** Numbers from base64: float32, or 16-bit integers in units of `unit`. */
+function decode({ shape, base64, unit }) {
+  const bytes = Uint8Array.from(atob(base64), (character) => character.charCodeAt(0));
+  const data = unit ? Float32Array.from(new Int16Array(bytes.buffer), (n) => n * unit) : new Float32Array(bytes.buffer);
+  return { shape, data };
+}
+
+const network = JSON.parse(document.getElementById("network").textContent);
+const constants = Object.fromEntries(Object.entries(network.weights).map(([name, weight]) => [name, decode(weight)]));
+
+/** Compute what can be computed from the values that are there. */
+function run(values, nodes) {
+  const isKnown = (argument) => !argument?.node || argument.node in values;
+  for (const { name, operation, shape, inputs } of nodes) {
+    if (name in values || !inputs.every(isKnown)) continue;
+    const given = inputs.map((argument) => (argument?.node ? values[argument.node] : argument));
+    values[name] = { shape, data: OPERATIONS[operation](shape, ...given) };
+  }
+  return values;
+}
+run(constants, network.nodes); // what depends on no image, such as transposed weights
+
+/** An image, float32 in [0, 1], row by row, to the probabilities of the classes. */
+function classify(image) {
+  const values = run({ ...constants, [network.input]: { shape: [1, ...network.shape], data: image } }, network.nodes);
+  return values[network.output].data;
+}
+
+// --- from strokes to an image -----------------------------------------------------------------------------------
+
+/** Part of a picture at another size: each pixel is the mean of the area that it covers. */
+function resize({ width, grey }, left, top, wide, high, columns, rows) {
+  const overlap = (i, count, length, start) => {
+    const from = (i * length) / count, to = ((i + 1) * length) / count, found = [];
+    for (let at = Math.floor(from); at < Math.ceil(to); at++)
+      found.push([start + at, (Math.min(at + 1, to) - Math.max(at, from)) / (to - from)]);
+    return found;
+  };
+  const across = Array.from({ length: columns }, (_, i) => overlap(i, columns, wide, left));
+  const down = Array.from({ length: rows }, (_, i) => overlap(i, rows, high, top));
+  return new Float32Array(rows * columns).map((_, i) => {
+    let sum = 0;
+    for (const [y, share] of down[Math.floor(i / columns)])
+      for (const [x, part] of across[i % columns]) sum += share * part * grey[y * width + x];
+    return sum;
+  });
+}
+
+/** A picture {width, height, grey} in [0, 1], light on dark, as an image of the data set; null without ink. */
+function prepare(picture) {
+  const { width, height, grey } = picture, [, rows, columns] = network.shape;
+  let left = width, right = -1, top = height, bottom = -1;
+  grey.forEach((value, i) => {
+    if (!value) return;
+    const x = i % width, y = Math.floor(i / width);
+    [left, right, top, bottom] = [Math.min(left, x), Math.max(right, x), Math.min(top, y), Math.max(bottom, y)];
+  });
+  if (right < 0) return null;
+  if (!network.centred) return resize(picture, 0, 0, width, height, columns, rows);
+  // as MNIST was made: the longer side of the ink is 20 pixels, its centre of mass is the middle of 28×28
+  const wide = right - left + 1, high = bottom - top + 1, factor = 20 / Math.max(wide, high);
+  const inner = [wide, high].map((side) => Math.max(1, Math.round(side * factor)));
+  const small = resize(picture, left, top, wide, high, ...inner);
+  let mass = 0, x = 0, y = 0;
+  small.forEach((value, i) => {
+    mass += value;
+    x += value * ((i % inner[0]) + 0.5);
+    y += value * (Math.floor(i / inner[0]) + 0.5);
+  });
+  // in MNIST it lies from 14 to less than 15 pixels from either edge, in every image
+  const shift = (moment, length, side) => Math.min(Math.max(Math.ceil(side / 2 - moment / mass), 0), side - length);
+  const [dx, dy] = [shift(x, inner[0], columns), shift(y, inner[1], rows)], image = new Float32Array(rows * columns);
+  small.forEach((value, i) => { image[(Math.floor(i / inner[0]) + dy) * columns + (i % inner[0]) + dx] = value; });
+  return image;
+}
+
+// --- the page ---------------------------------------------------------------------------------------------------
+
+const pad = document.getElementById("pad"), seen = document.getElementById("seen");
+const said = document.getElementById("said"), bars = [...document.querySelectorAll("#bars li")];
+const pen = pad.getContext("2d", { willReadFrequently: true });
+let strokes = [], pointer = null, waiting = 0;
+
+function draw() {
+  Object.assign(pen, { fillStyle: "#000", strokeStyle: "#fff", lineWidth: 24, lineCap: "round", lineJoin: "round" });
+  pen.fillRect(0, 0, pad.width, pad.height);
+  for (const [first, ...points] of strokes) {
+    pen.beginPath();
+    pen.moveTo(...first);
+    for (const point of points.length ? points : [first]) pen.lineTo(...point);
+    pen.stroke();
+  }
+}
+
+/** Show the picture as the network sees it, and what it makes of it. */
+function update() {
+  waiting = 0;
+  draw();
+  const { data, width, height } = pen.getImageData(0, 0, pad.width, pad.height);
+  const grey = Float32Array.from({ length: width * height }, (_, i) => data[4 * i] / 255);
+  const image = prepare({ width, height, grey });
+  const shown = new ImageData(seen.width, seen.height);
+  shown.data.fill(255).forEach((_, i, all) => { if (i % 4 < 3) all[i] = image ? 255 * image[i >> 2] : 0; });
+  seen.getContext("2d").putImageData(shown, 0, 0);
+  const probabilities = image && classify(network.inverted ? image.map((value) => 1 - value) : image);
+  const best = image ? probabilities.indexOf(Math.max(...probabilities)) : -1;
+  bars.forEach((bar, i) => {
+    const percent = image ? 100 * probabilities[i] : 0;
+    bar.querySelector("i").style.width = `${percent}%`;
+    bar.querySelector("output").textContent = image ? `${percent.toFixed(1)} %` : "";
+    bar.classList.toggle("best", i === best);
+  });
+  if (pointer === null) // else a screen reader would not come to an end
+    said.textContent = image ? `${network.classes[best]}, ${(100 * probabilities[best]).toFixed(1)} %` : "Nothing drawn yet.";
+}
+const soon = () => { waiting ||= setTimeout(update, 15); };
+
+function add(event) {
+  const box = pad.getBoundingClientRect();
+  const place = ({ clientX, clientY }) =>
+    [((clientX - box.left) * pad.width) / box.width, ((clientY - box.top) * pad.height) / box.height];
+  const events = event.getCoalescedEvents?.() ?? [];
+  strokes.at(-1).push(...(events.length ? events : [event]).map(place));
+  soon();
+}
+pad.addEventListener("pointerdown", (event) => {
+  if (pointer !== null || event.button) return;
+  pointer = event.pointerId;
+  strokes.push([]);
+  add(event);
+});
+addEventListener("pointermove", (event) => { if (event.pointerId === pointer) add(event); });
+for (const name of ["pointerup", "pointercancel"])
+  addEventListener(name, (event) => { if (event.pointerId === pointer) { pointer = null; soon(); } });
+document.getElementById("undo").addEventListener("click", () => { strokes.pop(); soon(); });
+document.getElementById("clear").addEventListener("click", () => { strokes = []; soon(); });
+update();
+
+// never silently wrong: this browser computes what PyTorch did, or says that it does not
+const isWrong = network.samples.some(({ image, probabilities }) => {
+  const found = classify(decode(image).data);
+  return probabilities.some((value, i) => !(Math.abs(value - found[i]) < 1e-4));
+});
+document.getElementById("wrong").hidden = !isWrong;
