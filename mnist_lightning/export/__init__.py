@@ -14,7 +14,7 @@ from mnist_lightning.cli import RunCLI, quieten_lightning
 from mnist_lightning.export import formats
 from mnist_lightning.export.page import write_page
 from mnist_lightning.parsing import corrected
-from mnist_lightning.runs import newest_file, note, user_errors
+from mnist_lightning.runs import newest_result, note, user_errors
 from mnist_lightning.signals import leave_as_usual
 
 
@@ -32,10 +32,9 @@ class ExportCLI(RunCLI):
 
     def _find_checkpoint(self) -> Path | None:
         if self.config.name is None:
-            tuned = newest_file((self.logs / "tuned").glob("version_*/test.csv"))  # which a complete run has
-            if tuned is not None and self.config.ckpt_path in (None, "last", "best"):
-                return tuned.parent / f"checkpoints/{self.config.ckpt_path or 'last'}.ckpt"
-            self.config.name = "baseline"
+            self.config.name = "baseline"  # where it does not matter
+            if self.config.ckpt_path in (None, "last", "best"):
+                return newest_result(self.logs).with_name(f"{self.config.ckpt_path or 'last'}.ckpt")
         return super()._find_checkpoint()
 
 
