@@ -190,11 +190,12 @@ const OPERATIONS = {
   "getitem": same, // the first of several results
 };
 
-/** Numbers from base64: float32, or 16-bit integers in units of `unit`. */
-function decode({ shape, base64, unit }) {
+/** Numbers from base64: float32, or 16-bit integers, of which each row has its unit. */
+function decode({ shape, base64, units }) {
   const bytes = Uint8Array.from(atob(base64), (character) => character.charCodeAt(0));
-  const data = unit ? Float32Array.from(new Int16Array(bytes.buffer), (n) => n * unit) : new Float32Array(bytes.buffer);
-  return { shape, data };
+  if (!units) return { shape, data: new Float32Array(bytes.buffer) };
+  const row = size(shape) / units.length, integers = new Int16Array(bytes.buffer);
+  return { shape, data: Float32Array.from(integers, (n, i) => n * units[Math.floor(i / row)]) };
 }
 
 const network = JSON.parse(document.getElementById("network").textContent);
