@@ -1,5 +1,6 @@
 """ONNX and the format of ``torch.export``: written, read back and compared with the checkpoint."""
 
+import copy
 import io
 import json
 import logging
@@ -9,6 +10,7 @@ from contextlib import redirect_stderr
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import torch
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
@@ -64,7 +66,10 @@ def exported(network: nn.Module, data: ImageDataModule, batch: int | None = None
         MisconfigurationException: ``torch.export`` cannot follow the network.
     """
     assert data.test is not None
-    module = Deployed(network, data.test.statistics).eval()
+    module = copy.deepcopy(Deployed(network, data.test.statistics)).eval()
+    for name, layer in [*module.named_modules()]:
+        if isinstance(layer, nn.RReLU):  # outside of training it is this, for which every format has a name
+            module.set_submodule(name, nn.LeakyReLU((layer.lower + layer.upper) / 2))
     example = torch.zeros(batch or 2, *data.image_shape)  # of one image, torch would take the 1 for fixed
     symbolic_shapes = logging.getLogger("torch.fx.experimental.symbolic_shapes")
     symbolic_shapes.setLevel(logging.ERROR)  # what it warns of, and torch prints, comes as an error
@@ -126,14 +131,15 @@ def compare(expected: Tensor, found: Tensor, what: str, tolerance: float = TOLER
 
 def write_onnx(program: ExportedProgram, metadata: dict[str, str], path: Path) -> None:
     """Write ONNX, with the metadata in ``metadata_props``."""
-    onnx = torch.onnx.export(
-        program,
-        input_names=["images"],
-        output_names=["probabilities"],
-        dynamo=True,
-        dynamic_shapes=DYNAMIC,
-        verbose=False,
-    )
+    names: dict[str, Any] = {"input_names": ["images"], "output_names": ["probabilities"]}
+    try:
+        onnx = torch.onnx.export(program, dynamo=True, dynamic_shapes=DYNAMIC, verbose=False, **names)
+    except Exception as error:  # of torch's private classes; the first cause names the operation
+        cause: BaseException = error
+        while cause.__cause__ is not None:
+            cause = cause.__cause__
+        reason = str(cause).strip().partition("\n")[0]
+        raise MisconfigurationException(f"ONNX cannot have this network: {reason} Take .pt2.") from error
     assert onnx is not None
     onnx.model.metadata_props.update(metadata)
     onnx.save(path, external_data=False)  # one file
