@@ -142,7 +142,7 @@ class ImageDataModule(LightningDataModule):
         super().__init__()
         self.save_hyperparameters()
         if "_class_path" not in self.hparams:  # not made from a config, which has the augmentation in plain types
-            self.remove_ignored_hparams(["augmentation"])
+            self.hparams.pop("augmentation", None)
             self.hparams["_class_path"] = f"{type(self).__module__}.{type(self).__qualname__}"
         self.data_dir = Path(data_dir).expanduser() if data_dir is not None else None
         self.batch_size = batch_size
