@@ -64,9 +64,14 @@ class Parser(LightningArgumentParser):
 
     Attributes:
         is_shaped: Whether the :data:`SHAPE` arguments of classes are taken from the data, unless they are typed.
+        sizes: Their values, by what the data is made from, which may take long to load: a search parses many configs.
     """
 
     is_shaped = True
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.sizes: dict[str, dict[str, int]] = {}
 
     def parse_args(self, args: Any = None, *arguments: Any, **kwargs: Any) -> Namespace:  # type: ignore[override]
         args = sys.argv[1:] if args is None else args
@@ -87,7 +92,7 @@ class Parser(LightningArgumentParser):
             and isinstance(cfg.get("data"), Namespace)
             and isinstance(cfg.get("model.network"), Namespace)
         ):
-            _shape(cfg)
+            _shape(cfg, self.sizes)
         config: Namespace = super()._parse_common(cfg, *args, **kwargs)
         return config
 
@@ -136,27 +141,31 @@ class Parser(LightningArgumentParser):
         self.exit(2)
 
 
-def _shape(config: Namespace) -> None:
+def _shape(config: Namespace, sizes: dict[str, dict[str, int]]) -> None:
     """Give the network, and what augments, the size of the images and the number of classes."""
     given = vars(config.data.get("init_args", Namespace()))
     specs = [(f"data.augmentation.{index}", spec) for index, spec in enumerate(given.get("augmentation") or [])]
-    values: dict[str, int] = {}
+    arguments = {name: value for name, value in given.items() if name != "augmentation"}
+    made_from = repr((config.data.get("class_path"), arguments))
     for key, spec in [("model.network", config.model.network), *specs]:
         try:
             parameters = inspect.signature(_typehints.import_object(spec["class_path"])).parameters
             names = [name for name in SHAPE if name in parameters]
-            if names and not values:
+            if names and made_from not in sizes:
                 data_class = _typehints.import_object(config.data.class_path)
                 if not issubclass(data_class, ImageDataModule):
                     return
-                data = data_class(**{name: value for name, value in given.items() if name != "augmentation"})
+                data = data_class(**arguments)
                 channels, height, width = data.image_shape
-                values = dict(zip(SHAPE, (channels * height * width, channels, len(data.classes)), strict=True))
+                values = (channels * height * width, channels, len(data.classes))
+                sizes[made_from] = dict(zip(SHAPE, values, strict=True))
         except (TypeError, KeyError, ValueError, AttributeError, ImportError):  # said where the config is validated
             return
         for name in names:
             if not {f"{key}.{name}", f"{key}.init_args.{name}"} & typed:
-                spec["init_args"] = Namespace({**vars(spec.get("init_args", Namespace())), name: values[name]})
+                spec["init_args"] = Namespace(
+                    {**vars(spec.get("init_args", Namespace())), name: sizes[made_from][name]}
+                )
 
 
 def shorten(message: str) -> str:

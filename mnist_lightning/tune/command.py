@@ -382,7 +382,9 @@ def _settings(search: Search, digest: str) -> dict[str, Any]:
     for key in ("name", "origin", "num_threads", "tensorboard"):
         del settings[key]
     settings["trainer"] = {key: value for key, value in settings["trainer"].items() if key not in PLUMBING}
-    data = {key: value for key, value in settings["data"]["init_args"].items() if value not in (None, False)}
+    data = {
+        key: value for key, value in settings["data"]["init_args"].items() if value is not None and value is not False
+    }
     for key in ("data_dir", "eval_batch_size"):  # the digest tells the data, wherever it is
         data.pop(key, None)
     settings["data"] = {**data, "digest": digest}
