@@ -53,6 +53,7 @@ from mnist_lightning.runs import (
     user_errors,
     write_csv,
 )
+from mnist_lightning.saliency import integrated_gradients, smoothed
 from mnist_lightning.signals import leave_as_usual
 from mnist_lightning.slurm import SlurmJob
 
@@ -128,6 +129,11 @@ class RunCLI(LightningCLI):
                 help="Pictures to predict instead: files, folders, patterns.",
             )
             parser.add_argument("--sheet", action="store_true", help="Whether each has many digits, to be cut out.")
+            parser.add_argument(
+                "--explain",
+                action="store_true",
+                help="Whether it is drawn what speaks for class and runner-up.",
+            )
         if hasattr(Trainer, self.command):
             skip = {"model", "datamodule", "weights_only", "return_predictions"}
             skip |= {f"{prefix}dataloaders" for prefix in ("", "train_", "val_")}
@@ -142,8 +148,9 @@ class RunCLI(LightningCLI):
                 raise MisconfigurationException(
                     f"{group} must have keys of its own, and is not just {self.config[group]}."
                 )
-        if self.config.get("sheet") and not self.config.images:
-            raise MisconfigurationException("--sheet says what the pictures of --images are: name some.")
+        for option in ("sheet", "explain"):
+            if self.config.get(option) and not self.config.images:
+                raise MisconfigurationException(f"--{option} is for the pictures of --images: name some.")
         if self.config.get("images"):  # whether a name was typed, or is in a config
             parser.set_defaults(name="")
             self.is_named = bool(parser.parse_args(args).name)
@@ -420,7 +427,7 @@ def predict_pictures(run: RunCLI) -> None:
         images.append(found)
     if not images:
         raise MisconfigurationException("There is nothing to predict: none of --images can be used.")
-    if data.standardize:  # as in training
+    if data.standardize or run.config.explain:  # by the training images
         data.setup("fit")
     statistics = data.train.statistics if data.train else None
     stacked = torch.from_numpy(np.concatenate(images))
@@ -438,7 +445,16 @@ def predict_pictures(run: RunCLI) -> None:
     print(format_table([[title.replace("_", " ") for title in rows[0]], *cells]))
     shown = range(min(SHOWN, len(rows)))
     titles = [f"{Path(places[i][0]).name[-14:]}\n{rows[i]['class']}  {rows[i]['probability']:.1%}" for i in shown]
-    grid = figures.image_grid(figures.pictures(data.test.scaled(shown)), titles, columns=min(10, len(shown)))
+    drawn = figures.pictures(data.test.scaled(shown))
+    if run.config.explain:  # each picture beside the image
+        assert data.train is not None
+        pairs = best.indices[: len(shown)].T
+        attributions = integrated_gradients(run.model.network, data.test.scaled(shown), data.train, *pairs)
+        explained = figures.colored(drawn, smoothed(attributions))
+        drawn = np.stack([figures.colored(drawn), explained], axis=1).reshape(-1, *explained.shape[1:])
+        reasons = [f"orange: {rows[i]['class']}\nblue: {rows[i]['runner_up']}" for i in shown]
+        titles = [title for pair in zip(titles, reasons, strict=True) for title in pair]
+    grid = figures.image_grid(drawn, titles, columns=min(10, len(titles)))
     write_csv(output, rows)
     with atomic_write(sheet) as partial:
         Image.fromarray(figures.render(grid)).save(partial, "PNG")

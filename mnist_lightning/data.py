@@ -62,16 +62,20 @@ class Split(Dataset[Batch]):
         images = self.images.index_select(0, torch.as_tensor(indices).to(self.images.device, non_blocking=True))
         return images / 255 if images.dtype == torch.uint8 else images.float()
 
+    def standardized(self, images: Tensor) -> Tensor:
+        """Images in [0, 1] as a network gets them, if they are standardised."""
+        if self.statistics is None:
+            return images
+        mean, std = self.statistics
+        return (images - mean) / std
+
     def __getitems__(self, indices: Sequence[int]) -> Batch:
         """Batch of the images and labels at ``indices``; the DataLoader calls it once a batch."""
         index = torch.as_tensor(indices).to(self.labels.device, non_blocking=True)
         images, labels = self.scaled(index), self.labels.index_select(0, index)
         for augment in self.augmentation:
             images, labels = augment(images, labels)
-        if self.statistics is not None:
-            mean, std = self.statistics
-            images = (images - mean) / std
-        return images, labels
+        return self.standardized(images), labels
 
 
 class TensorBatchSampler(BatchSampler):

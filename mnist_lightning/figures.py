@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from matplotlib.patches import PathPatch
 from matplotlib.path import Path
@@ -16,6 +17,7 @@ from torch import Tensor
 
 DIGIT_WIDTH, DIGIT_HEIGHT = 0.636, 0.73  # of DejaVu Sans, matplotlib's own font, in units of its size
 RIGHT, WRONG = "#1a7f37", "#cf222e"
+FOR, AGAINST = "#d55e00", "#0072b2"  # of Okabe and Ito, which the colour-blind tell apart
 
 
 def pictures(images: Tensor) -> NDArray[Any]:
@@ -32,6 +34,24 @@ def pictures(images: Tensor) -> NDArray[Any]:
         images = (images - low) / (high - low)
     array = images.float().cpu().numpy()
     return array.transpose(0, 2, 3, 1) if images.shape[1] == 3 else array[:, 0]
+
+
+def colored(images: NDArray[Any], saliency: NDArray[Any] | None = None) -> NDArray[Any]:
+    """Images in colour, ink on white if they are grey, under what speaks for a class (red) or against it (blue).
+
+    Args:
+        images: As :func:`pictures` gives them.
+        saliency: From -1 to 1, of shape (n, height, width).
+
+    Returns:
+        In [0, 1], of shape (n, height, width, 3).
+    """
+    colors = images if images.ndim == 4 else np.repeat(1 - images[..., None], 3, axis=-1)
+    if saliency is None:
+        return colors
+    share = np.abs(saliency)[..., None]
+    hue = np.where(saliency[..., None] > 0, to_rgb(FOR), to_rgb(AGAINST))
+    return np.clip((0.55 + 0.45 * colors) * (1 - share) + hue * share, 0, 1)
 
 
 def image_grid(

@@ -85,12 +85,7 @@ def read(path: Path) -> tuple[Image.Image, str]:
             # the further pictures in a phone's MPO are previews or other views
             has_frames = image.format != "MPO" and getattr(image, "is_animated", False)
             image.load()
-            picture: Image.Image = image
-            if image.mode in ("1", "P", "PA") or image.mode.startswith("I;16"):  # which cannot be reduced
-                mode = "L" if image.mode == "1" else "I" if image.mode[0] == "I" else "RGBA"
-                picture = image.convert(mode)
-            picture = picture.reduce(max(1, max(image.size) // SIDE))
-            ImageOps.exif_transpose(picture, in_place=True)
+            picture = usable(image)
     except PictureError:
         raise
     except UnidentifiedImageError as error:
@@ -102,9 +97,18 @@ def read(path: Path) -> tuple[Image.Image, str]:
         raise PictureError(f"it has far more than {PIXELS / 1e6:.0f} megapixels: scale it down") from error
     except Exception as error:  # Pillow's readers raise anything
         raise PictureError(f"it cannot be read: {' '.join(str(error).split()) or type(error).__name__}") from error
-    if picture.mode not in ("L", "I", "F"):
-        picture = picture.convert("RGBA" if picture.has_transparency_data else "RGB")
     return picture, "it has several frames or pages: the first is taken" if has_frames else ""
+
+
+def usable(picture: Image.Image) -> Image.Image:
+    """A picture, upright, reduced to less than twice :data:`SIDE` pixels a side, in mode L, RGB, RGBA, I or F."""
+    if picture.mode in ("1", "P", "PA") or picture.mode.startswith("I;16"):  # which cannot be reduced
+        picture = picture.convert("L" if picture.mode == "1" else "I" if picture.mode[0] == "I" else "RGBA")
+    picture = picture.reduce(max(1, max(picture.size) // SIDE))
+    ImageOps.exif_transpose(picture, in_place=True)
+    if picture.mode in ("L", "I", "F"):
+        return picture
+    return picture.convert("RGBA" if picture.has_transparency_data else "RGB")
 
 
 def flatten(picture: Image.Image) -> Image.Image:

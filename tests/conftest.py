@@ -1,5 +1,6 @@
 """Small pieces of the real MNIST, and the command run as a user runs it."""
 
+import base64
 import html
 import io
 import json
@@ -23,6 +24,7 @@ import numpy as np
 import optuna
 import pytest
 import yaml
+from numpy.typing import NDArray
 from optuna.trial import TrialState
 
 from mnist_lightning.__main__ import main
@@ -167,6 +169,12 @@ AFTER = """<script>
     parent.document.title = JSON.stringify(found);
   });
 </script>"""
+
+
+def as_bytes(images: NDArray[Any]) -> str:
+    """A line of JavaScript that makes ``bytes`` of images, for a script in a page."""
+    text = base64.b64encode(images.tobytes()).decode()
+    return f"const bytes = Uint8Array.from(atob('{text}'), (c) => c.charCodeAt(0));\n"
 
 
 def in_browser(text: str, script: str, width: int = 1280, *flags: str) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -168,6 +169,28 @@ def test_predict_names_what_it_leaves_out(fitted, digits, monkeypatch, capfd, tm
     assert code == 1
     assert "none of --images can be used" in err
     assert not (tmp_path / "other.csv").exists()
+
+
+def test_predict_draws_why(fitted, digits, monkeypatch, capfd, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "lightning_logs").symlink_to(fitted[0].parents[1])
+    for number in range(2):
+        ImageOps.invert(enlarged(digits[number])).save(tmp_path / f"digit{number}.png")
+    assert in_process(capfd, "predict", "--images", "digit*.png", "--output=plain.csv")[0] == 0
+    code, _, err = in_process(capfd, "predict", "--images", "digit*.png", "--output=why.csv", "--explain")
+    assert code == 0, err
+    assert Path("plain.csv").read_text() == Path("why.csv").read_text()
+    plain, why = (np.asarray(Image.open(f"{name}.png"), int) for name in ("plain", "why"))
+    assert why.shape[1] == 2 * plain.shape[1]
+    reds = why[..., 0] - why[..., 2]  # less blues
+    image, explained, *_ = np.array_split(reds, 4, axis=1)
+    assert abs(image).max() == 0
+    assert abs(explained).max() > 100
+    assert reds.max() > 50
+    assert reds.min() < -50
+    code, _, err = in_process(capfd, "predict", "--explain")
+    assert code == 1
+    assert "--explain is for the pictures of --images" in err
 
 
 def test_the_newest_tuned_run_is_taken_unless_another_is_named(fitted, digits, monkeypatch, capfd, tmp_path):

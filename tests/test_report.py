@@ -17,7 +17,7 @@ import optuna
 import pandas as pd
 import pytest
 import torch
-from conftest import in_browser, in_process, tune_options
+from conftest import as_bytes, in_browser, in_process, tune_options
 from PIL import Image
 from scipy import stats
 from sklearn.metrics import accuracy_score, confusion_matrix, log_loss, precision_recall_fscore_support
@@ -306,6 +306,60 @@ def test_a_click_on_a_confusion_matrix_shows_its_mistakes(browse, made, reported
     assert len(found["all"]) == min(60, int((base.label != base.predicted).sum()))
 
 
+def test_a_click_on_a_mistake_shows_why(browse):
+    found = browse(
+        """
+        const why = all_(".why");
+        why[0].click();
+        const canvas = why[0].querySelector("canvas"), pixels = canvas.getContext("2d").getImageData(0, 0, 14, 14).data;
+        found.size = [canvas.width, canvas.height];
+        found.strongest = Math.max(...pixels.filter((_, i) => i % 4 === 3));
+        found.pressed = all_(".why[aria-pressed=true]").length;
+        why[0].click();
+        found.left = all_(".why canvas").length;
+        found.others = why.slice(1).filter((button) => button.disabled).length;
+        """
+    )
+    assert found == {"size": [14, 14], "strongest": 254, "pressed": 1, "left": 0, "others": 0}
+
+
+def test_one_draws_on_the_page_and_all_models_answer(browse, made, mnist):
+    found = browse(
+        as_bytes(mnist.test.images[:200].numpy())
+        + """
+        const images = Float32Array.from(bytes, (value) => value / 255);
+        found.probabilities = [];
+        for (const { classify } of networks) {
+            const own = [];
+            for (let i = 0; i < images.length; i += 784) own.push([...(await classify(images.slice(i, i + 784)))]);
+            found.probabilities.push(own);
+        }
+        const box = pad.getBoundingClientRect();
+        const touch = (target, name, x, y) => target.dispatchEvent(new PointerEvent(`pointer${name}`, { bubbles: true,
+            pointerId: 5, clientX: box.left + x * box.width, clientY: box.top + y * box.height }));
+        touch(pad, "down", 0.55, 0.15);
+        touch(window, "move", 0.45, 0.85);
+        touch(window, "up", 0.45, 0.85);
+        await wait();
+        found.said = [...said.children].map((line) => line.textContent.trim());
+        found.sums = [0, 1].map((index) => all_("#bars li")
+            .reduce((sum, bar) => sum + parseFloat(bar.querySelectorAll("i")[index].style.width), 0));
+        found.wrong = !document.getElementById("wrong").hidden;
+        """
+    )
+    for name, probabilities in zip(("baseline", "tuned"), found["probabilities"], strict=True):
+        checkpoint = made[0] / f"lightning_logs/{name}/version_{1 if name == 'baseline' else 0}/checkpoints/last.ckpt"
+        classifier = Classifier.load_from_checkpoint(checkpoint, weights_only=True).eval()
+        with torch.no_grad():
+            expected = classifier(mnist.test.scaled(range(200))).softmax(dim=1)
+        assert (torch.tensor(probabilities) - expected).abs().max() < 1e-4
+        assert (torch.tensor(probabilities).argmax(dim=1) == expected.argmax(dim=1)).all()
+    assert [line.split(":")[0] for line in found["said"]] == ["baseline", "tuned"]
+    assert all(re.search(r": \d, \d+\.\d %$", line) for line in found["said"])
+    assert found["sums"] == pytest.approx([100, 100], abs=0.01)
+    assert not found["wrong"]
+
+
 @pytest.mark.parametrize(("flags", "is_dark"), [([], False), (["--blink-settings=preferredColorScheme=0"], True)])
 def test_charts_follow_dark_mode(browse, flags, is_dark):
     found = browse(
@@ -462,9 +516,9 @@ def other_network():
 def other_data():
     path = Path("lightning_logs/tuned/version_0/checkpoints/last.ckpt")
     checkpoint = torch.load(path, weights_only=True)
-    checkpoint["datamodule_hyper_parameters"]["val_split"] = 0.1
+    checkpoint["datamodule_hyper_parameters"]["data_dir"] = None  # all of MNIST
     torch.save(checkpoint, path)
-    return [], "have other val images"
+    return [], "have other test images"
 
 
 def no_study():
@@ -498,6 +552,19 @@ def test_the_command_itself_says_it_too(command, tmp_path):
     assert result.returncode == 1
     assert result.stderr.startswith("error: No run in lightning_logs/baseline yet")
     assert "Traceback" not in result.stderr
+
+
+def test_other_validation_images_leave_the_test_comparable(run):
+    path = Path("lightning_logs/tuned/version_0/checkpoints/last.ckpt")
+    checkpoint = torch.load(path, weights_only=True)
+    checkpoint["datamodule_hyper_parameters"]["val_split"] = 0.1
+    torch.save(checkpoint, path)
+    code, output = run()
+    assert code == 0, output
+    lines = {line.rpartition("  ")[0].split("  ")[0]: line.split()[-1] for line in output.splitlines() if "/" in line}
+    assert lines["val/accuracy (last epoch)"] == lines["val/loss (best epoch)"] == "-"
+    assert re.fullmatch(r"[+-]\d\.\d+", lines["test/loss (last epoch)"])
+    assert "tuned had other validation images than baseline" in Path("lightning_logs/report/report.html").read_text()
 
 
 def test_three_models_are_compared_to_the_first(run):

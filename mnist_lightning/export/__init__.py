@@ -66,7 +66,7 @@ def export(run: RunCLI) -> None:
         html, weights = write_page(classifier.network, data, expected)
         with _new_file(page) as partial:
             partial.write_text(html, encoding="utf-8")
-        note(f"{page}: {page.stat().st_size / 2**10:,.0f} KiB, {weights}. Open it in a browser.")
+        note(f"{page}: {page.stat().st_size / 2**10:,.0f} KiB, {weights} Open it in a browser.")
 
 
 @contextmanager

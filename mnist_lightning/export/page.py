@@ -1,14 +1,16 @@
-"""A page to draw on: the network's graph as JSON with its weights, and the script that runs it."""
+"""A pad to draw on: the networks' graphs as JSON with their weights, and the script that runs them."""
 
 import base64
 import copy
+import json
 import operator
 import re
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jinja2
-import torch
+from jinja2.utils import htmlsafe_json_dumps
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from markupsafe import Markup
 from torch import Tensor, fx, nn
@@ -20,22 +22,116 @@ from mnist_lightning.export import formats
 
 LIMIT = 2 * 2**20
 """Bytes of a page that anyone can mail."""
+ROOM = LIMIT - 60 * 2**10
+"""Bytes of it for the networks; the script takes 20,000."""
 TOLERANCE = 9e-5
 """How far rounded weights may move a probability; with the browser's own rounding it is below 1e-4."""
 PAD = 280
 """Width of the picture that is drawn."""
 
 
-def write_page(network: nn.Module, data: ImageDataModule, expected: Tensor) -> tuple[str, str]:
-    """Make the page.
+class Contestant(NamedTuple):
+    """A network that says what is drawn.
+
+    Attributes:
+        name: Of the model.
+        color: Of its bars, in CSS.
+        network: In evaluation mode.
+        data: Has been set up to test.
+    """
+
+    name: str
+    color: str
+    network: nn.Module
+    data: ImageDataModule
+
+
+def panel(contestants: Sequence[Contestant], classes: Sequence[str]) -> tuple[Markup, dict[str, str]]:
+    """A pad to draw on, with a bar for each class and network: a fragment of a page, with its script and style.
 
     Weights are float32. Where those are too many for the page, they are 16-bit integers times a number for each row,
     finer than float16 for all but the smallest, if the labels of the test images stay what they are.
 
     Args:
+        contestants: Networks for the same images.
+        classes: Names of their outputs.
+
+    Returns:
+        The fragment, empty if no network can be on it; and what is to be said of each network, by its name: nothing,
+        how its weights are rounded, or why it is not on the page.
+    """
+    parts = {suffix: Path(__file__).with_name(f"draw.{suffix}").read_text("utf-8") for suffix in ("js", "css", "html")}
+    supported, on_page, said = set(OPERATION.findall(parts["js"])), {}, {}
+    for integers in (False, True):
+        for model in contestants:
+            try:
+                on_page[model.name], said[model.name] = _network(model, supported, integers)
+            except MisconfigurationException as error:
+                on_page.pop(model.name, None)
+                said[model.name] = str(error)
+        if sum(map(len, on_page.values())) < ROOM:
+            break
+    while sum(map(len, on_page.values())) >= ROOM:
+        largest = max(on_page, key=lambda name: len(on_page[name]))
+        taken = len(on_page.pop(largest)) / 2**20
+        said[largest] = f"its weights take {taken:.1f} MiB, and a page has {ROOM / 2**20:.1f}."
+    if not on_page:
+        return Markup(), said
+    data = contestants[0].data
+    assert data.test is not None
+    _, height, width = data.image_shape
+    content = {
+        "shape": data.image_shape,
+        "classes": classes,
+        "placing": data.placing and data.placing._asdict(),
+        "inverted": data.test.scaled(range(min(1000, len(data.test)))).mean().item() > 0.5,
+    }
+    fragment = jinja2.Template(parts["html"], autoescape=True, undefined=jinja2.StrictUndefined).render(
+        models=[model for model in contestants if model.name in on_page],
+        classes=classes,
+        shape=content["shape"],
+        width=PAD,
+        height=round(PAD * height / width),
+        content=Markup(f'{json.dumps(content)[:-1]}, "networks": [{", ".join(on_page.values())}]}}'),  # noqa: S704
+        style=Markup(parts["css"]),  # noqa: S704
+        script=Markup(parts["js"]),  # noqa: S704
+    )
+    return Markup(fragment), said  # noqa: S704
+
+
+def _network(model: Contestant, supported: set[str], integers: bool) -> tuple[str, str]:
+    """A network as JSON, with three images that the page computes to check itself, and how it has the weights."""
+    network, data, said = model.network, model.data, ""
+    assert data.test is not None
+    channels = data.image_shape[0]
+    if channels != 1:
+        raise MisconfigurationException(f"one draws in grey, but the images of {data.source} have {channels} channels.")
+    if integers:
+        network = rounded(network)
+        expected, found = (
+            formats.predict(formats.Deployed(one, data.test.statistics), data) for one in (model.network, network)
+        )
+        difference = formats.compare(expected, found, "a page with weights in 16 bits", TOLERANCE)
+        said = f"weights in 16 bits, by which the probabilities of the test images change by at most {difference:.1e}."
+    samples = data.test.scaled(range(min(3, len(data.test))))
+    probabilities = formats.Deployed(network, data.test.statistics)(samples)
+    content = graph(formats.exported(network, data, batch=1), supported, integers) | {
+        "name": model.name,
+        "samples": [
+            {"image": encode(image), "probabilities": values.tolist()}
+            for image, values in zip(samples, probabilities, strict=True)
+        ],
+    }
+    return str(htmlsafe_json_dumps(content)), said
+
+
+def write_page(network: nn.Module, data: ImageDataModule, probabilities: Tensor) -> tuple[str, str]:
+    """Make a page of its own.
+
+    Args:
         network: In evaluation mode.
         data: Has been set up to test.
-        expected: Probabilities of the test images, of shape (n, classes).
+        probabilities: Of the test images, of shape (n, classes).
 
     Returns:
         The page, and how it has the weights.
@@ -44,58 +140,25 @@ def write_page(network: nn.Module, data: ImageDataModule, expected: Tensor) -> t
         MisconfigurationException: The images are in colour, the script lacks an operation of the network, or it has too
             many weights.
     """
+    name, count = type(network).__name__, sum(value.numel() for value in network.parameters())
+    classes = data.names(probabilities.shape[1])
+    fragment, said = panel([Contestant(name, "var(--accent)", network, data)], classes)
+    if not fragment:
+        raise MisconfigurationException(
+            f"No page is written for this {name} of {count:,} weights: {said[name]} Take the MLP or CNN of the "
+            "package, or export the network with --output network.onnx."
+        )
     assert data.test is not None
-    channels, height, width = data.image_shape
-    if channels != 1:
-        raise MisconfigurationException(
-            f"One draws in grey, but the images of {data.source} have {channels} channels: no page is written."
-        )
-    accuracy = (expected.argmax(dim=1) == data.test.labels).float().mean().item()
-    classes = data.names(expected.shape[1])
-    samples = data.test.scaled(torch.arange(min(3, len(expected))))  # the page computes them to check itself
-    script, style, html = [Path(__file__).with_suffix(f".{name}").read_text("utf-8") for name in ("js", "css", "html")]
-    content: dict[str, Any] = {
-        "shape": data.image_shape,
-        "classes": classes,
-        "centred": (height, width) == (28, 28),
-        "inverted": data.test.scaled(torch.arange(min(1000, len(expected)))).mean().item() > 0.5,
-        "samples": [
-            {"image": encode(image), "probabilities": probabilities.tolist()}
-            for image, probabilities in zip(samples, expected, strict=False)
-        ],
-    }
-    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
-    template = environment.from_string(html)
-    count = sum(value.numel() for value in network.parameters())
-    for integers in (False, True):
-        if integers:
-            network = rounded(network)
-        content |= graph(formats.exported(network, data, batch=1), set(OPERATION.findall(script)), integers)
-        page = template.render(
-            network=content,
-            classes=classes,
-            shape=data.image_shape,
-            width=PAD,
-            height=round(PAD * height / width),
-            title="Draw a digit" if classes == [str(digit) for digit in range(10)] else "Draw",
-            text=f"The network of {count:,} weights runs in this page; it gets {100 * accuracy:.2f} % of the "
-            f"{len(expected):,} test images of {type(data).__name__.removesuffix('DataModule')} right.",
-            style=Markup(style),  # noqa: S704
-            script=Markup(script),  # noqa: S704
-        )
-        size = len(page.encode())
-        if size < LIMIT:
-            break
-    else:
-        raise MisconfigurationException(
-            f"A page of {count:,} weights is {size / 2**20:.1f} MiB, and must be below {LIMIT / 2**20:.0f}: no page is "
-            "written. Take a smaller network, or export it with --output network.onnx."
-        )
-    if not integers:
-        return page, "weights in float32"
-    found = formats.predict(formats.Deployed(network, data.test.statistics), data)
-    difference = formats.compare(expected, found, "a page with weights in 16 bits", TOLERANCE)
-    return page, f"weights in 16 bits, by which the probabilities of the test images change by at most {difference:.1e}"
+    accuracy = (probabilities.argmax(dim=1) == data.test.labels).float().mean().item()
+    template = jinja2.Template(
+        Path(__file__).with_name("page.html").read_text("utf-8"), autoescape=True, undefined=jinja2.StrictUndefined
+    )
+    text = (
+        f"The network of {count:,} weights runs in this page; it gets {100 * accuracy:.2f} % of the "
+        f"{len(data.test):,} test images of {type(data).__name__.removesuffix('DataModule')} right."
+    )
+    title = "Draw a digit" if classes == [str(digit) for digit in range(10)] else "Draw"
+    return template.render(title=title, text=text, panel=fragment), said[name] or "weights in float32."
 
 
 OPERATION = re.compile(r'^  "([\w.]+)":', re.MULTILINE)
@@ -158,10 +221,7 @@ def graph(program: ExportedProgram, supported: set[str], integers: bool) -> dict
             continue
         name = "getitem" if node.target is operator.getitem else str(node.target)
         if name not in supported or not _is_as_in_script(node):
-            raise MisconfigurationException(
-                f"The page's script has no operation {name} as this network uses it: no page is written. Take the MLP "
-                "or CNN of the package, or export the network with --output network.onnx."
-            )
+            raise MisconfigurationException(f"the page's script has no operation {name} as it is used there.")
         shape = [*_value(node).shape]
         nodes.append({"name": node.name, "operation": name, "shape": shape, "inputs": [*map(_plain, _inputs(node))]})
     (output,) = program.graph_signature.user_outputs

@@ -1,8 +1,6 @@
 """Trained runs, read from their folders and evaluated."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +9,6 @@ import pandas as pd
 import torch
 import yaml
 from lightning.fabric import Fabric
-from lightning.pytorch.cli import instantiate_module
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from numpy.typing import NDArray
 from sklearn.metrics import confusion_matrix, precision_recall_fscore_support
@@ -19,8 +16,8 @@ from torch.nn import functional as F
 
 from mnist_lightning.checkpoints import checkpoint_errors, read_history
 from mnist_lightning.classifier import Classifier
-from mnist_lightning.cli import DEFAULTS
 from mnist_lightning.data import ImageDataModule, Split
+from mnist_lightning.predictor import load_trained
 from mnist_lightning.report.comparison import calibration_error
 
 WEIGHTS = ("last", "best")
@@ -88,6 +85,8 @@ class Run:
         seconds: Training time.
         parameters: Number of trainable parameters.
         evaluations: By weights and split (``val``, ``test``).
+        classifiers: By weights.
+        data: Its data module, set up.
     """
 
     path: Path
@@ -96,6 +95,8 @@ class Run:
     seconds: float
     parameters: int
     evaluations: dict[tuple[str, str], Evaluation]
+    classifiers: dict[str, Classifier]
+    data: ImageDataModule
 
     @property
     def best_epoch(self) -> int:
@@ -159,22 +160,14 @@ def load_run(path: Path) -> Run:
             if path.is_dir()
             else f"There is no run or checkpoint at {path}."
         )
-    checkpoints, classifiers = {}, {}
-    for weights, file in files.items():
-        if file.is_file():
-            with checkpoint_errors(file):
-                checkpoints[weights] = torch.load(file, map_location="cpu", weights_only=True)
-                arguments = _arguments(checkpoints[weights]["hyper_parameters"])
-                classifiers[weights] = instantiate_module(Classifier, arguments).eval()
-                classifiers[weights].load_state_dict(checkpoints[weights]["state_dict"])
+    loaded = {weights: load_trained(file) for weights, file in files.items() if file.is_file()}
+    classifiers = {weights: classifier for weights, (_, classifier, _) in loaded.items()}
+    checkpoint, _, data = loaded["last"]
     with checkpoint_errors(files["last"]):
-        state = checkpoints["last"]["callbacks"]["RunCheckpoint"]
+        state = checkpoint["callbacks"]["RunCheckpoint"]
         history, seconds = read_history(state), float(state["seconds"])
-        data = _data(checkpoints["last"])
         data.setup("fit")
         data.setup("test")
-        if saved := checkpoints["last"].get(type(data).__qualname__):
-            data.load_state_dict(saved)
     config_file = files["last"].absolute().parent.parent / "config.yaml"
     try:
         config = dict(yaml.safe_load(config_file.read_text())) if config_file.is_file() else {}
@@ -190,20 +183,7 @@ def load_run(path: Path) -> Run:
         for name, split in (("val", data.val), ("test", data.test))
     }
     parameters = sum(parameter.numel() for parameter in classifiers["last"].parameters() if parameter.requires_grad)
-    return Run(path, config, history, seconds, parameters, evaluations)
-
-
-def _data(checkpoint: dict[str, Any]) -> ImageDataModule:
-    """The data module of a checkpoint; those of earlier versions name no class."""
-    arguments = checkpoint["datamodule_hyper_parameters"]
-    class_path = arguments.get("_class_path", DEFAULTS["data"]["class_path"])
-    arguments = {"_class_path": class_path, **_arguments(arguments), "augmentation": None}  # which is for training
-    return instantiate_module(ImageDataModule, arguments)
-
-
-def _arguments(hyper_parameters: dict[str, Any]) -> dict[str, Any]:
-    # Lightning's own keys could name another class, and import its module
-    return {key: value for key, value in hyper_parameters.items() if not key.startswith("_")}
+    return Run(path, config, history, seconds, parameters, evaluations, classifiers, data)
 
 
 @torch.inference_mode()
@@ -217,17 +197,7 @@ def evaluate(classifier: Classifier, data: ImageDataModule, split: Split, fabric
     return Evaluation(split, logits.softmax(dim=1).numpy(), data.names(logits.shape[1]), means)
 
 
-def check_same_data(runs: Sequence[Run]) -> None:
-    """Make sure that all runs have the same validation and test images.
-
-    Raises:
-        MisconfigurationException: They have not, so their results do not compare.
-    """
-    for first, other in pairwise(runs):
-        for name in ("val", "test"):
-            one, two = (run.evaluations["last", name].split for run in (first, other))
-            if not (torch.equal(one.labels, two.labels) and torch.equal(one.images, two.images)):
-                raise MisconfigurationException(
-                    f"{first.path} and {other.path} have other {name} images than each other: their results do not "
-                    "compare. Train both with the same data, data_dir and val_split."
-                )
+def have_same(name: str, first: Run, other: Run) -> bool:
+    """Whether two runs have the same images in a split, ``val`` or ``test``."""
+    one, two = (run.evaluations["last", name].split for run in (first, other))
+    return torch.equal(one.labels, two.labels) and torch.equal(one.images, two.images)

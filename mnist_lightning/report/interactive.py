@@ -1,20 +1,26 @@
 """What the page's script draws: the curves, and every mistake."""
 
+import base64
 import io
 import statistics
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+import torch
 from PIL import Image
+from torch.nn import functional as F
 
 from mnist_lightning.figures import mosaic, pictures
 from mnist_lightning.report.evaluation import Model
 from mnist_lightning.report.plots import data_url
+from mnist_lightning.saliency import integrated_gradients, smoothed
 
 LIMIT = 1000
 """Mistakes of a model on the page, the most confident: a poor one has thousands, and a phone little memory."""
 COLUMNS = 32
+EXPLAINED, SIDE = 1500, 14
+"""Mistakes of all models that are explained, and the side of such a picture: below half a megabyte of the page."""
 
 
 def metrics(models: Sequence[Model]) -> list[str]:
@@ -67,8 +73,8 @@ def mistakes(models: Sequence[Model]) -> tuple[dict[str, Any], list[dict[str, An
     """The images that any model gets wrong, and what each model says of them.
 
     Returns:
-        The images' place in the sprite, true classes and indices; for each model its number of mistakes, and its
-        predicted classes and confidences of those images in hundredths of a percent; the sprite, a PNG as a URL.
+        The images' place in the sprite, true classes and indices; for each model its number of mistakes, its predicted
+        classes and confidences of those images in hundredths of a percent, and why; the sprite, a PNG as a URL.
     """
     test = models[0].test
     indices = np.unique(np.concatenate([model.test.confident_mistakes[:LIMIT] for model in models]))
@@ -83,6 +89,7 @@ def mistakes(models: Sequence[Model]) -> tuple[dict[str, Any], list[dict[str, An
             "mistakes": len(model.test.mistakes),
             "predicted": model.test.predicted[indices].tolist(),
             "confidence": (10_000 * model.test.probabilities[indices].max(axis=1)).round().astype(int).tolist(),
+            "explained": explanations(model, EXPLAINED // len(models)),
         }
         for model in models
     ]
@@ -91,3 +98,23 @@ def mistakes(models: Sequence[Model]) -> tuple[dict[str, Any], list[dict[str, An
         answers,
         data_url(file.getvalue()),
     )
+
+
+def explanations(model: Model, count: int) -> dict[str, Any]:
+    """What speaks for the class that a model predicts, and against the true one, in its most confident mistakes.
+
+    Returns:
+        ``indices`` of the images, ``height`` and ``width`` of an explanation, and ``base64`` of all their pixels, one
+        after the other: bytes from -127 (for the true class) to 127 (for the predicted one).
+    """
+    test, run, indices = model.test, model.runs[0], model.test.confident_mistakes[:count]
+    predicted, labels = (torch.from_numpy(values[indices]) for values in (test.predicted, test.labels))
+    attributions = torch.zeros(0, 1, 1)
+    if len(indices):
+        network, images = run.classifiers[model.weights].network, test.split.scaled(indices)
+        attributions = integrated_gradients(network, images, test.split, predicted, labels, steps=16)
+        attributions = F.avg_pool2d(attributions, max(1, max(images.shape[2:]) // SIDE), ceil_mode=True)
+    values = (127 * smoothed(attributions)).round().astype(np.int8)
+    _, height, width = values.shape
+    encoded = base64.b64encode(values.tobytes()).decode()
+    return {"indices": indices.tolist(), "height": height, "width": width, "base64": encoded}

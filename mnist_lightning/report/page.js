@@ -101,7 +101,20 @@ if (data.gallery) {
   const percent = (model, i) => `${(model.confidence[i] / 100).toFixed(1)} %`;
   const orders = data.models.map(({ predicted, confidence }) =>
     labels.map((_, i) => i).filter((i) => predicted[i] !== labels[i]).sort((a, b) => confidence[b] - confidence[a]).slice(0, limit));
+  const explanations = data.models.map(({ explained }) => ({ ...explained, bytes: Uint8Array.from(atob(explained.base64), (c) => c.charCodeAt(0)) }));
   let found = [], shown = 0;
+  /** What speaks for the predicted class in orange, for the true one in blue. */
+  const explain = (at, { height, width, bytes }) => {
+    const picture = document.createElement("canvas"), size = height * width;
+    Object.assign(picture, { width, height });
+    const pixels = new ImageData(width, height);
+    new Int8Array(bytes.buffer, at * size, size).forEach((value, pixel) => {
+      const [red, green, blue] = value > 0 ? [213, 94, 0] : [0, 114, 178];
+      pixels.data.set([red, green, blue, 2 * Math.abs(value)], 4 * pixel);
+    });
+    picture.getContext("2d").putImageData(pixels, 0, 0);
+    return picture;
+  };
   const tile = (i) => {
     const model = data.models[form.elements.model.value], figure = document.createElement("figure"), image = document.createElement("div");
     const said = `${classes[labels[i]]} → ${classes[model.predicted[i]]}`;
@@ -119,8 +132,20 @@ if (data.gallery) {
       const line = caption.appendChild(document.createElement("div"));
       line.append(caption.childElementCount === 1 ? Object.assign(document.createElement("b"), { textContent: what }) : what, ` ${sure}`);
     }
+    const button = document.createElement("button"), explanation = explanations[form.elements.model.value];
+    button.className = "why";
+    button.setAttribute("aria-pressed", "false");
+    button.append(image);
+    const at = explanation.indices.indexOf(indices[i]);
+    button.disabled = at < 0;
+    button.addEventListener("click", () => {
+      const drawn = button.querySelector("canvas");
+      if (drawn) drawn.remove();
+      else button.append(explain(at, explanation));
+      button.setAttribute("aria-pressed", String(!drawn));
+    });
     figure.dataset.tile = i;
-    figure.append(image, caption);
+    figure.append(button, caption);
     return figure;
   };
   const more = () => {

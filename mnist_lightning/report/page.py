@@ -21,9 +21,10 @@ from optuna.trial import TrialState
 from tensorboard.compat.proto.summary_pb2 import Summary
 from torch.utils.tensorboard import SummaryWriter
 
+from mnist_lightning.export.page import Contestant, panel
 from mnist_lightning.report import interactive, plots
 from mnist_lightning.report.comparison import Comparison, accuracy_interval, compare_to_first, verdict
-from mnist_lightning.report.evaluation import COLORS, Model, check_same_data, load_run
+from mnist_lightning.report.evaluation import COLORS, Model, have_same, load_run
 from mnist_lightning.runs import newest_complete_run
 from mnist_lightning.tune.space import bounds, short_key, short_value
 from mnist_lightning.tune.storage import hide_password
@@ -46,6 +47,7 @@ class Section:
         summary: If given, the table is folded below it.
         pictures: On the page, or in their files only if a widget shows the same.
         widget: A macro of the page: what its script makes interactive.
+        fragment: HTML, below all else.
     """
 
     title: str
@@ -56,6 +58,7 @@ class Section:
     summary: str = ""
     pictures: Sequence[plots.Picture] = ()
     widget: str = ""
+    fragment: str = ""
 
 
 class Report:
@@ -191,8 +194,11 @@ def load_models(arguments: Sequence[str], weights: str, logs: Path) -> list[Mode
             slug += f"_{len(models)}"
         models.append(Model(name, slug, COLORS[len(models) % len(COLORS)], [*map(load_run, paths_of)], weights))
     runs = [run for model in models for run in model.runs]
-    check_same_data(runs)
     for run in runs:
+        if not have_same("test", runs[0], run):
+            raise MisconfigurationException(
+                f"{runs[0].path} and {run.path} have other test images than each other: their results do not compare."
+            )
         if (weights, "test") not in run.evaluations:
             raise MisconfigurationException(f"{run.path} has no weights of its best epoch; take --weights last.")
     return models
@@ -264,6 +270,8 @@ def quantities(models: Sequence[Model], comparisons: dict[str, Comparison]) -> p
     }
     for model, own in zip(models[1:], values[1:], strict=True):
         column = {name: _format_difference(name, values[0][name], numbers) for name, numbers in own.items()}
+        if not have_same("val", models[0].runs[0], model.runs[0]):
+            column |= {name: "-" for name in own if name.startswith("val/")}
         found, counts = comparisons[model.name], (len(models[0].runs), len(model.runs))
         if found.seeds or counts == (1, 1):  # else there is no interval of this difference
             low, high = (found.seeds or found).interval
@@ -328,6 +336,11 @@ def model_sections(report: Report) -> list[Section]:
             f" p-values are corrected for {len(models) - 1} comparisons (Holm); the intervals hold together with 95 %"
             " (Bonferroni)."
         )
+    if others := [model.name for model in models if not have_same("val", models[0].runs[0], model.runs[0])]:
+        loss += (
+            f" {' and '.join(others)} had other validation images than {models[0].name}: their validation metrics do "
+            "not compare, those of the test do."
+        )
     calibration = (
         "Of the images that a well-calibrated model is 90 % sure of, it gets 90 % right. The calibration error is the "
         "mean distance from that."
@@ -346,10 +359,18 @@ def model_sections(report: Report) -> list[Section]:
     differing = [plots.right_in_one(one, other) for one, other in pairs]
     click = "Rows are true, columns predicted classes. A click on a number shows its images below."
     trust_and_cost = [plots.reliability_diagram(models), plots.costs(models)]
+    contestants = [
+        Contestant(model.name, model.color, model.runs[0].classifiers[model.weights].network, model.runs[0].data)
+        for model in models
+    ]
+    pad, said = panel(contestants, models[0].test.classes)
+    drawing = "The networks run in this page; nothing that is drawn leaves it."
+    drawing = " ".join([drawing] * bool(pad) + [f"{name}: {what}" for name, what in said.items() if what])
     sections = [
         Section("Comparison", text=loss, table=report.quantities),
         Section("Curves", text=of_training, pictures=curves, widget="curves"),
         Section("Predictions", pictures=[plots.first_images(models)]),
+        Section("Draw", level=3, text=drawing, fragment=pad),
         Section("Confusion matrices", level=3, text=click, pictures=matrices, widget="confusion"),
         Section("Misclassified images", level=3, pictures=mistakes, widget="gallery"),
     ]
