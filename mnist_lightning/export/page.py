@@ -73,8 +73,8 @@ def panel(contestants: Sequence[Contestant], classes: Sequence[str]) -> tuple[Ma
             break
     while sum(map(len, on_page.values())) >= ROOM:
         largest = max(on_page, key=lambda name: len(on_page[name]))
-        taken = len(on_page.pop(largest)) / 2**20
-        said[largest] = f"its weights take {taken:.1f} MiB, and a page has {ROOM / 2**20:.1f}."
+        said[largest] = f"its weights do not fit into the page, which has {ROOM / 2**20:.1f} MiB for all."
+        del on_page[largest]
     if not on_page:
         return Markup(), said
     data = contestants[0].data
@@ -104,6 +104,8 @@ def _network(model: Contestant, supported: set[str], integers: bool) -> tuple[st
     network, data, said = model.network, model.data, ""
     assert data.test is not None
     channels = data.image_shape[0]
+    if (count := sum(value.numel() for value in network.parameters())) > ROOM * 3 / 8:  # in 16 bits and base64
+        raise MisconfigurationException(f"a page has room for {ROOM * 3 // 8:,} weights, and it has {count:,}.")
     if channels != 1:
         raise MisconfigurationException(f"one draws in grey, but the images of {data.source} have {channels} channels.")
     if integers:
