@@ -9,6 +9,7 @@ import pandas as pd
 import pytest
 from conftest import ROOT, in_process
 from PIL import Image, ImageOps
+from sklearn.datasets import load_digits
 from test_datasets import write_files
 
 from mnist_lightning.data import MNISTDataModule
@@ -186,6 +187,47 @@ def test_the_newest_tuned_run_is_taken_unless_another_is_named(fitted, digits, m
     )
     assert code == 1
     assert "No run tuned or baseline" in err
+
+
+def test_the_tiny_digits_of_another_data_set_are_sharpened(mnist):
+    """Centroids of classes stand for a network; 36 of the 60 are right without the sharpening, or fewer."""
+    images, labels = mnist.train.images[:5000, 0].float().flatten(1).numpy(), mnist.train.labels[:5000].numpy()
+    means = np.stack([images[labels == label].mean(axis=0) for label in range(10)])
+    tiny = load_digits()
+    found = [
+        MNISTDataModule().from_picture(Image.fromarray((15.9 * image).astype(np.uint8))) for image in tiny.images[:60]
+    ]
+    alike = np.corrcoef(np.concatenate(found).reshape(60, -1), means)[:60, 60:]
+    print((alike.argmax(axis=1) == tiny.target[:60]).sum())
+    assert (alike.argmax(axis=1) == tiny.target[:60]).sum() >= 1
+
+
+@pytest.mark.parametrize("side", [1, 2, 5])
+def test_pictures_of_few_pixels_have_an_image_or_no_ink(side):
+    picture = Image.new("L", (side, side), 255)
+    with pytest.raises(PictureError, match="no ink"):
+        MNISTDataModule().from_picture(picture)
+    if side > 2:
+        picture.paste(0, (side // 2, 0, side // 2 + 1, side))
+        assert MNISTDataModule().from_picture(picture).shape == (1, 1, 28, 28)
+
+
+def test_the_whole_command_needs_less_than_a_gibibyte(fitted, tmp_path):
+    (tmp_path / "lightning_logs").symlink_to(fitted[0].parents[1])
+    side = int(PIXELS**0.5)
+    largest = Image.new("RGBA", (side, side), "white")
+    largest.paste("black", (2000, 1000, 2600, 4000))
+    largest.save(tmp_path / "largest.png", compress_level=1)
+    largest.convert("RGB").save(tmp_path / "progressive.jpg", progressive=True, subsampling=0)
+    Image.new("RGB", (10_000, 10_000)).save(tmp_path / "huge.jpg", progressive=True)
+    code = "import atexit, pathlib; from mnist_lightning.__main__ import run\n"
+    code += "atexit.register(lambda: print(pathlib.Path('/proc/self/status').read_text())); run()"
+    command = [sys.executable, "-c", code, "predict", "--images", "largest.png", "progressive.jpg", "huge.jpg"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("huge.jpg is left out: it has more than 25 megapixels") == 1
+    assert len(pd.read_csv(tmp_path / "predictions.csv")) == 2
+    assert int(re.search(r"VmHWM:\s+(\d+) kB", done.stdout)[1]) < 2**20, done.stdout
 
 
 def test_huge_pictures_need_less_than_a_gibibyte(tmp_path):
