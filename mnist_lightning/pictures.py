@@ -17,7 +17,7 @@ SIDE = 1200
 PIXELS = 25_000_000
 """Larger pictures are refused, so that none takes 180 MB to decode. JPEG can be decoded at a smaller size."""
 FRUGAL = ("JPEG", "MPO", "PNG", "TIFF", "GIF", "BMP")
-"""Formats that take six bytes a pixel at most; others (JPEG 2000, WebP) take up to 19, and may have a quarter of it."""
+"""Formats that take seven bytes a pixel at most; others (WebP, JPEG 2000) take up to 19, and may have a quarter."""
 CONTRAST = 0.05
 """Least difference of ink and paper, of 1 between black and white; the grain of paper is below."""
 

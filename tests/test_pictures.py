@@ -9,7 +9,6 @@ import pandas as pd
 import pytest
 from conftest import ROOT, in_process
 from PIL import Image, ImageOps
-from sklearn.datasets import load_digits
 from test_datasets import write_files
 
 from mnist_lightning.data import MNISTDataModule
@@ -44,6 +43,12 @@ def see_through(digit):
     return Image.merge("RGBA", [Image.new("L", alpha.size, 255)] * 3 + [alpha])
 
 
+def likeness(image, digit):
+    """Correlation, where the centre of mass may be rounded to the next pixel."""
+    shifts = [(down, right) for down in (-1, 0, 1) for right in (-1, 0, 1)]
+    return max(np.corrcoef(np.roll(image, shift, (0, 1)).ravel(), digit.ravel())[0, 1] for shift in shifts)
+
+
 KINDS = {
     "light on dark": enlarged,
     "dark on light": lambda digit: ImageOps.invert(enlarged(digit)),
@@ -66,7 +71,7 @@ def test_pictures_of_any_kind_become_the_images_that_they_are_of(digits, tmp_pat
         assert not remark
         image = data.from_picture(picture)
         assert image.shape == (1, 1, 28, 28)
-        assert np.corrcoef(image.ravel(), digit.ravel())[0, 1] > (0.8 if kind == "one bit" else 0.85)
+        assert likeness(image[0, 0], digit) > (0.8 if kind == "one bit" else 0.85)
 
 
 def test_a_rotated_photo_is_set_upright(digits, tmp_path):
@@ -189,17 +194,13 @@ def test_the_newest_tuned_run_is_taken_unless_another_is_named(fitted, digits, m
     assert "No run tuned or baseline" in err
 
 
-def test_the_tiny_digits_of_another_data_set_are_sharpened(mnist):
-    """Centroids of classes stand for a network; 36 of the 60 are right without the sharpening, or fewer."""
-    images, labels = mnist.train.images[:5000, 0].float().flatten(1).numpy(), mnist.train.labels[:5000].numpy()
-    means = np.stack([images[labels == label].mean(axis=0) for label in range(10)])
-    tiny = load_digits()
+def test_tiny_pictures_are_sharpened(digits):
     found = [
-        MNISTDataModule().from_picture(Image.fromarray((15.9 * image).astype(np.uint8))) for image in tiny.images[:60]
+        likeness(MNISTDataModule().from_picture(reduced)[0, 0], digit)
+        for digit in digits
+        for reduced in [Image.fromarray(digit).crop((3, 3, 25, 25)).resize((9, 9), Image.Resampling.BOX)]
     ]
-    alike = np.corrcoef(np.concatenate(found).reshape(60, -1), means)[:60, 60:]
-    print((alike.argmax(axis=1) == tiny.target[:60]).sum())
-    assert (alike.argmax(axis=1) == tiny.target[:60]).sum() >= 1
+    assert np.mean(found) > 0.87  # 0.84 if it is but enlarged
 
 
 @pytest.mark.parametrize("side", [1, 2, 5])
