@@ -51,7 +51,7 @@ def colored(images: NDArray[Any], saliency: NDArray[Any] | None = None) -> NDArr
         return colors
     share = np.abs(saliency)[..., None]
     hue = np.where(saliency[..., None] > 0, to_rgb(FOR), to_rgb(AGAINST))
-    return np.clip((0.55 + 0.45 * colors) * (1 - share) + hue * share, 0, 1)
+    return np.asarray((0.55 + 0.45 * colors) * (1 - share) + hue * share).clip(0, 1)
 
 
 def image_grid(

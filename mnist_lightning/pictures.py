@@ -14,10 +14,15 @@ from scipy.sparse.csgraph import connected_components
 
 SIDE = 1200
 """A picture whose longer side has twice as many pixels or more is reduced, to one of more than this."""
-PIXELS = 50_000_000
-"""Larger pictures are refused: decoding one takes four bytes a pixel. JPEG can be decoded at a smaller size."""
+PIXELS = 25_000_000
+"""Larger pictures are refused, so that none takes 180 MB to decode. JPEG can be decoded at a smaller size."""
+FRUGAL = ("JPEG", "MPO", "PNG", "TIFF", "GIF", "BMP")
+"""Formats that take seven bytes a pixel at most; others (WebP, JPEG 2000) take up to 19, and may have a quarter."""
 CONTRAST = 0.05
 """Least difference of ink and paper, of 1 between black and white; the grain of paper is below."""
+
+FEW = 20
+"""Pixels on the longer side that are too few to tell ink from uneven light, so that light is taken to be even."""
 
 EDGE, STROKE = 0.25, 0.6
 """Least ink at a stroke's edge, and in its middle: a part that is nowhere darker is a stain."""
@@ -77,14 +82,16 @@ def read(path: Path) -> tuple[Image.Image, str]:
     """
     try:
         with warnings.catch_warnings(action="ignore"), Image.open(path) as image:
-            # a progressive JPEG is held in memory as a whole, at any size
-            if image.format in ("JPEG", "MPO") and not image.info.get("progressive"):
+            size = image.size
+            if image.format in ("JPEG", "MPO"):
                 image.draft(None, (2 * SIDE, 2 * SIDE))
-            if image.width * image.height > PIXELS:
-                raise PictureError(f"it has more than {PIXELS / 1e6:.0f} megapixels: scale it down")
+                if not image.info.get("progressive"):  # which is held in memory as a whole, at any size
+                    size = image.size
+            limit = PIXELS if image.format in FRUGAL else PIXELS // 4
+            if size[0] * size[1] > limit:
+                raise PictureError(f"it has more than {limit / 1e6:.0f} megapixels: scale it down")
             # the further pictures in a phone's MPO are previews or other views
             has_frames = image.format != "MPO" and getattr(image, "is_animated", False)
-            image.load()
             picture = usable(image)
     except PictureError:
         raise
@@ -100,13 +107,18 @@ def read(path: Path) -> tuple[Image.Image, str]:
     return picture, "it has several frames or pages: the first is taken" if has_frames else ""
 
 
-def usable(picture: Image.Image) -> Image.Image:
+def usable(image: Image.Image) -> Image.Image:
     """A picture, upright, reduced to less than twice :data:`SIDE` pixels a side, in mode L, RGB, RGBA, I or F."""
-    if picture.mode in ("1", "P", "PA") or picture.mode.startswith("I;16"):  # which cannot be reduced
-        picture = picture.convert("L" if picture.mode == "1" else "I" if picture.mode[0] == "I" else "RGBA")
-    picture = picture.reduce(max(1, max(picture.size) // SIDE))
+    # strip by strip, as Pillow copies what it converts, and what it reduces if that has transparency
+    mode = {"1": "L", "P": "RGBA", "PA": "RGBA"}.get(image.mode, image.mode.split(";")[0])
+    (width, height), factor = image.size, max(1, max(image.size) // SIDE)
+    picture = Image.new(mode, (-(-width // factor), -(-height // factor)))
+    for top in range(0, height, 9 * factor):
+        strip = image.crop((0, top, width, min(top + 9 * factor, height))).convert(mode)
+        picture.paste(strip.reduce(factor), (0, top // factor))
+    picture.info = image.info
     ImageOps.exif_transpose(picture, in_place=True)
-    if picture.mode in ("L", "I", "F"):
+    if mode in ("L", "I", "F"):
         return picture
     return picture.convert("RGBA" if picture.has_transparency_data else "RGB")
 
@@ -150,7 +162,8 @@ def ink_of(picture: Image.Image, is_sheet: bool = False) -> NDArray[np.float32]:
         is_sheet: Whether strokes are an eighth of the picture's longer side at most, and not half of it.
 
     Returns:
-        Of shape (height, width), from 0 for paper to 1 for ink.
+        Of shape (height, width), or eight times as high and wide where the picture has :data:`FEW` pixels a side at
+        most; from 0 for paper to 1 for ink.
 
     Raises:
         PictureError: There is no ink.
@@ -159,21 +172,20 @@ def ink_of(picture: Image.Image, is_sheet: bool = False) -> NDArray[np.float32]:
     width, height = picture.size
     scale = min(1.0, 96 / max(width, height))
     small_size = max(1, round(width * scale)), max(1, round(height * scale))
-    values = _colors(picture)
     small = _colors(picture.resize(small_size, Image.Resampling.BOX))
     border = np.ones(small.shape[:2], bool)
     margin = max(1, round(0.04 * max(small_size)))
     border[margin:-margin, margin:-margin] = False
     coefficients = _fit(small, border)
     small -= _surface(coefficients, *small.shape[:2])
-    background = _surface(coefficients, height, width)
-    values -= background
     # of the colours' differences from the paper, the direction in which they are largest
     direction = np.linalg.eigh(np.einsum("hwc,hwd->cd", small, small))[1][:, -1].astype(np.float32)
     direction *= 1 if ((small @ direction) ** 3).sum() > 0 else -1  # the ink, which is less than the paper, is positive
-    rest = ndimage.grey_opening(small @ direction, size=max(3, round((0.125 if is_sheet else 0.5) * max(small_size))))
-    ink = values @ direction - _scaled(rest, (width, height))
-    paper = -(background @ direction)  # of dark ink: how light the paper is, and so how dark the ink can be
+    stroke = 0.125 if is_sheet else 0.5 if max(small_size) > FEW else 1
+    rest = ndimage.grey_opening(small @ direction, size=max(3, round(stroke * max(small_size))))
+    paper = -_surface(coefficients @ direction[:, None], height, width)[..., 0]
+    ink = _colors(picture) @ direction + paper - _scaled(rest, (width, height))
+    # of dark ink: how light the paper is, and so how dark the ink can be
     if paper.max() > CONTRAST:
         ink *= paper.max() / paper.clip(0.2 * paper.max())
     edge = _scaled(border.astype(np.float32), (width, height)) > 0.5
@@ -183,10 +195,10 @@ def ink_of(picture: Image.Image, is_sheet: bool = False) -> NDArray[np.float32]:
     strong = ink[ink > max(6 * noise, CONTRAST)]
     if not strong.size:
         raise nothing
-    level = np.percentile(strong, 90)
-    level = np.median(strong[strong > level / 2])
+    level = np.percentile(strong, 90)  # not the middle: strokes in which few pixels are full would grow fat
     low = min(3 * noise, 0.3 * level)
-    return np.asarray(((ink - low) / (level - low)).clip(0, 1), np.float32)
+    ink = np.asarray(((ink - low) / (level - low)).clip(0, 1), np.float32)
+    return ink if max(ink.shape) > FEW else _sharpened(ink)
 
 
 def characters(ink: NDArray[np.float32], is_sheet: bool = False) -> list[NDArray[np.float32]]:
@@ -246,7 +258,8 @@ def placed(ink: NDArray[np.float32], placing: Placing, shape: tuple[int, int]) -
 
 def _colors(picture: Image.Image) -> NDArray[np.float32]:
     """Of shape (height, width, channels), from 0 to 1."""
-    values = np.asarray(picture, np.float32) / np.float32(255)
+    values = np.array(picture, np.float32)
+    values /= 255  # in place: of large pictures, a copy is 70 MB
     return values.reshape(*values.shape[:2], -1)
 
 
@@ -275,7 +288,7 @@ def _fit(values: NDArray[np.float32], border: NDArray[np.bool_]) -> NDArray[np.f
     terms = np.stack([np.broadcast_to(term, border.shape).ravel() for term in _terms(*border.shape)], axis=1)
     wanted = values.reshape(len(terms), -1)
     fits, shares = [], []
-    for count in (1, 3, 6):
+    for count in (1, 3, 6) if max(border.shape) > FEW else (1,):
         weights = border.ravel() + np.float32(0.05)
         for step in range(40):
             weighted = terms[:, :count] * weights[:, None]
@@ -285,6 +298,20 @@ def _fit(values: NDArray[np.float32], border: NDArray[np.bool_]) -> NDArray[np.f
         fits.append(np.pad(fit, ((0, 6 - count), (0, 0))).astype(np.float32))
         shares.append((deviations < 0.04).mean())
     return fits[next(index for index, share in enumerate(shares) if share >= 0.9 * max(shares))]
+
+
+def _sharpened(ink: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Eight times as high and wide: smooth, and such that the means of 8x8 pixels are what is given.
+
+    By iterative back-projection (Irani and Peleg, 1991): what the means lack is added, and cut off below 0 and above 1.
+    """
+    height, width = ink.shape
+    large = np.zeros((8 * height, 8 * width), np.float32)
+    for _ in range(10):
+        lack = ink - large.reshape(height, 8, width, 8).mean(axis=(1, 3))
+        lacking = Image.fromarray(lack).resize((8 * width, 8 * height), Image.Resampling.LANCZOS)
+        large = (large + np.asarray(lacking)).clip(0, 1)
+    return large
 
 
 def _scaled(values: NDArray[np.float32], size: tuple[int, int]) -> NDArray[np.float32]:
