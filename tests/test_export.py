@@ -358,6 +358,28 @@ def test_a_page_that_cannot_be_made_is_refused(channels, activation, message):
         page_module.write_page(network, data, torch.zeros(40, 10))
 
 
+def test_networks_that_cannot_be_on_a_page_are_named_and_names_are_no_code():
+    data = Squares()
+    data.setup("test")
+    classes = ["</script><script>throw 1</script>", *"bcdefghij"]
+
+    def network(outputs, *others):
+        return nn.Sequential(nn.Flatten(), nn.Linear(156, outputs), *others).eval()
+
+    candidates = {"good": network(10), "wide": network(12), "cosine": network(10, Cosine())}
+    fragment, said = page_module.panel(
+        [page_module.Contestant(name, "red", one, data) for name, one in candidates.items()], classes
+    )
+    assert said == {
+        "good": "",
+        "wide": "it has 12 outputs, and the page 10 bars.",
+        "cosine": "the page's script has no operation aten.cos.default as it is used there.",
+    }
+    script = "found.name = classes[0]; found.networks = networks.map(({ name }) => name);"
+    found = in_browser(f"<html><head></head><body>{fragment}</body></html>", script)
+    assert found == {"name": classes[0], "networks": ["good"]}
+
+
 def test_a_page_for_images_of_another_size_scales_the_drawing():
     data = Squares()
     data.setup("test")

@@ -2,7 +2,6 @@
 
 import base64
 import copy
-import json
 import operator
 import re
 from collections.abc import Sequence
@@ -65,7 +64,7 @@ def panel(contestants: Sequence[Contestant], classes: Sequence[str]) -> tuple[Ma
     for integers in (False, True):
         for model in contestants:
             try:
-                on_page[model.name], said[model.name] = _network(model, supported, integers)
+                on_page[model.name], said[model.name] = _network(model, len(classes), supported, integers)
             except MisconfigurationException as error:
                 on_page.pop(model.name, None)
                 said[model.name] = str(error)
@@ -92,14 +91,14 @@ def panel(contestants: Sequence[Contestant], classes: Sequence[str]) -> tuple[Ma
         shape=content["shape"],
         width=PAD,
         height=round(PAD * height / width),
-        content=Markup(f'{json.dumps(content)[:-1]}, "networks": [{", ".join(on_page.values())}]}}'),  # noqa: S704
+        content=Markup(f'{htmlsafe_json_dumps(content)[:-1]}, "networks": [{", ".join(on_page.values())}]}}'),  # noqa: S704
         style=Markup(parts["css"]),  # noqa: S704
         script=Markup(parts["js"]),  # noqa: S704
     )
     return Markup(fragment), said  # noqa: S704
 
 
-def _network(model: Contestant, supported: set[str], integers: bool) -> tuple[str, str]:
+def _network(model: Contestant, outputs: int, supported: set[str], integers: bool) -> tuple[str, str]:
     """A network as JSON, with three images that the page computes to check itself, and how it has the weights."""
     network, data, said = model.network, model.data, ""
     assert data.test is not None
@@ -117,6 +116,8 @@ def _network(model: Contestant, supported: set[str], integers: bool) -> tuple[st
         said = f"weights in 16 bits, by which the probabilities of the test images change by at most {difference:.1e}."
     samples = data.test.scaled(range(min(3, len(data.test))))
     probabilities = formats.Deployed(network, data.test.statistics)(samples)
+    if probabilities.shape[1] != outputs:
+        raise MisconfigurationException(f"it has {probabilities.shape[1]} outputs, and the page {outputs} bars.")
     content = graph(formats.exported(network, data, batch=1), supported, integers) | {
         "name": model.name,
         "samples": [
