@@ -17,8 +17,8 @@ from mnist_lightning.data import ImageDataModule
 from mnist_lightning.pictures import read, usable
 
 
-def load_trained(path: Path) -> tuple[dict[str, Any], Classifier, ImageDataModule]:
-    """A checkpoint, its classifier in evaluation mode, and its data module, which has not been set up.
+def load_classifier(path: Path) -> tuple[dict[str, Any], Classifier]:
+    """A checkpoint and its classifier, in evaluation mode.
 
     Raises:
         MisconfigurationException: It cannot be used.
@@ -27,13 +27,18 @@ def load_trained(path: Path) -> tuple[dict[str, Any], Classifier, ImageDataModul
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         classifier = instantiate_module(Classifier, _arguments(checkpoint["hyper_parameters"])).eval()
         classifier.load_state_dict(checkpoint["state_dict"])
-        arguments = checkpoint["datamodule_hyper_parameters"]
-        class_path = arguments.get("_class_path", "mnist_lightning.data.MNISTDataModule")  # earlier versions had one
-        arguments = {"_class_path": class_path, **_arguments(arguments), "augmentation": None}  # which is for training
-        data = instantiate_module(ImageDataModule, arguments)
-        if saved := checkpoint.get(type(data).__qualname__):
-            data.load_state_dict(saved)
-        return checkpoint, classifier, data
+        return checkpoint, classifier
+
+
+def load_data(checkpoint: dict[str, Any]) -> ImageDataModule:
+    """The data module of a checkpoint, which has not been set up."""
+    arguments = checkpoint["datamodule_hyper_parameters"]
+    class_path = arguments.get("_class_path", "mnist_lightning.data.MNISTDataModule")  # earlier versions had one
+    arguments = {"_class_path": class_path, **_arguments(arguments), "augmentation": None}  # which is for training
+    data = instantiate_module(ImageDataModule, arguments)
+    if saved := checkpoint.get(type(data).__qualname__):
+        data.load_state_dict(saved)
+    return data
 
 
 def _arguments(hyper_parameters: dict[str, Any]) -> dict[str, Any]:
@@ -56,7 +61,9 @@ class Predictor:
     """
 
     def __init__(self, checkpoint: str | Path) -> None:
-        _, self.classifier, self.data = load_trained(Path(checkpoint))
+        state, self.classifier = load_classifier(Path(checkpoint))
+        with checkpoint_errors(checkpoint):
+            self.data = load_data(state)
         if self.data.standardize:
             self.data.setup("fit")
 

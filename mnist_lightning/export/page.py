@@ -115,7 +115,7 @@ def _network(model: Contestant, outputs: int, supported: set[str], integers: boo
         difference = formats.compare(expected, found, "a page with weights in 16 bits", TOLERANCE)
         said = f"weights in 16 bits, by which the probabilities of the test images change by at most {difference:.1e}."
     samples = data.test.scaled(range(min(3, len(data.test))))
-    probabilities = formats.Deployed(network, data.test.statistics)(samples)
+    probabilities = formats.Deployed(model.network, data.test.statistics)(samples)
     if probabilities.shape[1] != outputs:
         raise MisconfigurationException(f"it has {probabilities.shape[1]} outputs, and the page {outputs} bars.")
     content = graph(formats.exported(network, data, batch=1), supported, integers) | {

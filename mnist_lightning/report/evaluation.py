@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from mnist_lightning.checkpoints import checkpoint_errors, read_history
 from mnist_lightning.classifier import Classifier
 from mnist_lightning.data import ImageDataModule, Split
-from mnist_lightning.predictor import load_trained
+from mnist_lightning.predictor import load_classifier, load_data
 from mnist_lightning.report.comparison import calibration_error
 
 WEIGHTS = ("last", "best")
@@ -160,12 +160,13 @@ def load_run(path: Path) -> Run:
             if path.is_dir()
             else f"There is no run or checkpoint at {path}."
         )
-    loaded = {weights: load_trained(file) for weights, file in files.items() if file.is_file()}
-    classifiers = {weights: classifier for weights, (_, classifier, _) in loaded.items()}
-    checkpoint, _, data = loaded["last"]
+    loaded = {weights: load_classifier(file) for weights, file in files.items() if file.is_file()}
+    classifiers = {weights: classifier for weights, (_, classifier) in loaded.items()}
+    checkpoint, _ = loaded["last"]
     with checkpoint_errors(files["last"]):
         state = checkpoint["callbacks"]["RunCheckpoint"]
         history, seconds = read_history(state), float(state["seconds"])
+        data = load_data(checkpoint)
         data.setup("fit")
         data.setup("test")
     config_file = files["last"].absolute().parent.parent / "config.yaml"
