@@ -132,7 +132,7 @@ class RunCLI(LightningCLI):
             parser.add_argument(
                 "--explain",
                 action="store_true",
-                help="Whether it is drawn what speaks for class and runner-up.",
+                help="Whether to draw what speaks for class and runner-up.",
             )
         if hasattr(Trainer, self.command):
             skip = {"model", "datamodule", "weights_only", "return_predictions"}
