@@ -24,6 +24,9 @@ CONTRAST = 0.05
 FEW = 20
 """Pixels on the longer side that are too few to tell ink from uneven light, so that light is taken to be even."""
 
+SHADOW = 0.18, 0.14
+"""Widths of discs that a shadow has room for and a stroke has not, of a picture's longer side; tried in turn."""
+
 EDGE, STROKE = 0.25, 0.6
 """Least ink at a stroke's edge, and in its middle: a part that is nowhere darker is a stain."""
 
@@ -155,7 +158,7 @@ def ink_of(picture: Image.Image, is_sheet: bool = False) -> NDArray[np.float32]:
 
     The colour of the paper is a quadratic function of the place, at most, that most of the picture follows; the ink is
     what differs from it in one direction of the colours, the first principal component. What is wider than a stroke
-    can be (the rest of a shadow) is removed by a morphological opening.
+    can be (the rest of a shadow, or one with an edge) is light as well.
 
     Args:
         picture: Of mode L or RGB.
@@ -180,11 +183,11 @@ def ink_of(picture: Image.Image, is_sheet: bool = False) -> NDArray[np.float32]:
     small -= _surface(coefficients, *small.shape[:2])
     # of the colours' differences from the paper, the direction in which they are largest
     direction = np.linalg.eigh(np.einsum("hwc,hwd->cd", small, small))[1][:, -1].astype(np.float32)
-    direction *= 1 if ((small @ direction) ** 3).sum() > 0 else -1  # the ink, which is less than the paper, is positive
-    stroke = 0.125 if is_sheet else 0.5 if max(small_size) > FEW else 1
-    rest = ndimage.grey_opening(small @ direction, size=max(3, round(stroke * max(small_size))))
-    paper = -_surface(coefficients @ direction[:, None], height, width)[..., 0]
-    ink = _colors(picture) @ direction + paper - _scaled(rest, (width, height))
+    sign, rest = _uneven(small @ direction, 0.125 if is_sheet else 0.5)
+    direction *= sign
+    rest = _scaled(rest, (width, height))
+    paper = -_surface(coefficients @ direction[:, None], height, width)[..., 0] - rest
+    ink = _colors(picture) @ direction + paper
     # of dark ink: how light the paper is, and so how dark the ink can be
     if paper.max() > CONTRAST:
         ink *= paper.max() / paper.clip(0.2 * paper.max())
@@ -298,6 +301,49 @@ def _fit(values: NDArray[np.float32], border: NDArray[np.bool_]) -> NDArray[np.f
         fits.append(np.pad(fit, ((0, 6 - count), (0, 0))).astype(np.float32))
         shares.append((deviations < 0.04).mean())
     return fits[next(index for index, share in enumerate(shares) if share >= 0.9 * max(shares))]
+
+
+def _uneven(values: NDArray[np.float32], stroke: float) -> tuple[int, NDArray[np.float32]]:
+    """The sign of the ink among deviations from the paper, and what of them is light and shadow and not ink.
+
+    Without the edge of a shadow, that is what is wider than ``stroke``, a share of the longer side, by a morphological
+    opening.
+    """
+    longer = max(values.shape)
+    if longer > FEW:
+        half = values[::2, ::2]
+        around = ndimage.median_filter(half, size=max(half.shape) // 2)  # on either side of an edge, the paper there
+        sign = 1 if ((half - around) ** 3).sum() > 0 else -1
+        for width in SHADOW:
+            shadow = _shadow(sign * values, round(width / 2 * longer))
+            if shadow is not None:
+                return sign, shadow
+    sign = 1 if (values**3).sum() > 0 else -1
+    size = max(3, round((stroke if longer > FEW else 1) * longer))
+    return sign, np.asarray(ndimage.grey_opening(sign * values, size=size))
+
+
+def _shadow(values: NDArray[np.float32], radius: int) -> NDArray[np.float32] | None:
+    """How much darker than the paper a shadow with an edge is, or how much lighter what lies beside it; or None.
+
+    It is what an opening and a closing with a disc leave: an even area of a twentieth of the picture or more. But where
+    what is thin, the ink, is as dark as that area, or as the paper, the area is of a character that fills the picture.
+    """
+    disc = np.hypot(*np.mgrid[-radius : radius + 1, -radius : radius + 1]) < radius + 0.5
+    opened = ndimage.grey_opening(values, footprint=disc, mode="nearest")
+    broad = np.asarray(ndimage.grey_closing(opened, footprint=disc, mode="nearest"))
+    thin = np.abs(values - broad)
+    ink = np.median(values[thin >= 0.8 * thin.max()])
+    areas, count = ndimage.label(np.abs(broad) > CONTRAST)
+    found = False
+    for area in (areas == number for number in range(1, count + 1)):
+        level = np.median(broad[area])
+        is_ink = min(abs(ink), abs(ink - level)) < 0.15 * abs(level)
+        if is_ink or np.mean(thin[area] < CONTRAST) < 0.5 or area.mean() < 0.05:
+            broad[area] = 0
+        else:
+            found = True
+    return broad if found else None
 
 
 def _sharpened(ink: NDArray[np.float32]) -> NDArray[np.float32]:

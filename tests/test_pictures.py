@@ -39,6 +39,13 @@ def in_shadow(digit):
     return Image.fromarray((190 * (1 - x / 600 - y / 1500) * (1 - 0.8 * share) + noise).clip(0, 255).astype(np.uint8))
 
 
+def at_an_edge(digit):
+    picture = np.array(in_shadow(digit), float)
+    y, x = np.mgrid[:400, :360]
+    picture[x + 0.3 * y > 260] *= 0.6  # the shadow's edge crosses the digit
+    return Image.fromarray(picture.astype(np.uint8))
+
+
 def see_through(digit):
     alpha = enlarged(digit)
     return Image.merge("RGBA", [Image.new("L", alpha.size, 255)] * 3 + [alpha])
@@ -60,6 +67,7 @@ KINDS = {
     "white on transparent": see_through,
     "padded": lambda digit: ImageOps.expand(ImageOps.invert(enlarged(digit)), (300, 20, 10, 150), 255),
     "shadow": in_shadow,
+    "edge of a shadow": at_an_edge,
 }
 
 
@@ -83,7 +91,8 @@ def test_a_rotated_photo_is_set_upright(digits, tmp_path):
     assert read(tmp_path / "turned.png")[0].tobytes() == upright.tobytes()
 
 
-def test_a_sheet_is_cut_in_reading_order(digits):
+@pytest.mark.parametrize("light", [np.linspace(1, 0.6, 900), np.repeat([1, 0.5], (330, 570))], ids=["even", "edge"])
+def test_a_sheet_is_cut_in_reading_order(digits, light):
     sheet = np.full((620, 900), 235.0)
     generator = np.random.default_rng(1)
     expected = digits[:20]
@@ -92,7 +101,7 @@ def test_a_sheet_is_cut_in_reading_order(digits):
         top = 20 + 145 * row + 4 * column + generator.integers(8)  # rows slope
         left = 20 + 170 * column + generator.integers(20)
         sheet[top : top + 112, left : left + 112] -= 0.8 * np.asarray(enlarged(digit, 112), float)
-    sheet *= np.linspace(1, 0.6, 900)
+    sheet *= light
     images = MNISTDataModule().from_picture(Image.fromarray(sheet.clip(0, 255).astype(np.uint8)), is_sheet=True)
     assert images.shape == (20, 1, 28, 28)
     alike = np.corrcoef(images.reshape(20, -1), expected.reshape(20, -1))[:20, 20:]
