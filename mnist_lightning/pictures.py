@@ -337,7 +337,7 @@ def _shadow(values: NDArray[np.float32], radius: int) -> NDArray[np.float32] | N
     areas, count = ndimage.label(np.abs(broad) > CONTRAST)
     found = False
     for area in (areas == number for number in range(1, count + 1)):
-        level = np.median(broad[area])
+        level = np.percentile(broad[area], 90 if broad[area].mean() > 0 else 10)  # of bold ink, the edges are lighter
         is_ink = min(abs(ink), abs(ink - level)) < 0.15 * abs(level)
         if is_ink or np.mean(thin[area] < CONTRAST) < 0.5 or area.mean() < 0.05:
             broad[area] = 0
