@@ -21,6 +21,9 @@ FRUGAL = ("JPEG", "MPO", "PNG", "TIFF", "GIF", "BMP")
 CONTRAST = 0.05
 """Least difference of ink and paper, of 1 between black and white; the grain of paper is below."""
 
+GRAIN = 0.01
+"""Standard deviation of the paper's grain, or a camera's noise, from which on it is averaged out."""
+
 FEW = 20
 """Pixels on the longer side that are too few to tell ink from uneven light, so that light is taken to be even."""
 
@@ -192,14 +195,16 @@ def ink_of(picture: Image.Image, is_sheet: bool = False) -> NDArray[np.float32]:
     if paper.max() > CONTRAST:
         ink *= paper.max() / paper.clip(0.2 * paper.max())
     edge = _scaled(border.astype(np.float32), (width, height)) > 0.5
-    middle = np.median(ink[edge])
-    ink -= middle
-    noise = 1.4826 * np.median(-ink[ink <= 0])  # a standard deviation, if it is normal; there is no ink below 0
+    ink -= np.median(ink[edge])
+    noise = _noise(ink)
+    if noise > GRAIN:
+        ink = ndimage.uniform_filter(ink, max(2, round(max(ink.shape) / 200)))
+        noise = _noise(ink)
     strong = ink[ink > max(6 * noise, CONTRAST)]
     if not strong.size:
         raise nothing
     level = np.percentile(strong, 90)  # not the middle: strokes in which few pixels are full would grow fat
-    low = min(3 * noise, 0.3 * level)
+    low = min(2 * noise, 0.3 * level)
     ink = np.asarray(((ink - low) / (level - low)).clip(0, 1), np.float32)
     return ink if max(ink.shape) > FEW else _sharpened(ink)
 
@@ -257,6 +262,11 @@ def placed(ink: NDArray[np.float32], placing: Placing, shape: tuple[int, int]) -
     image = np.zeros(shape, np.uint8)
     image[start[0] : start[0] + size[0], start[1] : start[1] + size[1]] = np.rint(255 * small)
     return image
+
+
+def _noise(ink: NDArray[np.float32]) -> float:
+    """Its standard deviation, if it is normal; there is no ink below 0."""
+    return float(1.4826 * np.median(-ink[ink <= 0]))
 
 
 def _colors(picture: Image.Image) -> NDArray[np.float32]:

@@ -46,6 +46,11 @@ def at_an_edge(digit):
     return Image.fromarray(picture.astype(np.uint8))
 
 
+def grainy(digit):
+    noise = np.random.default_rng(0).normal(0, 40, (280, 280))
+    return Image.fromarray((210 - 0.6 * np.asarray(enlarged(digit)) + noise).clip(0, 255).astype(np.uint8))
+
+
 def see_through(digit):
     alpha = enlarged(digit)
     return Image.merge("RGBA", [Image.new("L", alpha.size, 255)] * 3 + [alpha])
@@ -68,6 +73,7 @@ KINDS = {
     "padded": lambda digit: ImageOps.expand(ImageOps.invert(enlarged(digit)), (300, 20, 10, 150), 255),
     "shadow": in_shadow,
     "edge of a shadow": at_an_edge,
+    "grain": grainy,
 }
 
 
