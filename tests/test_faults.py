@@ -97,25 +97,30 @@ def test_ctrl_c_puts_trials_back_and_says_how_to_continue(whole, data_dir, tune,
 def test_machines_share_a_database_that_is_restarted_while_one_of_them_vanishes(whole, data_dir, postgresql, tmp_path):
     url = postgresql("status")
     more = [f"--storage={url}", "--n_trials=14", "--workers=1", "--grace_period=3", "--refit=true", "--refit_epochs=1"]
-    parents = [start(data_dir, tmp_path, *more, epochs=4) for _ in range(3)]
+    parents = [start(data_dir, tmp_path, *more, epochs=10) for _ in range(3)]
+    name = process_name(parents[0].pid)
+    storage = open_storage(url)  # once: that takes longer than a look, and a trial may be over meanwhile
 
-    def running():
+    def trials():
         with suppress(KeyError):
-            trials = optuna.load_study(storage=open_storage(url), study_name="tune").trials
-            return [t.user_attrs | {"number": t.number} for t in trials if t.state == TrialState.RUNNING]
+            return optuna.load_study(storage=storage, study_name="tune").trials
         return []
 
-    def all_are_at_it():
-        return len({trial["owner"] for trial in running() if trial.get("workers")}) == 3
+    def running():
+        return [
+            trial for trial in trials() if trial.state == TrialState.RUNNING and trial.user_attrs.get("owner") == name
+        ]
 
-    wait_for(all_are_at_it)
-    name = process_name(parents[0].pid)
-    workers = [
-        worker for trial in running() if trial.get("owner") == name for worker in trial.get("workers", {}).values()
-    ]
+    workers = []
+
+    def all_have_begun():
+        workers[:] = [worker for trial in running() for worker in trial.user_attrs.get("workers", {}).values()]
+        return workers and len({trial.user_attrs.get("owner") for trial in trials()} - {None}) == 3
+
+    wait_for(all_have_begun)
     parents[0].kill()
     wait_for(lambda: not any(process_name(int(each.split(":")[1])) == each for each in workers))  # they follow
-    killed = [trial["number"] for trial in running() if trial.get("owner") == name]
+    killed = [trial.number for trial in running()]
     postgresql("restart", "-m", "immediate")
     outputs = [parent.communicate(timeout=300)[0] for parent in parents]
     for parent, output in zip(parents[1:], outputs[1:], strict=True):
