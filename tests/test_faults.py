@@ -101,26 +101,24 @@ def test_machines_share_a_database_that_is_restarted_while_one_of_them_vanishes(
     name = process_name(parents[0].pid)
     storage = open_storage(url)  # once: that takes longer than a look, and a trial may be over meanwhile
 
-    def trials():
+    def running():
         with suppress(KeyError):
-            return optuna.load_study(storage=storage, study_name="tune").trials
+            return optuna.load_study(storage=storage, study_name="tune").get_trials(states=[TrialState.RUNNING])
         return []
 
-    def running():
-        return [
-            trial for trial in trials() if trial.state == TrialState.RUNNING and trial.user_attrs.get("owner") == name
-        ]
+    workers = {}
 
-    workers = []
+    def all_are_at_it():
+        workers.clear()
+        for attributes in [trial.user_attrs for trial in running()]:
+            if attributes.get("workers"):
+                workers[attributes["owner"]] = attributes["workers"].values()
+        return len(workers) == 3
 
-    def all_have_begun():
-        workers[:] = [worker for trial in running() for worker in trial.user_attrs.get("workers", {}).values()]
-        return workers and len({trial.user_attrs.get("owner") for trial in trials()} - {None}) == 3
-
-    wait_for(all_have_begun)
+    wait_for(all_are_at_it)
     parents[0].kill()
-    wait_for(lambda: not any(process_name(int(each.split(":")[1])) == each for each in workers))  # they follow
-    killed = [trial.number for trial in running()]
+    wait_for(lambda: not any(process_name(int(each.split(":")[1])) == each for each in workers[name]))  # they follow
+    killed = [trial.number for trial in running() if trial.user_attrs.get("owner") == name]
     postgresql("restart", "-m", "immediate")
     outputs = [parent.communicate(timeout=300)[0] for parent in parents]
     for parent, output in zip(parents[1:], outputs[1:], strict=True):
