@@ -1,6 +1,7 @@
 """More data sets, by their names: those that torchvision downloads, and folders of images."""
 
 import hashlib
+import os
 import string
 from collections.abc import Mapping, Sequence
 from functools import cached_property
@@ -17,13 +18,13 @@ from numpy.typing import NDArray
 from PIL import Image, ImageChops, ImageOps
 
 from mnist_lightning.data import KINDS, ImageDataModule, MNISTDataModule
-from mnist_lightning.idx import MD5, cache_dir, find_idx
+from mnist_lightning.idx import MD5, find_idx
 from mnist_lightning.pictures import PictureError, Placing, flatten, resized
 
 
 def downloads() -> Path:
     """Where data sets are kept that no ``data_dir`` has."""
-    return cache_dir() / "torchvision"
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mnist_lightning/torchvision"
 
 
 def from_torchvision(name: str, data_dir: Path | None, files: str, **arguments: Any) -> Any:

@@ -1,12 +1,8 @@
 """Files in the IDX format of MNIST, from a folder or from the copy of MNIST inside the package."""
 
 import gzip
-import hashlib
-import os
-import tempfile
 import zlib
 from collections.abc import Sequence
-from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -23,11 +19,6 @@ MD5 = {
 
 MAX_BYTES = 2**30
 """What is read of a file, whatever its header promises: 1.3 million images of 28x28 pixels."""
-
-
-def cache_dir() -> Path:
-    """Where unpacked and downloaded data sets are kept."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mnist_lightning"
 
 
 def find_idx(folders: Sequence[Path], name: str) -> Path | None:
@@ -99,17 +90,5 @@ def _shape(content: bytes, name: str) -> tuple[int, ...]:
 
 
 def embedded(name: str) -> bytes:
-    """The unpacked bytes of one of the package's files, from the cache if that is whole, else unpacked into it."""
-    cache = cache_dir()
-    with suppress(OSError):
-        content = (cache / name).read_bytes()
-        if hashlib.md5(content, usedforsecurity=False).hexdigest() == MD5[name]:
-            return content
-    content = gzip.decompress((Path(__file__).parent / "mnist" / f"{name}.gz").read_bytes())
-    with suppress(OSError):  # a cache that cannot be written only costs the time to unpack
-        cache.mkdir(parents=True, exist_ok=True)
-        # write aside, then rename: another process never sees half a file
-        with tempfile.NamedTemporaryFile(dir=cache, delete=False) as file:
-            file.write(content)
-        Path(file.name).replace(cache / name)
-    return content
+    """Return one of the package's own files, unpacked."""
+    return gzip.decompress((Path(__file__).parent / "mnist" / f"{name}.gz").read_bytes())

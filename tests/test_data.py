@@ -2,7 +2,6 @@
 
 import gzip
 import shutil
-from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -13,25 +12,25 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch.utils.data import BatchSampler, RandomSampler
 from torchvision.datasets.mnist import read_image_file, read_label_file
 
-from mnist_lightning import idx
 from mnist_lightning.data import MNISTDataModule, TensorBatchSampler
-from mnist_lightning.idx import MD5, parse_idx
+from mnist_lightning.idx import MD5, embedded, parse_idx
 
 
-def cache() -> Path:
-    import os
-
-    return Path(os.environ["XDG_CACHE_HOME"], "mnist_lightning")
-
-
-def test_the_split_is_keras_s_and_equals_what_torchvision_reads(mnist):
-    images = read_image_file(str(cache() / "train-images-idx3-ubyte"))
-    labels = read_label_file(str(cache() / "train-labels-idx1-ubyte"))
+def test_the_split_is_keras_s_and_equals_what_torchvision_reads(mnist, tmp_path):
+    for name in MD5:
+        (tmp_path / name).write_bytes(embedded(name))
+    train, test = (
+        (
+            read_image_file(f"{tmp_path}/{prefix}-images-idx3-ubyte"),
+            read_label_file(f"{tmp_path}/{prefix}-labels-idx1-ubyte"),
+        )
+        for prefix in ("train", "t10k")
+    )
     assert (len(mnist.train), len(mnist.val), len(mnist.test)) == (48_000, 12_000, 10_000)
-    assert torch.equal(torch.cat([mnist.train.images, mnist.val.images]).squeeze(1), images)
-    assert torch.equal(torch.cat([mnist.train.labels, mnist.val.labels]), labels)
-    assert torch.equal(mnist.test.images.squeeze(1), read_image_file(str(cache() / "t10k-images-idx3-ubyte")))
-    assert torch.equal(mnist.test.labels, read_label_file(str(cache() / "t10k-labels-idx1-ubyte")))
+    assert torch.equal(torch.cat([mnist.train.images, mnist.val.images]).squeeze(1), train[0])
+    assert torch.equal(torch.cat([mnist.train.labels, mnist.val.labels]), train[1])
+    assert torch.equal(mnist.test.images.squeeze(1), test[0])
+    assert torch.equal(mnist.test.labels, test[1])
 
 
 def test_batches_are_float_images_from_0_to_1(mnist):
@@ -134,31 +133,6 @@ def test_a_truncated_gzip_file_is_named(data_dir, tmp_path):
         (tmp_path / f"{name}.gz").write_bytes(gzip.compress((data_dir / name).read_bytes())[:-20])
     with pytest.raises(MisconfigurationException, match=r"train-images-idx3-ubyte\.gz is damaged"):
         MNISTDataModule(str(tmp_path)).setup("fit")
-
-
-@pytest.mark.parametrize("damage", [b"", b"garbage", None])
-def test_a_damaged_cache_is_repaired(mnist, damage):
-    path = cache() / "t10k-labels-idx1-ubyte"
-    whole = path.read_bytes()
-    path.unlink() if damage is None else path.write_bytes(damage)
-    datamodule = MNISTDataModule()
-    datamodule.setup("test")
-    assert torch.equal(datamodule.test.labels, mnist.test.labels)
-    assert path.read_bytes() == whole
-    assert len([each for each in cache().iterdir() if each.is_file()]) == 4
-
-
-def test_a_cache_that_cannot_be_written_is_done_without(mnist, tmp_path, monkeypatch):
-    (tmp_path / "file").touch()
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
-    datamodule = MNISTDataModule()
-    datamodule.setup("test")
-    assert torch.equal(datamodule.test.labels, mnist.test.labels)
-
-
-def test_the_cache_is_unpacked_once(mnist, monkeypatch):
-    monkeypatch.setattr(idx.gzip, "decompress", None)
-    MNISTDataModule().setup("fit")
 
 
 def test_parse_idx_gives_labels():

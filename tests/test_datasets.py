@@ -54,7 +54,6 @@ def test_fashion_mnist_is_found_and_named():
 
 
 def test_mnist_is_not_taken_for_another_data_set(mnist, monkeypatch, tmp_path):
-    """The package's cache has MNIST by the names that the others' files have."""
     monkeypatch.setattr(FashionMNIST, "others", ())
     monkeypatch.setattr(torchvision.datasets.FashionMNIST, "mirrors", ["http://127.0.0.1:9/"])
     with pytest.raises(MisconfigurationException, match=r"cannot be downloaded .*Put train-images-idx3-ubyte, .*t10k-"):
@@ -133,6 +132,7 @@ def odd(tmp_path):
     return folder
 
 
+@pytest.mark.slow
 def test_a_folder_of_any_shape_and_labels_goes_through_all_commands(odd, monkeypatch, capfd, tmp_path):
     monkeypatch.chdir(tmp_path)
     options = [f"--data.data_dir={odd}", "--data.batch_size=16", "--model.network.l2=0"]
@@ -223,6 +223,7 @@ def write_files(folder, count=10, mode="RGB", size=(10, 8)):
     return folder
 
 
+@pytest.mark.slow
 def test_a_folder_of_photos_is_trained_predicted_and_reported(monkeypatch, capfd, tmp_path):
     write_files(tmp_path / "photos/train", 40)
     write_files(tmp_path / "photos/test", 6)
@@ -316,6 +317,7 @@ class Net(nn.Module):
 """
 
 
+@pytest.mark.slow
 def test_data_and_network_of_one_s_own_fit_together(monkeypatch, capfd, tmp_path):
     (tmp_path / "own_stripes.py").write_text(OWN)
     monkeypatch.syspath_prepend(tmp_path)
@@ -367,6 +369,7 @@ def test_a_checkpoint_from_python_knows_its_data(odd):
     assert [*EMNIST("digits").classes] == [*string.digits]
 
 
+@pytest.mark.slow
 def test_a_folder_of_photos_is_searched(monkeypatch, capfd, tmp_path):
     write_files(tmp_path / "photos", 20)
     monkeypatch.chdir(tmp_path)
