@@ -15,7 +15,7 @@ import torch
 from jsonargparse import ArgumentError, Namespace
 from jsonargparse.typing import restricted_number_type
 from lightning.fabric.plugins.environments import SLURMEnvironment
-from lightning.pytorch import Callback, Trainer
+from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import TensorBoardLogger
@@ -23,8 +23,8 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.model_summary import summarize
 from PIL import Image
 
-import mnist_lightning.augmentation
-import mnist_lightning.datasets  # noqa: F401 - so that a name is enough for their classes
+import mnist_lightning.augmentation  # noqa: F401 - so that a name is enough for its classes
+import mnist_lightning.datasets  # noqa: F401
 from mnist_lightning import figures
 from mnist_lightning.callbacks import EpochProgressBar, Figures
 from mnist_lightning.checkpoints import (
@@ -39,6 +39,7 @@ from mnist_lightning.data import ImageDataModule, Split
 from mnist_lightning.loops import FitLoop, NoProfiler
 from mnist_lightning.parsing import Parser, corrected, shorten
 from mnist_lightning.pictures import PictureError, find, read
+from mnist_lightning.precision import Trainer, choose_precision, has_bf16
 from mnist_lightning.runs import (
     LOGS,
     PROG,
@@ -92,6 +93,7 @@ class RunCLI(LightningCLI):
         super().__init__(
             Classifier,
             ImageDataModule,
+            trainer_class=Trainer,
             subclass_mode_data=True,
             seed_everything_default=42,
             parser_class=Parser,
@@ -166,6 +168,14 @@ class RunCLI(LightningCLI):
             path = self._find_checkpoint()
             if path is not None:
                 self._use_checkpoint(path, args)
+        self._choose_precision(self.config)
+        trainer = self.config.trainer
+        is_imitated = str(trainer.precision).startswith("bf16") and has_bf16(trainer.accelerator) is False
+        if is_imitated and self.command != EXECUTION:
+            note(
+                f"Precision {trainer.precision} is imitated here, several times as slow as 32-true: the device has no "
+                "instructions for bfloat16. --trainer.precision auto takes what the device is fast in."
+            )
 
     @property
     def logs(self) -> Path:
@@ -211,6 +221,7 @@ class RunCLI(LightningCLI):
             config = self.parser.parse_args([f"--config={json.dumps(saved)}", *args])
             data = config.data.init_args
             data.data_dir = self.config.data.init_args.data_dir or data.data_dir
+            self._choose_precision(config)
             given = self.plain_config(config)
             self.parser.is_shaped = False  # type: ignore[attr-defined]
             self.config = self.parser.parse_object({"model": model, "ckpt_path": str(path)}, config)
@@ -233,6 +244,11 @@ class RunCLI(LightningCLI):
         for key, value in flatten({**saved, "model": {}, "name": {}, "origin": {}}).items():
             if now.get(key, value) != value:
                 note(f"Continuing with {key.replace('.init_args', '')} {now[key]}: the run had {value}")
+
+    @staticmethod
+    def _choose_precision(config: Namespace) -> None:
+        """Let a config say what ``auto`` means here, so that whatever is made from it computes alike."""
+        config.trainer.precision = choose_precision(config.trainer.precision, config.trainer.accelerator)
 
     def plain_config(self, config: Namespace | None = None) -> dict[str, Any]:
         """A config, by default the command's own, complete and in types that YAML and JSON have."""
@@ -280,20 +296,20 @@ class RunCLI(LightningCLI):
             callbacks += [self.checkpoint, Figures(self.checkpoint)]
         kwargs["plugins"] = [*(options.plugins or []), CheckpointIO()]
         self.trainer_defaults["callbacks"] = callbacks
-        trainer = super().instantiate_trainer(**kwargs)
+        trainer: Any = super().instantiate_trainer(**kwargs)
         # Lightning checks it for several devices only: two processes of one device each would both be the first
         environment = trainer._accelerator_connector.cluster_environment
         environment.validate_settings(trainer.num_devices, trainer.num_nodes)
         if self.command == "predict" and trainer.world_size > 1:
             raise MisconfigurationException("predict writes one file and runs on one device: --trainer.devices 1")
         if self.checkpoint is not None:  # before the user's own, whose files then hold the epoch's metrics too
-            listeners: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
+            listeners: list[Callback] = trainer.callbacks
             listeners.remove(self.checkpoint)
             others = [isinstance(callback, Checkpoint) for callback in listeners]
             listeners.insert(others.index(True) if any(others) else len(others), self.checkpoint)
         trainer._checkpoint_connector = CheckpointConnector(trainer)
         trainer.fit_loop = FitLoop(trainer)
-        return trainer
+        return trainer  # type: ignore[no-any-return]
 
 
 def fit(run: RunCLI) -> None:
@@ -315,7 +331,7 @@ def fit(run: RunCLI) -> None:
         version = new_version(run.logs / config.name)
         run_dir = run.logs / config.name / f"version_{version}"
         if trainer.is_global_zero:
-            (run_dir / "config.yaml").write_text(run.parser.dump(config, skip_none=False))
+            (run_dir / "config.yaml").write_text(run.parser.dump(config, skip_none=False), encoding="utf-8")
         if config.tensorboard:
             own_logger = TensorBoardLogger(run.logs, config.name, version, default_hp_metric=False)
             trainer.loggers = [own_logger, *trainer.loggers]
@@ -396,7 +412,7 @@ def predict(run: RunCLI) -> None:
     table.insert(0, "label", names[run.datamodule.test.labels[: len(table)]])
     table.insert(1, "predicted", names[probabilities.argmax(axis=1)])
     with atomic_write(output) as partial:
-        table.to_csv(partial, index_label="index")
+        table.to_csv(partial, index_label="index", encoding="utf-8")
     print(f"{len(table)} predictions of {run.config.ckpt_path} in {output}")
 
 

@@ -128,7 +128,7 @@ class CNN(nn.Sequential):
     A convolution keeps the size and is followed by its normalization and activation. Max-pooling halves the size before
     those of a stage's last convolution, where they cost a quarter (as in Jordan 2024, arXiv:2404.00498). The last stage
     ends in global average pooling (Lin et al. 2014), so images of any size will do. Channels are last in memory, which
-    is faster; with ``--trainer.precision bf16-mixed``, a processor that has bf16 takes 0.4 to 0.7 of the time.
+    is faster; with ``--trainer.precision auto``, a processor that has bf16 takes 0.4 to 0.7 of the time.
 
     Args:
         channels: Width of each stage: channels of its convolutions.

@@ -42,7 +42,7 @@ HELP = {
     "trainer.max_epochs": "Epochs of training.",
     "trainer.accelerator": "cpu, gpu, mps, ...",
     "trainer.devices": "How many of them train together.",
-    "trainer.precision": "32-true, bf16-mixed, bf16-true, 16-mixed, ...",
+    "trainer.precision": "32-true, bf16-mixed, ... or auto: bf16 where it is fast.",
     "data": "FashionMNIST, KMNIST, EMNIST, QMNIST, USPS, CIFAR10, ImageFolder, or a class of your own.",
     "data.data_dir": "Folder with the data set; for MNIST with any four files of its format.",
     "data.batch_size": "Images in a training batch.",

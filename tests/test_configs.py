@@ -2,6 +2,9 @@
 
 import csv
 import re
+import subprocess
+import sys
+import textwrap
 
 import pandas as pd
 import pytest
@@ -19,6 +22,7 @@ def printed_accuracy(result):
     return float(re.search(r"test/accuracy +([\d.]+)", result.stdout)[1])
 
 
+@pytest.mark.numeric
 @pytest.mark.parametrize("config", sorted(CONF.glob("*.yaml")), ids=lambda path: path.stem)
 def test_a_config_is_trained_tested_and_predicted(quick, tmp_path, config):
     quick(tmp_path, "fit", f"--config={config}", "--trainer.max_epochs=2")
@@ -35,6 +39,27 @@ def test_a_config_is_trained_tested_and_predicted(quick, tmp_path, config):
     assert float(last["test/accuracy"]) > 0.2
 
 
+def test_every_config_is_read_by_a_process_of_its_own():
+    """Where nobody else has imported the classes that configs name."""
+    program = """
+        import sys
+        from mnist_lightning.__main__ import main
+        for path in sys.argv[1:]:
+            try:
+                main([("tune" if "search_space" in open(path).read() else "fit"), f"--config={path}", "--print_config"])
+            except SystemExit as exit:
+                assert not exit.code, (path, exit.code)
+    """
+    configs = [
+        str(path) for path in sorted((ROOT / "configs").glob("*.yaml")) if "FashionMNIST" not in path.read_text()
+    ]
+    command = [sys.executable, "-c", textwrap.dedent(program), *configs]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.count("seed_everything:") == len(configs) > 5
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("config", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda path: path.stem)
 def test_a_recommended_config_is_one_that_its_command_takes(quick, tmp_path, config):
     given = yaml.safe_load(config.read_text())
@@ -52,6 +77,7 @@ def test_a_recommended_config_is_one_that_its_command_takes(quick, tmp_path, con
         )  # fmt: skip
 
 
+@pytest.mark.numeric
 def test_a_run_of_an_earlier_version_is_evaluated_continued_and_repeated(quick, tmp_path):
     """Made by the version of November 2026, before options stood without their command's name."""
     checkpoint, config = CONF / "before/last.ckpt", CONF / "before/config.yaml"
