@@ -6,6 +6,9 @@ A run that is there is not made again, and one that was stopped is continued; so
 stop, or to add configs and seeds. All numbers are appended to results.csv beside this file, with the digest of the
 config. A config that was changed after its test accuracy had been seen is refused: validation chooses, and the test
 images are looked at once. With --check, the table is printed from results.csv, and nothing is trained.
+
+With --time, the first epoch of each config is timed, in bfloat16 where the processor has it and in float32, with the
+threads of the config, on this machine with nothing else running: times.csv.
 """
 
 import argparse
@@ -14,6 +17,7 @@ import hashlib
 import statistics
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +25,7 @@ import torch
 import yaml
 
 from mnist_lightning.classifier import Classifier
+from mnist_lightning.precision import has_bf16
 
 HERE = Path(__file__).resolve().parent
 SEEDS = (42, 1, 2, 3, 4)
@@ -35,12 +40,18 @@ CONFIGS = {
     "fashion_cnn": "CNNs: 93 to 95",
 }
 """From the name of a config to the published reference, in percent."""
-COLUMNS = ("config", "digest", "seed", "parameters", "epochs", "threads", "seconds", "val/accuracy", "test/accuracy")
+COLUMNS = (
+    *("config", "digest", "seed", "parameters", "epochs", "threads", "precision", "seconds"),
+    *("val/accuracy", "test/accuracy"),
+)
+TIMES = ("config", "precision", "threads", "seconds_per_epoch")
+ROUNDS = 3
+"""How often an epoch is timed; the table has the median."""
 
 
 def digest_of(config: Path) -> str:
     """What tells the values of a config from others, without its comments."""
-    return hashlib.blake2b(repr(yaml.safe_load(config.read_text())).encode(), digest_size=4).hexdigest()
+    return hashlib.blake2b(repr(yaml.safe_load(config.read_text(encoding="utf-8"))).encode(), digest_size=4).hexdigest()
 
 
 def train(config: Path, seed: int, threads: int) -> dict[str, Any]:
@@ -67,6 +78,7 @@ def train(config: Path, seed: int, threads: int) -> dict[str, Any]:
         sum(parameter.numel() for parameter in network.parameters() if parameter.requires_grad),
         last["epoch"] + 1,
         threads,
+        state["config"]["trainer"]["precision"],
         round(state["seconds"], 1),
         round(last["val/accuracy"], 6),
         round(float(test["test/accuracy"]), 6),
@@ -74,7 +86,55 @@ def train(config: Path, seed: int, threads: int) -> dict[str, Any]:
     return dict(zip(COLUMNS, map(str, values), strict=True))
 
 
-def table(rows: list[dict[str, str]]) -> str:
+def time_epochs(configs: list[str]) -> list[dict[str, Any]]:
+    """Time the first epoch of configs, in turn, in each precision that this processor computes in."""
+    seconds: dict[tuple[str, str], list[float]] = {}
+    threads = {}
+    for _ in range(ROUNDS):
+        for name in configs:
+            config = HERE.parent / f"configs/{name}.yaml"
+            given = yaml.safe_load(config.read_text(encoding="utf-8"))
+            threads[name] = given.get("num_threads", 1)
+            is_mixed = given["trainer"].get("precision") == "auto" and has_bf16("cpu")
+            for precision in ("bf16-mixed", "32-true") if is_mixed else ("32-true",):
+                with tempfile.TemporaryDirectory() as folder:
+                    command = [sys.executable, "-m", "mnist_lightning", "fit", "--config", str(config)]
+                    command += ["--trainer.max_epochs=1", f"--trainer.precision={precision}"]
+                    command += ["--trainer.accelerator=cpu", "--trainer.limit_test_batches=0"]
+                    subprocess.run(
+                        command, check=True, cwd=folder, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+                    )
+                    (checkpoint,) = Path(folder).glob("lightning_logs/*/version_0/checkpoints/last.ckpt")
+                    state = torch.load(checkpoint, weights_only=True)["callbacks"]["RunCheckpoint"]
+                seconds.setdefault((name, precision), []).append(state["seconds"])
+                print(name, precision, round(state["seconds"], 2), flush=True)
+    return [
+        {
+            "config": name,
+            "precision": precision,
+            "threads": threads[name],
+            "seconds_per_epoch": round(statistics.median(values), 2),
+        }
+        for (name, precision), values in seconds.items()
+    ]
+
+
+def training(times: list[dict[str, str]], name: str, epochs: int) -> str:
+    """What a training takes, for the table."""
+    took = {}
+    for row in times:
+        if row["config"] == name:
+            seconds = epochs * float(row["seconds_per_epoch"])
+            took[row["precision"]] = f"{seconds:.0f} s" if seconds < 100 else f"{seconds / 60:.0f} min"
+            cores = "one core" if row["threads"] == "1" else f"{row['threads']} cores"
+    if not took:
+        return "-"
+    return f"{took.get('bf16-mixed', took['32-true'])}, {cores}" + (
+        f" (float32: {took['32-true']})" if len(took) > 1 else ""
+    )
+
+
+def table(rows: list[dict[str, str]], times: list[dict[str, str]]) -> str:
     """The table in Markdown."""
     lines = [
         "| config | parameters | epochs | training | test accuracy | seeds | reference |",
@@ -85,11 +145,9 @@ def table(rows: list[dict[str, str]]) -> str:
         if own:
             accuracies = [100 * float(row["test/accuracy"]) for row in own]
             spread = f" ± {statistics.stdev(accuracies):.2f}" if len(own) > 1 else ""
-            seconds = statistics.median(float(row["seconds"]) for row in own)
-            took = f"{seconds:.0f} s" if seconds < 100 else f"{seconds / 60:.0f} min"
-            cores = "one core" if own[0]["threads"] == "1" else f"{own[0]['threads']} cores"
+            took = training(times, name, int(own[0]["epochs"]))
             lines.append(
-                f"| `{name}` | {int(own[0]['parameters']):,} | {own[0]['epochs']} | {took}, {cores} | "
+                f"| `{name}` | {int(own[0]['parameters']):,} | {own[0]['epochs']} | {took} | "
                 f"{statistics.mean(accuracies):.2f}{spread} | {len(own)} | {reference} |"
             )
     return "\n".join(lines)
@@ -104,7 +162,14 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=5, help="how many (5)")
     parser.add_argument("--threads", type=int, default=1, help="of a training (1: run two commands side by side)")
     parser.add_argument("--check", action="store_true", help="train nothing")
+    parser.add_argument("--time", action="store_true", help="time an epoch of each config instead")
     options = parser.parse_args()
+    if options.time:
+        with (HERE / "times.csv").open("w", newline="", encoding="utf-8") as target:
+            times_writer = csv.DictWriter(target, TIMES, lineterminator="\n")
+            times_writer.writeheader()
+            times_writer.writerows(time_epochs(options.configs))
+        return
     file = HERE / "results.csv"
     rows = list(csv.DictReader(file.open(newline=""))) if file.exists() else []
     for name in [] if options.check else options.configs:
@@ -123,7 +188,8 @@ def main() -> None:
                     if target.tell() == 0:
                         writer.writeheader()
                     writer.writerow(rows[-1])
-    print(table(rows))
+    times = csv.DictReader((HERE / "times.csv").open(newline="", encoding="utf-8"))
+    print(table(rows, [*times]))
 
 
 if __name__ == "__main__":
