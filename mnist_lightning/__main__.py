@@ -3,6 +3,7 @@
 import argparse
 import atexit
 import importlib
+import io
 import os
 import sys
 from collections.abc import Sequence
@@ -53,6 +54,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def run() -> None:
     """Be the whole process: run the command, then leave."""
     signals.leave_at_once()
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # a terminal may lack a letter of a name
     if "" not in sys.path and os.getcwd() not in sys.path:  # as `python -m` has it: a class may be in this folder
         sys.path.insert(0, os.getcwd())
     try:

@@ -4,6 +4,7 @@ import csv
 import os
 import sys
 import threading
+import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -120,16 +121,25 @@ def atomic_write(path: Path) -> Iterator[Path]:
     partial = path.with_name(f"{path.name}.partial")
     try:
         yield partial
-        partial.replace(path)
+        _replace(partial, path)
     except OSError as error:
         with suppress(OSError):
             partial.unlink()
         raise OSError(error.errno, error.strerror, str(path)) from error  # a full disk is reported without a name
 
 
+def _replace(source: Path, target: Path) -> None:
+    for delay in (0.01, 0.03, 0.1, 0.3, 1.0):
+        with suppress(PermissionError):  # Windows, while somebody reads the target: a virus scanner, say
+            source.replace(target)
+            return
+        time.sleep(delay)
+    source.replace(target)
+
+
 def write_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
     """Write rows, whose columns are all that any of them has."""
-    with atomic_write(path) as partial, partial.open("w", newline="") as file:
+    with atomic_write(path) as partial, partial.open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, fieldnames=list(dict.fromkeys(name for row in rows for name in row)))
         writer.writeheader()
         writer.writerows(rows)

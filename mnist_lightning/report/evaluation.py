@@ -171,7 +171,7 @@ def load_run(path: Path) -> Run:
         data.setup("test")
     config_file = files["last"].absolute().parent.parent / "config.yaml"
     try:
-        config = dict(yaml.safe_load(config_file.read_text())) if config_file.is_file() else {}
+        config = dict(yaml.safe_load(config_file.read_text(encoding="utf-8"))) if config_file.is_file() else {}
         precision = (state.get("config") or config).get("trainer", {}).get("precision")
         fabric = Fabric(accelerator="cpu", devices=1, precision=precision)
     except (AttributeError, yaml.YAMLError, TypeError, ValueError) as error:

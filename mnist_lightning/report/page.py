@@ -461,7 +461,7 @@ def save(report: Report, sections: Sequence[Section], output: Path) -> None:
     with tempfile.TemporaryDirectory(prefix=".report-", dir=output.parent) as temporary:
         new = Path(temporary, "new")
         (new / "figures").mkdir(parents=True)
-        (new / "report.json").write_text(json.dumps(report.to_json(), indent=2) + "\n")
+        (new / "report.json").write_text(json.dumps(report.to_json(), indent=2) + "\n", encoding="utf-8")
         if report.models:
             report.quantities.to_csv(new / "comparison.csv")
         if report.trials is not None:

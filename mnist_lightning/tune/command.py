@@ -339,7 +339,7 @@ def _write_config(trial: FrozenTrial, run: SearchCLI, search: Search) -> tuple[P
     path = search.folder / ("best.yaml" if options.trial is None else f"trial_{trial.number:03}/config.yaml")
     path.parent.mkdir(parents=True, exist_ok=True)
     with atomic_write(path) as partial:
-        partial.write_text(yaml.safe_dump(config, sort_keys=False))
+        partial.write_text(yaml.safe_dump(config, sort_keys=False), encoding="utf-8")
     return path, config
 
 
@@ -432,7 +432,7 @@ class Workers:
         finally:
             interrupt.is_put_off = True
             for worker in self._workers:
-                worker.process.terminate()  # all at once
+                worker.stop()  # all at once
             for worker in self._workers:
                 worker.end()
             storage: Any = self.study._storage
@@ -564,7 +564,7 @@ def _refit(path: Path, config: dict[str, Any], logs: Path, options: Namespace) -
     epochs = config["trainer"]["max_epochs"]
     for run in sorted((logs / config["name"]).glob("version_*")):
         if (run / "test.csv").exists():
-            found = flatten(yaml.safe_load((run / "config.yaml").read_text()))
+            found = flatten(yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8")))
             if all(found.get(key, value) == value for key, value in flatten(config).items()):
                 print(f"Refit: it is there already, {run}")
                 break
@@ -577,7 +577,7 @@ def _refit(path: Path, config: dict[str, Any], logs: Path, options: Namespace) -
     for name in ("baseline", config["name"]):
         newest = newest_file((logs / name).glob("version_*/test.csv"))
         if newest is not None:
-            with newest.open(newline="") as file:
+            with newest.open(newline="", encoding="utf-8") as file:
                 tests[name] = newest.parent, next(csv.DictReader(file))
     metrics = [key for key in list(tests.values())[-1][1] if key.startswith("test/")]
     rows = [[str(run), *(f"{float(test.get(k, 'nan')):.4f}" for k in metrics)] for run, test in tests.values()]

@@ -217,7 +217,7 @@ class TrialRunner:
                 (folder / name).mkdir(parents=True)
                 for logger in loggers:
                     logger.experiment  # noqa: B018  # two at once could fail to make the same database
-            (folder / name / "config.yaml").write_text(yaml.safe_dump(complete, sort_keys=False))
+            (folder / name / "config.yaml").write_text(yaml.safe_dump(complete, sort_keys=False), encoding="utf-8")
             if config["tensorboard"]:
                 tensorboard = TensorBoardLogger(search.folder, folder.name, name, default_hp_metric=False)
                 run.trainer.loggers = [tensorboard, *loggers]

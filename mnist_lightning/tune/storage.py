@@ -16,8 +16,7 @@ import optuna
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from optuna.exceptions import StorageInternalError
 from optuna.storages import BaseStorage, GrpcStorageProxy, JournalStorage
-from optuna.storages.journal import JournalFileBackend
-from optuna.storages.journal._file import get_lock_file
+from optuna.storages.journal import JournalFileBackend, JournalFileOpenLock
 from tqdm import tqdm
 
 PATIENCE = 600.0
@@ -31,19 +30,21 @@ class JournalFile(JournalFileBackend):
     """
 
     def __init__(self, path: str) -> None:
-        super().__init__(path)
+        self._path = path
+        self._file_lock = JournalFileOpenLock(path)  # Optuna's default is a symbolic link, which Windows may refuse
+        super().__init__(path, self._file_lock)
         self._identity = self._identify()
 
     def _identify(self) -> tuple[int, int] | None:
         with suppress(FileNotFoundError):
-            status = os.stat(self._file_path)
+            status = os.stat(self._path)
             return status.st_dev, status.st_ino
         return None
 
     def _check(self) -> None:
         if self._identify() != self._identity:
             raise MisconfigurationException(
-                f"{self._file_path} was moved or deleted while it was in use. Put it back, and give the command again; "
+                f"{self._path} was moved or deleted while it was in use. Put it back, and give the command again; "
                 "or give it where the study is now."
             )
 
@@ -56,16 +57,20 @@ class JournalFile(JournalFileBackend):
         """Append operations; what is left of a line that was never finished is removed first."""
         self._check()
         lines = b"".join(json.dumps(log, separators=(",", ":")).encode() + b"\n" for log in logs)
-        with get_lock_file(self._lock), open(self._file_path, "r+b") as file:
-            if end := file.seek(0, os.SEEK_END):
-                file.seek(end - 1)
-                if file.read() != b"\n":
-                    file.seek(0)
-                    file.truncate(file.read().rfind(b"\n") + 1)
-                    file.seek(0, os.SEEK_END)
-            file.write(lines)
-            file.flush()
-            os.fsync(file.fileno())
+        self._file_lock.acquire()
+        try:
+            with open(self._path, "r+b") as file:
+                if end := file.seek(0, os.SEEK_END):
+                    file.seek(end - 1)
+                    if file.read() != b"\n":
+                        file.seek(0)
+                        file.truncate(file.read().rfind(b"\n") + 1)
+                        file.seek(0, os.SEEK_END)
+                file.write(lines)
+                file.flush()
+                os.fsync(file.fileno())
+        finally:
+            self._file_lock.release()
 
 
 class PatientStorage:
@@ -175,8 +180,7 @@ def open_storage(storage: str) -> Any:
         elif "://" in storage:
             opened = _open_database(storage)
         else:
-            # absolute: the lock of a dead process is recognised by the age of a link that points at this path
-            path = Path(storage).absolute()
+            path = Path(storage).absolute()  # whatever becomes of the current folder
             path.parent.mkdir(parents=True, exist_ok=True)
             journal = JournalFile(str(path))
             if path.read_bytes().count(b"\n") > sum(1 for _ in journal.read_logs(0)):

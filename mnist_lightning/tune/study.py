@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import optuna
+import psutil
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from optuna.distributions import BaseDistribution, distribution_to_json, json_to_distribution
 from optuna.exceptions import ExperimentalWarning, UpdateFinishedTrialError
@@ -276,24 +277,26 @@ def process_name(pid: int | None = None) -> str:
 def _machine() -> str:
     """Where the number of a process means the same: the host since its start, or a container of it."""
     try:
-        boot = Path("/proc/sys/kernel/random/boot_id").read_text()[:8]
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii")[:8]
         return f"{socket.gethostname()}/{boot}/{Path('/proc/self/ns/pid').stat().st_ino}"
     except OSError:
         return socket.gethostname()
 
 
 def _start_time(pid: int) -> str | None:
-    """When a process started, in ticks; empty where the system does not say, None if there is no living one."""
+    """Return when a process started, in seconds; empty if the system does not say, None if the process is dead."""
     try:
-        state, *numbers = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-        return None if state in "ZX" else numbers[18]  # a container's first process may never bury the dead
-    except OSError:
-        try:
-            os.kill(pid, 0)
-        except ProcessLookupError:
+        process = psutil.Process(pid)
+        if process.status() in (
+            psutil.STATUS_ZOMBIE,
+            psutil.STATUS_DEAD,
+        ):  # a container's first process may never bury the dead
             return None
-        except OSError:
-            pass
+        # Linux counts from its start: there, what psutil adds to the ticks moves when the clock is set
+        return f"{process.create_time() - (psutil.boot_time() if psutil.LINUX else 0):.2f}"
+    except psutil.NoSuchProcess:
+        return None
+    except (psutil.Error, OSError):
         return ""
 
 

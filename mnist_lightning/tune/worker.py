@@ -8,10 +8,12 @@ import sys
 import threading
 import time
 import warnings
-from collections.abc import Callable
-from contextlib import suppress
-from multiprocessing.connection import Connection, wait
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from multiprocessing.connection import Connection
 from typing import TYPE_CHECKING, Any
+
+import psutil
 
 from mnist_lightning.signals import ENDINGS
 
@@ -19,22 +21,36 @@ if TYPE_CHECKING:
     from mnist_lightning.tune.search import Search
 
 # Forked copies of a server process that has imported everything: they start at once, share its memory, and hold no GPU.
-_METHOD = "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"
-_CONTEXT: Any = multiprocessing.get_context(_METHOD)
+# Windows cannot fork, and libraries of macOS do not survive it.
+_HAS_SERVER = "forkserver" in multiprocessing.get_all_start_methods() and sys.platform != "darwin"
+_CONTEXT: Any = multiprocessing.get_context("forkserver" if _HAS_SERVER else "spawn")
 
 
 def start_server() -> None:
     """Start to import what workers need, in a process beside this one, unless there is one already."""
-    if _METHOD == "forkserver":
-        from multiprocessing import forkserver, resource_tracker
+    if _HAS_SERVER:
+        from multiprocessing import forkserver
 
-        _CONTEXT.set_forkserver_preload(["mnist_lightning.tune.search"])
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # that it died; it has nothing to track
-            resource_tracker.ensure_running()  # first: it unblocks the signals
-        # Ctrl-C reaches every process of a terminal, and the parent decides; what is blocked is so in all workers
-        before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
-        forkserver.ensure_running()
+        _CONTEXT.set_forkserver_preload(["mnist_lightning.tune.preload"])
+        with _ctrl_c_blocked():
+            forkserver.ensure_running()
+
+
+@contextmanager
+def _ctrl_c_blocked() -> Iterator[None]:
+    """Start processes that do not see Ctrl-C: it reaches every process of a terminal, but the parent decides."""
+    if not hasattr(signal, "pthread_sigmask"):  # Windows: workers ignore it, once they have begun
+        yield
+        return
+    from multiprocessing import resource_tracker
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that it died; it has nothing to track
+        resource_tracker.ensure_running()  # first: it unblocks the signals
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
+    try:
+        yield
+    finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
@@ -55,38 +71,44 @@ class Worker:
 
         start_server()
         self.device = device
-        self._last_words, sender = multiprocessing.Pipe(duplex=False)
-        self.process = _CONTEXT.Process(target=_work, args=(search, device, sender), daemon=True)
-        self.process.start()
-        sender.close()
+        self._connection, of_worker = multiprocessing.Pipe()
+        self.process = _CONTEXT.Process(target=_work, args=(search, device, of_worker), daemon=True)
+        with _ctrl_c_blocked():
+            self.process.start()
+        of_worker.close()
         self.name = process_name(self.process.pid)
 
     def last_words(self) -> str | None:
         """Why it could not go on, if it said so before it ended; waits for its end."""
         try:
-            words: str = self._last_words.recv()
+            words: str = self._connection.recv()
         except (EOFError, ConnectionError):
             return None
         return words
+
+    def stop(self) -> None:
+        """Ask the process to end, which it does as soon as it leaves no lock behind."""
+        with suppress(OSError):  # it is dead
+            self._connection.send(None)  # a signal would do, but Windows has none that a process can handle
 
     def end(self) -> int:
         """End the process, if it is not dead already; gives its exit code, negative for a signal."""
         from mnist_lightning.tune.study import process_name
 
-        self.process.terminate()
+        self.stop()
         self.process.join(timeout=3)
         self.process.kill()  # it does not answer
         self.process.join()
         # if the server died, its processes are taken for dead, but live
-        with suppress(ProcessLookupError):
+        with suppress(psutil.NoSuchProcess):
             while self.name.rpartition(":")[2] and process_name(self.process.pid) == self.name:
-                os.kill(self.process.pid, signal.SIGKILL)
+                psutil.Process(self.process.pid).kill()
                 time.sleep(0.05)
         code: int = self.process.exitcode
         return code
 
 
-def _work(search: "Search", device: str | None, last_words: "Connection[str, str]") -> None:
+def _work(search: "Search", device: str | None, connection: "Connection[str, None]") -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # where it could not be blocked
     if device is not None:
         os.environ["CUDA_VISIBLE_DEVICES"] = device
@@ -100,29 +122,25 @@ def _work(search: "Search", device: str | None, last_words: "Connection[str, str
     try:
         with corrected():
             runner = TrialRunner(search)
-            for end in (_end_of_parent, _termination()):
+            # the parent sends something when the worker is to stop, and its death closes the connection
+            for end in (lambda: connection.poll(None), _termination()):
                 threading.Thread(target=_leave, args=(end, runner.storage.in_use), daemon=True).start()
             runner.run()
     except Exception as error:  # the machine is at fault, as with a full disk
         reason = describe_os_error(error) if isinstance(error, OSError) else str(error) or repr(error)
-        last_words.send(f"{reason}. What is finished is kept: after a remedy, give the command again.")
+        connection.send(f"{reason}. What is finished is kept: after a remedy, give the command again.")
         sys.exit(1)
 
 
 def _leave(wait_for_end: Callable[[], object], in_use: threading.Lock) -> None:
-    wait_for_end()
+    with suppress(OSError):  # Windows, of a connection that is closed
+        wait_for_end()
     in_use.acquire(timeout=2)  # so that no lock of the storage is left behind; who waits for one holds none
     os._exit(1)
 
 
-def _end_of_parent() -> None:
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-    wait([parent.sentinel])
-
-
 def _termination() -> Callable[[], object]:
-    """What waits for SIGTERM, which the parent sends, or SIGHUP, which a terminal sends when it is closed."""
+    """Return what waits for SIGTERM, or SIGHUP, which a terminal sends when it is closed."""
     terminated = threading.Event()
     for number in ENDINGS:
         if number != signal.SIGINT:
