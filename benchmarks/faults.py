@@ -12,7 +12,9 @@ searches
         state, their number exact, and parameters and values of each must equal those of a search that was never
         disturbed; but a trial that was hit three times is given up, as it should be.
 storms  A small search and its refit get two to five of SIGINT, SIGTERM and SIGHUP within 20 ms, at any moment from the
-        start of the process on: it must end within seconds, without a trace, with all that was finished.
+        start of the process on: it must end soon, without a trace, with all that was finished.
+
+All moments are drawn from the time that the same command takes when nothing disturbs it.
 """
 
 import argparse
@@ -87,7 +89,7 @@ def wait_for(text: str, folder: Path, process: "subprocess.Popen[str]") -> None:
         time.sleep(0.01)
 
 
-def fits(killed: Path, whole: Path, draw: random.Random) -> Counter[str]:
+def fits(killed: Path, whole: Path, seconds: float, draw: random.Random) -> Counter[str]:
     """Kill a fit until it is through."""
     kills: Counter[str] = Counter()
     last: Path | None = None
@@ -98,7 +100,7 @@ def fits(killed: Path, whole: Path, draw: random.Random) -> Counter[str]:
             wait_for("Epoch", killed, process)
         output = killed / "output.txt"
         try:
-            assert process.wait(draw.uniform(0, 3)) == 0, output.read_text()
+            assert process.wait(draw.uniform(0, seconds / 4)) == 0, output.read_text()
             break
         except subprocess.TimeoutExpired:
             process.kill()
@@ -138,10 +140,10 @@ def executions(study: optuna.Study) -> set[str]:
     }
 
 
-def disturb(process: "subprocess.Popen[str]", draw: random.Random) -> str | None:
-    """Kill something of a search after a while; gives what, or None if the search ended before."""
+def disturb(process: "subprocess.Popen[str]", seconds: float, draw: random.Random) -> str | None:
+    """Kill something of a search within ``seconds``; return its kind, or None if the search ended before."""
     try:
-        process.wait(draw.uniform(0.5, 2.5))
+        process.wait(draw.uniform(seconds / 5, seconds))
     except subprocess.TimeoutExpired:
         # the resource tracker and the server, whose children are the workers
         helpers = children(process.pid)
@@ -170,7 +172,7 @@ def several(process: "subprocess.Popen[str]", draw: random.Random) -> None:
         time.sleep(draw.uniform(0, 0.02 / 4))
 
 
-def storms(killed: Path, whole: Path, draw: random.Random) -> Counter[str]:
+def storms(killed: Path, whole: Path, seconds: float, draw: random.Random) -> Counter[str]:
     """End a small search by several signals at once, at any moment from its start to its refit, and let it finish."""
     kills: Counter[str] = Counter()
     finished: set[str] = set()
@@ -178,14 +180,14 @@ def storms(killed: Path, whole: Path, draw: random.Random) -> Counter[str]:
     while not is_through:
         process = start(killed, STORM)
         try:
-            process.wait(draw.uniform(0, 14))
+            process.wait(draw.uniform(0, seconds))
             is_through = True
             assert process.returncode == 0, (killed / "output.txt").read_text()
         except subprocess.TimeoutExpired:
             several(process, draw)
             kills["several signals"] += 1
             # it may have done all and been about to leave
-            assert process.wait(15) != 0 or "to compare: " in (killed / "output.txt").read_text()
+            assert process.wait(seconds) != 0 or "to compare: " in (killed / "output.txt").read_text()
         check_gone(process)
         output = (killed / "output.txt").read_text()
         assert "Traceback" not in output, output
@@ -199,14 +201,14 @@ def storms(killed: Path, whole: Path, draw: random.Random) -> Counter[str]:
     return kills
 
 
-def searches(killed: Path, whole: Path, draw: random.Random) -> Counter[str]:
+def searches(killed: Path, whole: Path, seconds: float, draw: random.Random) -> Counter[str]:
     """Kill workers and parents of a search until it is through."""
     kills: Counter[str] = Counter()
     finished: set[str] = set()
     while True:
         process = start(killed, TUNE)
         wait_for("Trial ", killed, process)
-        while (kind := disturb(process, draw)) in ("worker", "helper"):
+        while (kind := disturb(process, seconds / 16, draw)) in ("worker", "helper"):
             kills[kind] += 1
         if kind is None:
             assert process.returncode == 0, (killed / "output.txt").read_text()
@@ -254,12 +256,14 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as name:
             whole = Path(name, "whole")
             whole.mkdir()
+            begin = time.perf_counter()
             assert start(whole, command).wait() == 0
+            undisturbed = time.perf_counter() - begin
             while (total := kills.total() - kills["trial given up after three kills"]) < arguments.kills:
                 rounds += 1
                 killed = Path(name, str(rounds))
                 killed.mkdir()
-                kills += part(killed, whole, draw)
+                kills += part(killed, whole, undisturbed, draw)
         table = ", ".join(f"{kind} {count}" for kind, count in sorted(kills.items()))
         seconds = time.perf_counter() - since
         print(f"  {total} kills in {rounds} rounds ({table}), {seconds:.0f} s: nothing lost", flush=True)

@@ -3,17 +3,19 @@
 import os
 import re
 import signal
-import time
 from contextlib import suppress
 from pathlib import Path
 
 import optuna
+import psutil
 import pytest
 from conftest import choices, load, outcome, reported, session, start, stopped_worker, wait_for
 from optuna.trial import TrialState
 
 from mnist_lightning.tune.storage import open_storage
 from mnist_lightning.tune.study import give_back, is_counted, process_name, set_attributes
+
+pytestmark = pytest.mark.slow
 
 
 def test_a_killed_worker_loses_only_its_execution(whole, tune_beside, tmp_path):
@@ -195,13 +197,21 @@ def test_a_study_is_shown_while_it_is_searched_and_ends_when_it_is_moved_away(tu
     assert TrialState.COMPLETE in [trial.state for trial in trials]
 
 
+def handles(pid, number):
+    """Whether a process has a handler for a signal."""
+    (mask,) = re.findall(r"SigCgt:\s+(\w+)", Path(f"/proc/{pid}/status").read_text(encoding="utf-8"))
+    return int(mask, 16) >> (number - 1) & 1
+
+
 @pytest.mark.parametrize("moment", ["at its start", "while it imports", "in a trial"])
 def test_several_signals_at_once_end_a_search(data_dir, tmp_path, moment):
     parent = start(data_dir, tmp_path, "--n_trials=50", "--workers=2")
-    if moment == "in a trial":
-        wait_for(lambda: reported(tmp_path))
-    else:
-        time.sleep(0.3 if moment == "at its start" else 1.5)
+    moments = {
+        "at its start": lambda: handles(parent.pid, signal.SIGTERM),
+        "while it imports": lambda: psutil.Process(parent.pid).children(),
+        "in a trial": lambda: reported(tmp_path),
+    }
+    wait_for(moments[moment])
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGINT):
         os.killpg(parent.pid, number) if number == signal.SIGINT else os.kill(parent.pid, number)
     output, _ = parent.communicate(timeout=300)
@@ -219,8 +229,8 @@ def test_several_signals_at_once_end_a_search(data_dir, tmp_path, moment):
 def test_the_death_of_the_fork_server_loses_nothing(whole, data_dir, tmp_path):
     parent = start(data_dir, tmp_path, "--n_trials=5", "--workers=1")
     with stopped_worker(tmp_path, execution=1) as (pid, _):
-        server = int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
-        for child in Path(f"/proc/{parent.pid}/task/{parent.pid}/children").read_text().split():
+        server = int(Path(f"/proc/{pid}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()[1])
+        for child in Path(f"/proc/{parent.pid}/task/{parent.pid}/children").read_text(encoding="utf-8").split():
             os.kill(int(child), signal.SIGKILL)  # the resource tracker as well
         wait_for(lambda: process_name(server).endswith(":None"))
         wait_for(lambda: process_name(pid).endswith(":None"))  # nobody else would end it
