@@ -10,6 +10,8 @@ from torchvision.transforms import v2
 
 from mnist_lightning.augmentation import Distortion, Erasing, HorizontalFlip
 
+pytestmark = pytest.mark.numeric
+
 STILL = {"degrees": 0.0, "scale": 0.0, "shear": 0.0, "translate": 0.0, "alpha": 0.0}
 
 

@@ -14,7 +14,7 @@ import pandas as pd
 import pytest
 import torch
 import yaml
-from conftest import ROOT, in_process, spelled_and_default
+from conftest import ROOT, ROUNDING, in_process, posix, spelled_and_default
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from mnist_lightning import checkpoints, cli, export, tune
@@ -199,6 +199,8 @@ def fit_in_background(cwd, data_dir, epochs=4, until="checkpoints/last.ckpt"):
     return process
 
 
+@posix
+@pytest.mark.slow
 def test_two_runs_at_once_get_two_folders(quick, data_dir, tmp_path):
     process = fit_in_background(tmp_path, data_dir, epochs=1, until="config.yaml")
     process.send_signal(signal.SIGSTOP)  # in the midst of its run
@@ -211,10 +213,11 @@ def test_two_runs_at_once_get_two_folders(quick, data_dir, tmp_path):
         assert (first / name).read_text() == (second / name).read_text()
 
 
+@pytest.mark.numeric
 def test_killed_and_resumed_ends_as_if_never_killed(fitted, quick, data_dir, tmp_path):
     """SIGKILL lands wherever it lands: in a batch, a figure, a checkpoint."""
     process = fit_in_background(tmp_path, data_dir)
-    process.send_signal(signal.SIGKILL)
+    process.kill()
     process.wait()
 
     result = quick(tmp_path, "fit", "--trainer.max_epochs=4", "--ckpt_path=last")
@@ -239,6 +242,7 @@ def test_fit_without_a_logger_leaves_nothing(quick, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_loggers_come_beside_the_run_s_folder(quick, tmp_path):
     options = ["--trainer.max_epochs=2", "--trainer.logger+=CSVLogger", "--trainer.logger.save_dir=csv"]
     for number in range(2):  # the second run in a folder is as complete as the first
@@ -259,6 +263,7 @@ def test_loggers_come_beside_the_run_s_folder(quick, tmp_path):
     assert sorted(table["epoch"].unique()) == [0, 1, 2]
 
 
+@pytest.mark.slow
 def test_figures_go_to_mlflow(quick, tmp_path):
     mlflow = pytest.importorskip("mlflow")
     options = [
@@ -279,6 +284,7 @@ def test_figures_go_to_mlflow(quick, tmp_path):
     assert (tmp_path / "lightning_logs/baseline/version_1/checkpoints/last.ckpt").is_file()
 
 
+@pytest.mark.slow
 def test_figures_go_to_wandb(command, quick, tmp_path):
     wandb = pytest.importorskip("wandb")
     options = ["--trainer.max_epochs=1", "--trainer.logger+=WandbLogger", "--trainer.logger.offline=true"]
@@ -293,6 +299,7 @@ def test_figures_go_to_wandb(command, quick, tmp_path):
     assert (tmp_path / "lightning_logs/baseline/version_1/checkpoints/last.ckpt").is_file()
 
 
+@pytest.mark.slow
 def test_the_script_takes_classes_of_the_current_folder(data_dir, tmp_path):
     (tmp_path / "mine.py").write_text(
         "import torch\n"
@@ -327,7 +334,7 @@ def test_half_precision_goes_all_the_way(quick, recwarn, tmp_path):
     assert not [warning for warning in recwarn if "no graph" in str(warning.message)]
     quick(tmp_path, "predict", *options)
     probabilities = pd.read_csv(tmp_path / "predictions.csv").filter(like="probability_")
-    assert probabilities.sum(axis=1).to_numpy() == pytest.approx(1, abs=1e-5)
+    assert probabilities.sum(axis=1).to_numpy() == pytest.approx(1, abs=ROUNDING)
 
 
 def test_a_network_that_cannot_be_traced_still_trains(quick, monkeypatch, tmp_path):
@@ -354,6 +361,7 @@ def run_of(tmp_path, name):
     return run
 
 
+@pytest.mark.slow
 def test_two_devices_continue_exactly(command, quick, tmp_path):
     """In each epoch 1,001 images to train on, and 249 to evaluate, each once."""
     options = ["--trainer.accelerator=cpu", "--data.val_split=0.1992"]
@@ -374,9 +382,10 @@ def test_two_devices_continue_exactly(command, quick, tmp_path):
     row = rows(rest)[-1]
     for name in ("loss", "penalized_loss", "accuracy"):
         value = float(re.search(rf"val/{name}\s+(\S+)", results)[1])
-        assert value == pytest.approx(float(row[f"val/{name}"]), rel=1e-6)  # no image counts twice
+        assert value == pytest.approx(float(row[f"val/{name}"]), rel=ROUNDING)  # no image counts twice
 
 
+@pytest.mark.slow
 def test_torchrun_takes_the_step_of_one_device(quick, data_dir, tmp_path):
     """With a learning rate of 1 the weights after the only step tell the gradient."""
     options = [
@@ -396,11 +405,13 @@ def test_torchrun_takes_the_step_of_one_device(quick, data_dir, tmp_path):
     two = run_of(tmp_path, "two")
     expected = weights(run_of(tmp_path, "one"))
     for key, weight in weights(two).items():
-        torch.testing.assert_close(weight, expected[key], rtol=0, atol=1e-6)
+        torch.testing.assert_close(weight, expected[key], rtol=0, atol=ROUNDING)
     results = quick(tmp_path, "test", f"--ckpt_path={two / 'checkpoints/last.ckpt'}").stdout
     last, _ = pd.read_csv(two / "test.csv").to_dict("records")
     for name in ("loss", "penalized_loss", "accuracy"):
-        assert float(re.search(rf"test/{name}\s+(\S+)", results)[1]) == pytest.approx(last[f"test/{name}"], rel=1e-6)
+        assert float(re.search(rf"test/{name}\s+(\S+)", results)[1]) == pytest.approx(
+            last[f"test/{name}"], rel=ROUNDING
+        )
 
 
 @pytest.mark.parametrize(
@@ -422,6 +433,7 @@ def test_a_launcher_s_processes_must_be_the_trainer_s_devices(monkeypatch, capfd
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_a_requeued_slurm_job_ends_as_if_never_stopped(fitted, quick, monkeypatch, data_dir, tmp_path):
     scontrol = tmp_path / "bin/scontrol"
     scontrol.parent.mkdir()
@@ -478,7 +490,7 @@ def test_checkpoints_are_evaluated_and_predicted(fitted, monkeypatch, capfd, dat
     table = pd.read_csv(csv_file, index_col="index")
     probabilities = table.filter(like="probability_")
     assert table.shape == (300, 12)
-    assert probabilities.sum(axis=1).to_numpy() == pytest.approx(1, abs=1e-5)
+    assert probabilities.sum(axis=1).to_numpy() == pytest.approx(1, abs=ROUNDING)
     assert (probabilities.to_numpy().argmax(axis=1) == table["predicted"]).all()
     assert f"{(table['label'] == table['predicted']).mean():.4f}" == last[2]
 
@@ -553,6 +565,7 @@ def test_a_schedule_lasts_as_long_as_the_training(quick, tmp_path, options, rate
     assert [float(row["lr"]) for row in table] == pytest.approx(rates)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "options",
     [
@@ -594,7 +607,7 @@ def test_a_run_is_continued_with_all_that_it_had(quick, tmp_path, options):
     with (run / "test.csv").open() as file:
         (expected, *_) = csv.DictReader(file)
     for name, value in tested.items():
-        assert value == pytest.approx(float(expected[f"test/{name}"]), rel=1e-6)
+        assert value == pytest.approx(float(expected[f"test/{name}"]), rel=ROUNDING)
 
 
 def test_the_time_of_a_run_is_that_of_the_whole(quick, caplog, tmp_path):
@@ -620,6 +633,7 @@ def test_a_run_may_be_chosen_without_a_look_at_the_test_images(quick, tmp_path):
     assert not (run_of(tmp_path, "baseline") / "test.csv").exists()
 
 
+@pytest.mark.numeric
 def test_a_run_is_evaluated_on_its_own_data(quick, monkeypatch, capfd, data_dir, tmp_path):
     (tmp_path / "elsewhere").mkdir()
     quick(tmp_path, "fit", "--trainer.max_epochs=1", "--data.val_split=0.4")
@@ -737,6 +751,7 @@ def test_the_process_itself_ends_without_a_traceback(command, tmp_path):
     assert len(result.stderr.splitlines()) == 2
 
 
+@pytest.mark.slow
 def test_a_full_disk_is_named_and_leaves_no_broken_checkpoint(data_dir, tmp_path):
     # no file of more than a megabyte, which the checkpoints of the default network are
     limited = ["bash", "-c", 'ulimit -f 1024; exec "$@"', "bash", sys.executable, "-m", "mnist_lightning", "fit"]
@@ -773,7 +788,7 @@ def test_a_run_folder_that_is_deleted_ends_the_run(monkeypatch, capfd, data_dir,
 
 
 def test_a_folder_that_cannot_be_written_is_named(monkeypatch, capfd, data_dir, tmp_path):
-    if os.geteuid() == 0:
+    if os.name == "nt" or os.geteuid() == 0:
         (tmp_path / "lightning_logs").write_text("a file where the folder should be")
     else:
         tmp_path.chmod(0o500)
@@ -781,5 +796,5 @@ def test_a_folder_that_cannot_be_written_is_named(monkeypatch, capfd, data_dir, 
     code, _, errors = in_process(capfd, "fit", f"--data.data_dir={data_dir}", "--trainer.max_epochs=1")
     tmp_path.chmod(0o700)
     assert code == 1
-    assert "error: lightning_logs/baseline/version_0: " in errors
+    assert f"error: {Path('lightning_logs/baseline/version_0')}: " in errors
     assert "Traceback" not in errors

@@ -19,6 +19,8 @@ from mnist_lightning.loops import EpochLoop, NoProfiler
 from mnist_lightning.networks import MLP
 from mnist_lightning.optimizers import KerasAdam, KerasRMSprop, KerasSGD
 
+pytestmark = pytest.mark.numeric
+
 
 @pytest.fixture
 def fit(data_dir, tmp_path, monkeypatch):

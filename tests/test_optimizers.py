@@ -8,6 +8,8 @@ import torch
 
 from mnist_lightning.optimizers import KerasAdam, KerasRMSprop, KerasSGD
 
+pytestmark = pytest.mark.numeric
+
 STEPS = 20
 
 

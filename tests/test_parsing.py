@@ -71,8 +71,8 @@ def test_a_short_name_means_the_package_s_own_class(model):
 def test_what_is_typed_counts_whatever_the_order(model, monkeypatch, tmp_path, file):
     monkeypatch.chdir(tmp_path)
     spelled = {"network": {"class_path": "MLP", "init_args": {"units": [5, 5]}}, "optimizer": "KerasSGD"}
-    Path("x.yaml").write_text(yaml.safe_dump({"model": spelled}))
-    Path("model.yaml").write_text(yaml.safe_dump(spelled))
+    Path("x.yaml").write_text(yaml.safe_dump({"model": spelled}), encoding="utf-8")
+    Path("model.yaml").write_text(yaml.safe_dump(spelled), encoding="utf-8")
     found = model("--model.network.units=[7,7]", *file, "--print_config")
     assert found["network"]["init_args"]["units"] == [7, 7]
     assert found["optimizer"]["class_path"] == "mnist_lightning.optimizers.KerasSGD"

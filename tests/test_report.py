@@ -17,7 +17,7 @@ import optuna
 import pandas as pd
 import pytest
 import torch
-from conftest import as_bytes, in_browser, in_process, tune_options
+from conftest import ROUNDING, as_bytes, in_browser, in_process, tune_options
 from PIL import Image
 from scipy import stats
 from sklearn.metrics import accuracy_score, confusion_matrix, log_loss, precision_recall_fscore_support
@@ -92,6 +92,7 @@ def test_the_newest_complete_runs_are_compared(made, reported):
     assert reported["images"] == 300
 
 
+@pytest.mark.numeric
 @pytest.mark.parametrize("name", ["baseline", "tuned"])
 def test_numbers_are_those_that_the_commands_gave(made, reported, name):
     cwd, _ = made
@@ -101,19 +102,19 @@ def test_numbers_are_those_that_the_commands_gave(made, reported, name):
         for row, weights in zip(csv.DictReader(file), ("last", "best"), strict=True):
             for metric in ("accuracy", "loss", "penalized_loss"):
                 (value,) = metrics[f"test/{metric} ({weights} epoch)"]
-                assert value == pytest.approx(float(row[f"test/{metric}"]), abs=2e-6)
+                assert value == pytest.approx(float(row[f"test/{metric}"]), rel=ROUNDING)
     with (cwd / run / "metrics.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
     for metric in ("accuracy", "loss", "penalized_loss"):
         (value,) = metrics[f"val/{metric} (last epoch)"]
-        assert value == pytest.approx(float(rows[-1][f"val/{metric}"]), abs=2e-6)
+        assert value == pytest.approx(float(rows[-1][f"val/{metric}"]), rel=ROUNDING)
     assert reported["models"][name]["epochs"] == [len(rows)]
     assert 0 < reported["models"][name]["training_seconds"][0] < 60
 
     table = pd.read_csv(cwd / f"{name}.csv")
     probabilities = table.filter(like="probability_").to_numpy()
     assert metrics["test/accuracy (last epoch)"][0] == pytest.approx(accuracy_score(table.label, table.predicted))
-    assert metrics["test/loss (last epoch)"][0] == pytest.approx(log_loss(table.label, probabilities), abs=1e-5)
+    assert metrics["test/loss (last epoch)"][0] == pytest.approx(log_loss(table.label, probabilities), rel=ROUNDING)
     model = reported["models"][name]
     assert model["confusion_matrix"] == confusion_matrix(table.label, table.predicted).tolist()
     expected = precision_recall_fscore_support(table.label, table.predicted, zero_division=0)
@@ -392,6 +393,7 @@ def test_the_study_is_told(made, reported):
     assert "optimizer" not in study["edges"]
 
 
+@pytest.mark.slow
 def test_the_study_shown_is_the_one_that_made_the_run(run):
     base = "lightning_logs/baseline/version_"
     code, output = run(f"one={base}0", f"two={base}1")  # which no study made
@@ -399,7 +401,7 @@ def test_the_study_shown_is_the_one_that_made_the_run(run):
     page = Path("lightning_logs/report/report.html")
     assert json.loads(page.with_name("report.json").read_text())["study"] is None
     code, output = run()
-    assert "tuned is its trial" in page.read_text()
+    assert "tuned is its trial" in page.read_text(encoding="utf-8")
     shutil.move("lightning_logs/tune", "lightning_logs/moved")
     code, output = run()
     assert code == 0, output
@@ -412,11 +414,12 @@ def test_the_study_shown_is_the_one_that_made_the_run(run):
     assert code == "error: There is no study tune in lightning_logs/tune/journal.log."
 
 
+@pytest.mark.slow
 def test_several_seeds_give_means_and_a_test_over_seeds(run, made):
     base = "lightning_logs/baseline/version_"
     code, output = run(f"one={base}0,{base}1", f"other={base}1,lightning_logs/tuned/version_0")
     assert code == 0, output
-    found = json.loads(Path("lightning_logs/report/report.json").read_text())
+    found = json.loads(Path("lightning_logs/report/report.json").read_text(encoding="utf-8"))
     values = [found["models"][name]["metrics"]["test/accuracy (last epoch)"] for name in ("one", "other")]
     assert [len(value) for value in values] == [2, 2]
     expected = stats.ttest_ind(values[1], values[0], equal_var=False)
@@ -430,15 +433,17 @@ def test_several_seeds_give_means_and_a_test_over_seeds(run, made):
     assert found["study"] is None
 
 
+@pytest.mark.slow
 def test_a_checkpoint_and_the_best_weights_can_be_compared(run):
     base = "lightning_logs/baseline/version_1/checkpoints"
     code, output = run(f"last={base}/last.ckpt", f"best={base}/best.ckpt")
     assert code == 0, output
     code, output = run("--weights=best")
     assert code == 0, output
-    assert json.loads(Path("lightning_logs/report/report.json").read_text())["weights"] == "best"
+    assert json.loads(Path("lightning_logs/report/report.json").read_text(encoding="utf-8"))["weights"] == "best"
 
 
+@pytest.mark.slow
 def test_a_new_metric_of_the_classifier_is_reported(run, monkeypatch):
     metrics = Classifier.metrics
     monkeypatch.setattr(
@@ -448,13 +453,14 @@ def test_a_new_metric_of_the_classifier_is_reported(run, monkeypatch):
     )
     code, output = run()
     assert code == 0, output
-    found = json.loads(Path("lightning_logs/report/report.json").read_text())
+    found = json.loads(Path("lightning_logs/report/report.json").read_text(encoding="utf-8"))
     zeros = found["models"]["tuned"]["per_class"]["support"][0] / found["images"]
     assert found["models"]["tuned"]["metrics"]["test/zeros (best epoch)"] == pytest.approx([zeros])
     assert f"test/zeros (last epoch)           {zeros:.4f}  {zeros:.4f}" in re.sub(" {3,}", " " * 11, output)
-    assert "<td>val/zeros (last epoch)</td>" in Path("lightning_logs/report/report.html").read_text()
+    assert "<td>val/zeros (last epoch)</td>" in Path("lightning_logs/report/report.html").read_text(encoding="utf-8")
 
 
+@pytest.mark.slow
 def test_a_checkpoint_cannot_have_a_module_imported(run):
     path = Path("lightning_logs/tuned/version_0/checkpoints/last.ckpt")
     checkpoint = torch.load(path, weights_only=True)
@@ -527,7 +533,7 @@ def no_study():
 
 def foreign_folder():
     Path("mine").mkdir()
-    Path("mine/thesis.txt").write_text("all I have")
+    Path("mine/thesis.txt").write_text("all I have", encoding="utf-8")
     return ["--output=mine"], "mine holds something else than a report"
 
 
@@ -547,6 +553,7 @@ def test_a_mistake_is_said_and_the_old_report_stays(run, change):
     assert sorted(path.name for path in old.iterdir()) == ["report.json"]
 
 
+@pytest.mark.slow
 def test_the_command_itself_says_it_too(command, tmp_path):
     result = command(tmp_path, "report", check=False, data=False)
     assert result.returncode == 1
@@ -554,6 +561,7 @@ def test_the_command_itself_says_it_too(command, tmp_path):
     assert "Traceback" not in result.stderr
 
 
+@pytest.mark.slow
 def test_other_validation_images_leave_the_test_comparable(run):
     path = Path("lightning_logs/tuned/version_0/checkpoints/last.ckpt")
     checkpoint = torch.load(path, weights_only=True)
@@ -564,34 +572,38 @@ def test_other_validation_images_leave_the_test_comparable(run):
     lines = {line.rpartition("  ")[0].split("  ")[0]: line.split()[-1] for line in output.splitlines() if "/" in line}
     assert lines["val/accuracy (last epoch)"] == lines["val/loss (best epoch)"] == "-"
     assert re.fullmatch(r"[+-]\d\.\d+", lines["test/loss (last epoch)"])
-    assert "tuned had other validation images than baseline" in Path("lightning_logs/report/report.html").read_text()
+    assert "tuned had other validation images than baseline" in Path("lightning_logs/report/report.html").read_text(
+        encoding="utf-8"
+    )
 
 
+@pytest.mark.slow
 def test_three_models_are_compared_to_the_first(run):
     base = "lightning_logs/baseline/version_"
     code, output = run(f"a b={base}1", f"a/b={base}0", "tuned")
     assert code == 0, output
-    found = json.loads(Path("lightning_logs/report/report.json").read_text())
+    found = json.loads(Path("lightning_logs/report/report.json").read_text(encoding="utf-8"))
     assert [*found["differences"]] == ["a/b", "tuned"]
     p_values = [one["p_value"] for one in found["differences"].values()]
     assert [one["adjusted_p_value"] for one in found["differences"].values()] == pytest.approx(holm(p_values))
-    header = Path("lightning_logs/report/comparison.csv").read_text().partition("\n")[0]
+    header = Path("lightning_logs/report/comparison.csv").read_text(encoding="utf-8").partition("\n")[0]
     assert header == "quantity,a b,a/b,tuned,a/b - a b,tuned - a b"
     assert output.count("after Holm") == 2
     files = {path.stem for path in Path("lightning_logs/report/figures").glob("*.png")}
     assert {"confusion_a_b", "confusion_a_b_1", "only_tuned_not_a_b", "only_a_b_not_a_b_1"} <= files
 
 
+@pytest.mark.slow
 def test_one_model_has_an_accuracy_and_no_difference(run):
     code, output = run("baseline")
     assert code == 0, output
-    found = json.loads(Path("lightning_logs/report/report.json").read_text())
+    found = json.loads(Path("lightning_logs/report/report.json").read_text(encoding="utf-8"))
     assert found["differences"] == {}
     accuracy = found["models"]["baseline"]["metrics"]["test/accuracy (last epoch)"][0]
     low, high = found["models"]["baseline"]["accuracy_interval"]
     assert f"gets {accuracy:.4f} of 300 test images right (95 % interval {low:.4f} to {high:.4f})" in output
     assert low < accuracy < high
-    assert Path("lightning_logs/report/comparison.csv").read_text().startswith("quantity,baseline\n")
+    assert Path("lightning_logs/report/comparison.csv").read_text(encoding="utf-8").startswith("quantity,baseline\n")
 
 
 def test_a_pattern_takes_the_complete_runs_in_natural_order(run, made):
@@ -609,7 +621,7 @@ def test_a_pattern_takes_the_complete_runs_in_natural_order(run, made):
         f"all: left out, without a checkpoint or stopped before their end: {base}/version_0, {base}/version_1\n"
         in output
     )
-    runs = json.loads(Path("lightning_logs/report/report.json").read_text())["models"]["all"]["runs"]
+    runs = json.loads(Path("lightning_logs/report/report.json").read_text(encoding="utf-8"))["models"]["all"]["runs"]
     assert runs == [f"{base}/version_2"]
     code, _ = run("a=lightning_logs/tuned/version_0", "a=lightning_logs/tuned/version_0")
     assert code == (
@@ -618,6 +630,7 @@ def test_a_pattern_takes_the_complete_runs_in_natural_order(run, made):
     )
 
 
+@pytest.mark.slow
 def test_a_study_alone_of_many_trials(tmp_path, monkeypatch, capfd):
     """500 trials, take seconds; the table on the page is cut."""
     monkeypatch.chdir(tmp_path)
@@ -661,6 +674,7 @@ def test_a_missing_study_is_named_without_the_password_of_its_storage(tmp_path, 
     assert (code, errors) == (1, "error: There is no study x in postgresql://me:***@host/database.\n")
 
 
+@pytest.mark.slow
 def test_a_failure_in_the_midst_leaves_the_old_report(run, monkeypatch):
     run()
     before = Path("lightning_logs/report/report.html").read_bytes()

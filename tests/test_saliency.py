@@ -8,6 +8,8 @@ from mnist_lightning.data import Split
 from mnist_lightning.networks import CNN
 from mnist_lightning.saliency import integrated_gradients, smoothed
 
+pytestmark = pytest.mark.numeric
+
 
 @pytest.fixture
 def split(mnist):

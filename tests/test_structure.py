@@ -14,7 +14,7 @@ PACKAGE = ROOT / "mnist_lightning"
 def imported(path: Path) -> set[str]:
     """The modules of the package that a file imports, at its top or in a function, without the package's name."""
     names = set()
-    for node in ast.walk(ast.parse(path.read_text())):
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.ImportFrom) and node.module and node.module.split(".")[0] == PACKAGE.name:
             parent = node.module.removeprefix(PACKAGE.name).lstrip(".")
             for alias in node.names:  # a module, or something in one

@@ -9,6 +9,7 @@ from collections import Counter
 import numpy as np
 import optuna
 import pytest
+from conftest import posix
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
 from optuna.pruners import HyperbandPruner
@@ -187,6 +188,7 @@ def test_the_last_place_is_taken_once(journal, monkeypatch):
     assert [is_counted(trial) for trial in second.trials] == [True, True, False]
 
 
+@posix
 def test_processes_share_a_study_exactly(journal):
     make(journal)
 
@@ -207,6 +209,7 @@ def test_processes_share_a_study_exactly(journal):
     assert len(drawn) > 20  # no process repeats what another has drawn
 
 
+@posix
 def test_a_trial_of_a_dead_process_waits_for_another_with_what_it_has(journal):
     study = make(journal)
     own = ask(study, SPACE, 3)
@@ -230,6 +233,7 @@ def test_a_trial_of_a_dead_process_waits_for_another_with_what_it_has(journal):
     assert ask(study, SPACE, 3) is None
 
 
+@posix
 def test_a_trial_whose_process_died_when_its_error_was_known_has_failed(journal):
     study = make(journal)
 
@@ -243,6 +247,7 @@ def test_a_trial_whose_process_died_when_its_error_was_known_has_failed(journal)
 
 
 @pytest.mark.parametrize("sampler", [seeded, lambda _: GridSampler({"a": [1, 2, 3], "b": ["x"]}, seed=0)])
+@posix
 def test_dead_trials_shift_no_draw(journal, sampler):
     study, whole = make(journal, sampler=sampler), make(journal, sampler=sampler, name="whole")
     in_process(lambda: ask(make(journal, sampler=sampler), SPACE, 3)).join(30)
@@ -255,6 +260,7 @@ def test_dead_trials_shift_no_draw(journal, sampler):
 
 
 @pytest.mark.parametrize("has_owner", [True, False])
+@posix
 def test_a_trial_whose_process_died_while_drawing_is_drawn_to_its_end(journal, has_owner):
     study, whole, heartbeats = make(journal), make(journal, name="whole"), {}
 
