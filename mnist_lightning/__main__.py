@@ -56,8 +56,8 @@ def run() -> None:
     signals.leave_at_once()
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # a terminal may lack a letter of a name
-    if "" not in sys.path and os.getcwd() not in sys.path:  # as `python -m` has it: a class may be in this folder
-        sys.path.insert(0, os.getcwd())
+    if not sys.flags.safe_path and "" not in sys.path:  # a class may be in this folder, as for `python -m`
+        sys.path.append(os.curdir)
     try:
         main()
     finally:

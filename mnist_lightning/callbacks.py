@@ -10,6 +10,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.loggers import MLFlowLogger, TensorBoardLogger, WandbLogger
 from lightning.pytorch.utilities.rank_zero import rank_zero_only, rank_zero_warn
+from lightning.pytorch.utilities.seed import isolate_rng
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 from PIL import Image
@@ -70,7 +71,7 @@ class EpochProgressBar(ProgressBar):
         self._line += f"  {time.perf_counter() - self._start:5.1f} s"
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._is_validated = True
+        self._is_validated = not trainer.sanity_checking
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Print the line of the last epoch."""
@@ -108,7 +109,7 @@ class Figures(Callback):
         data: ImageDataModule = trainer.datamodule  # type: ignore[attr-defined]
         assert data.train is not None
         indices = range(min(25, len(data.train)))
-        with torch.random.fork_rng():  # augmentation draws, and a run that goes on must not draw more often
+        with isolate_rng():  # augmentation draws, and a run that goes on must not draw more often
             images, _ = data.train.__getitems__(indices)
         names = [data.classes[label] for label in data.train.labels[: len(indices)]]
         self._show(trainer, "samples", figures.sample_grid(figures.pictures(images), names))

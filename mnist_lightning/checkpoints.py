@@ -1,11 +1,13 @@
 """What a run leaves on disk, so that it can be killed at any moment and continued as if it had not been."""
 
 import io
+import math
 import random
 import shutil
 import time
+import zipfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Literal
 
@@ -44,6 +46,19 @@ def checkpoint_errors(path: Any) -> Iterator[None]:
         raise MisconfigurationException(
             f"{path} cannot be used: {reason}. Take another checkpoint, or train a new one."
         ) from error
+
+
+def load_checkpoint(path: Any, map_location: Any = "cpu") -> dict[str, Any]:
+    """Load a checkpoint file: tensors and plain types alone, and only if all its bytes are those that were written.
+
+    Raises:
+        ValueError: If it is damaged. torch and its unpickler raise others.
+    """
+    with zipfile.ZipFile(path) as archive:  # torch.load does not look at the checksums that torch.save writes
+        if (member := archive.testzip()) is not None:
+            raise ValueError(f"the checksum of {member} differs")
+    checkpoint: dict[str, Any] = torch.load(path, map_location, weights_only=True)
+    return checkpoint
 
 
 def read_history(state: dict[str, Any]) -> list[dict[str, float]]:
@@ -87,7 +102,7 @@ class CheckpointIO(TorchCheckpointIO):
         self, path: Any, map_location: Any = lambda storage, _: storage, weights_only: bool | None = True
     ) -> dict[str, Any]:
         """Load from ``path``; whatever the caller says, with ``weights_only``."""
-        return super().load_checkpoint(path, map_location, weights_only=True)
+        return load_checkpoint(path, map_location)
 
 
 class RunCheckpoint(ModelCheckpoint):
@@ -185,6 +200,8 @@ class RunCheckpoint(ModelCheckpoint):
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Keep the metrics of ``val`` for the epoch's row."""
         super().on_validation_end(trainer, pl_module)
+        if trainer.sanity_checking:
+            return
         metrics = trainer.callback_metrics.items()
         self._val_metrics = {name: value.item() for name, value in metrics if name.startswith("val/")}
 
@@ -214,7 +231,7 @@ class RunCheckpoint(ModelCheckpoint):
             return
         weights, is_changed = pl_module.state_dict(), False
         if trainer.is_global_zero:
-            saved = torch.load(self.last_model_path, map_location=pl_module.device, weights_only=True)["state_dict"]
+            saved = load_checkpoint(self.last_model_path, pl_module.device)["state_dict"]
             is_changed = any(not torch.equal(value, saved[name]) for name, value in weights.items())
         if trainer.strategy.broadcast(is_changed):  # to averages, as by StochasticWeightAveraging
             self._save_checkpoint(trainer, self.last_model_path)
@@ -252,14 +269,18 @@ class RunCheckpoint(ModelCheckpoint):
 
         old, new = self._resumed_from.with_name("best.ckpt"), Path(self.dirpath, "best.ckpt")
         last_epoch = self.history[-1]["epoch"]
-        if old.is_file() and torch.load(old, map_location="cpu", weights_only=True)["epoch"] <= last_epoch:
+        epoch_of_best = math.inf
+        with suppress(Exception):  # what is damaged may raise anything; it is not what was to be continued
+            epoch_of_best = load_checkpoint(old)["epoch"]
+        if epoch_of_best <= last_epoch:
             _copy(old, new)
             moved = {name: str(new) for name in ("best_model_path", "kth_best_model_path")}
             float(state_dict["best_model_score"])  # what is no number raises an error here, not at the next epoch
             score = {"best_k_models": {str(new): state_dict["best_model_score"]}, "last_model_path": ""}
             super().load_state_dict({**state_dict, **moved, **score, "dirpath": self.dirpath})
         elif state_dict["best_model_path"]:
-            rank_zero_warn(f"{old} is gone, or is of a later epoch: the best is looked for from here on only.")
+            reason = "is of a later epoch" if epoch_of_best < math.inf else "is damaged" if old.is_file() else "is gone"
+            rank_zero_warn(f"{old} {reason}: the best epoch is looked for from here on only.")
 
     def _set_random_state(self, states: list[dict[str, Any]]) -> None:
         is_distributed = torch.distributed.is_available() and torch.distributed.is_initialized()

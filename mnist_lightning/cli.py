@@ -16,7 +16,7 @@ from jsonargparse import ArgumentError, Namespace
 from jsonargparse.typing import restricted_number_type
 from lightning.fabric.plugins.environments import SLURMEnvironment
 from lightning.pytorch import Callback
-from lightning.pytorch.callbacks import Checkpoint
+from lightning.pytorch.callbacks import Checkpoint, ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
@@ -33,6 +33,7 @@ from mnist_lightning.checkpoints import (
     CheckpointIO,
     RunCheckpoint,
     checkpoint_errors,
+    load_checkpoint,
 )
 from mnist_lightning.classifier import Classifier
 from mnist_lightning.data import ImageDataModule, Split
@@ -45,6 +46,7 @@ from mnist_lightning.runs import (
     PROG,
     RUN_KEYS,
     atomic_write,
+    command_line,
     flatten,
     format_table,
     new_version,
@@ -164,11 +166,11 @@ class RunCLI(LightningCLI):
             raise MisconfigurationException(f"seed_everything {self.config.seed_everything} is not from 0 to 2^32 - 1.")
         is_job = self.command == "fit" and isinstance(args, list) and SLURMEnvironment.detect()
         self.job = SlurmJob(args) if is_job else None  # an execution of a search has a config, no arguments
+        self._settle(self.config)
         if "ckpt_path" in self.config:
             path = self._find_checkpoint()
             if path is not None:
                 self._use_checkpoint(path, args)
-        self._choose_precision(self.config)
         trainer = self.config.trainer
         is_imitated = str(trainer.precision).startswith("bf16") and has_bf16(trainer.accelerator) is False
         if is_imitated and self.command != EXECUTION:
@@ -201,7 +203,7 @@ class RunCLI(LightningCLI):
         if not path.is_file():
             raise MisconfigurationException(f"No checkpoint at {path}; `last` and `best` mean the newest run's.")
         with checkpoint_errors(path):
-            checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+            checkpoint = load_checkpoint(path)
             checkpoint["state_dict"].keys()
             names = {"model": "hyper_parameters", "data": "datamodule_hyper_parameters"}
             saved = {group: {**checkpoint.get(name, {})} for group, name in names.items()}
@@ -221,7 +223,7 @@ class RunCLI(LightningCLI):
             config = self.parser.parse_args([f"--config={json.dumps(saved)}", *args])
             data = config.data.init_args
             data.data_dir = self.config.data.init_args.data_dir or data.data_dir
-            self._choose_precision(config)
+            self._settle(config)
             given = self.plain_config(config)
             self.parser.is_shaped = False  # type: ignore[attr-defined]
             self.config = self.parser.parse_object({"model": model, "ckpt_path": str(path)}, config)
@@ -246,9 +248,16 @@ class RunCLI(LightningCLI):
                 note(f"Continuing with {key.replace('.init_args', '')} {now[key]}: the run had {value}")
 
     @staticmethod
-    def _choose_precision(config: Namespace) -> None:
-        """Let a config say what ``auto`` means here, so that whatever is made from it computes alike."""
-        config.trainer.precision = choose_precision(config.trainer.precision, config.trainer.accelerator)
+    def _settle(config: Namespace) -> None:
+        """Let a config say what ``auto`` and ``~`` mean here, so that whatever is made from it is alike."""
+        trainer = config.trainer
+        trainer.precision = choose_precision(trainer.precision, trainer.accelerator)
+        if trainer.default_root_dir is not None:
+            if "://" in str(trainer.default_root_dir):
+                raise MisconfigurationException(
+                    f"--trainer.default_root_dir {trainer.default_root_dir} is a URL: runs are kept in a folder."
+                )
+            trainer.default_root_dir = str(Path(trainer.default_root_dir).expanduser())
 
     def plain_config(self, config: Namespace | None = None) -> dict[str, Any]:
         """A config, by default the command's own, complete and in types that YAML and JSON have."""
@@ -265,7 +274,8 @@ class RunCLI(LightningCLI):
             if self.data_state is not None:  # which Lightning gives to data of the same class only
                 self.datamodule.load_state_dict(self.data_state)
             self.model.check_images(self.datamodule.image_shape, len(self.datamodule.classes))
-            self.model.configure_optimizers()  # only to see now whether it can be done
+            optimizers = self.model.configure_optimizers()  # only to see now whether it can be done
+            self._check_monitors(optimizers)
         except (TypeError, ValueError, RuntimeError) as error:
             path = self.config.get("ckpt_path")
             reason = shorten(str(error)) if str(error).startswith("Does not validate") else str(error)
@@ -273,13 +283,34 @@ class RunCLI(LightningCLI):
         # only a model made from a config has hyper-parameters that can be stored as plain types
         self.model.save_hyperparameters({**self.plain_config()["model"], "_instantiator": INSTANTIATOR})
 
+    def _check_monitors(self, optimizers: Any) -> None:
+        """See that what callbacks and the schedule follow will be logged, as far as nobody else can log.
+
+        Raises:
+            MisconfigurationException: If a metric will not be there.
+        """
+        followers: list[Any] = [*self.trainer.callbacks]  # type: ignore[attr-defined]
+        if any(type(callback).__module__.partition(".")[0] not in ("lightning", __package__) for callback in followers):
+            return
+        logits = torch.zeros(1, len(self.datamodule.classes))  # to ask the network would draw its dropout
+        values = self.model.metrics(logits, torch.zeros(1, dtype=torch.long), torch.zeros(()))
+        known = ["lr", *(f"{stage}/{name}" for stage in ("train", "val") for name in values)]
+        monitored = [(type(follower).__name__, getattr(follower, "monitor", None)) for follower in followers]
+        if isinstance(optimizers, dict):
+            monitored.append(("lr_scheduler", optimizers["lr_scheduler"]["monitor"]))
+        for name, monitor in monitored:
+            if monitor is not None and monitor not in known:
+                raise MisconfigurationException(
+                    f"{name} monitors {monitor}, which is not logged. These are: {', '.join(known)}."
+                )
+
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Make the trainer; that of a ``fit`` also gets all that a run folder holds."""
         options = self.config_init.trainer
         callbacks: list[Any] = []
         if self.command == EXECUTION:
             kwargs["enable_progress_bar"] = False
-        elif options.enable_progress_bar is not False:
+        elif options.enable_progress_bar is not False and not _has(options.callbacks, ProgressBar):
             callbacks.append(EpochProgressBar())
         kwargs["enable_model_summary"] = False  # Lightning's own shows no layers
         if options.profiler is None:
@@ -297,6 +328,11 @@ class RunCLI(LightningCLI):
         kwargs["plugins"] = [*(options.plugins or []), CheckpointIO()]
         self.trainer_defaults["callbacks"] = callbacks
         trainer: Any = super().instantiate_trainer(**kwargs)
+        if any(word in str(options.strategy) for word in ("spawn", "fork", "notebook")):
+            raise MisconfigurationException(
+                f"--trainer.strategy {options.strategy} starts processes that would have to copy the parser, which "
+                "cannot be copied. --trainer.strategy ddp starts the command once for each device."
+            )
         # Lightning checks it for several devices only: two processes of one device each would both be the first
         environment = trainer._accelerator_connector.cluster_environment
         environment.validate_settings(trainer.num_devices, trainer.num_nodes)
@@ -312,6 +348,12 @@ class RunCLI(LightningCLI):
         return trainer  # type: ignore[no-any-return]
 
 
+def _has(callbacks: Any, kind: type) -> bool:
+    """Whether the user's callbacks, one or a list, have one of a kind."""
+    given = callbacks if isinstance(callbacks, list) else [callbacks]
+    return any(isinstance(callback, kind) for callback in given)
+
+
 def fit(run: RunCLI) -> None:
     """Train, then evaluate on the test images: the weights of the last epoch and those of the best."""
     trainer, model, data, config = run.trainer, run.model, run.datamodule, run.config
@@ -322,7 +364,7 @@ def fit(run: RunCLI) -> None:
         for name in ("train", "val", "test"):
             split = getattr(data, name)
             shapes = [tuple(tensor.shape) for tensor in (split.images, split.labels)]
-            dtypes = [tensor.dtype for tensor in split.__getitems__([0])]
+            dtypes = [tensor.dtype for tensor in (split.scaled([0]), split.labels)]  # a batch would be augmented: draw
             print(f"  {name:5}  images {shapes[0]} {dtypes[0]}, labels {shapes[1]} {dtypes[1]}")
         if config.trainer.enable_model_summary is not False:
             print(summarize(model, max_depth=2))
@@ -352,7 +394,7 @@ def fit(run: RunCLI) -> None:
         raise
     except (SystemExit, OSError):  # Ctrl-C, a full disk
         if trainer.is_global_zero and run.checkpoint and Path(run.checkpoint.last_model_path).is_file():
-            print(f"Continue: {PROG} fit --ckpt_path {run.checkpoint.last_model_path}")
+            print(f"Continue: {command_line('fit', '--ckpt_path', run.checkpoint.last_model_path)}")
         raise
     if trainer.limit_test_batches != 0:
         _test(run, run_dir)
@@ -375,7 +417,7 @@ def _describe(data: ImageDataModule) -> str:
 def _test(run: RunCLI, run_dir: Path | None) -> None:
     """Evaluate what was trained, in the run's folder and as a table."""
     trainer, checkpoint = run.trainer, run.checkpoint
-    epochs = checkpoint.history[-1]["epoch"] + 1 if checkpoint else trainer.current_epoch
+    epochs = checkpoint.history[-1]["epoch"] + 1 if checkpoint and checkpoint.history else trainer.current_epoch
     loggers, trainer.loggers = trainer.loggers, []
     (results,) = trainer.test(run.model, datamodule=run.datamodule, verbose=False)
     for logger in loggers:
@@ -383,7 +425,7 @@ def _test(run: RunCLI, run_dir: Path | None) -> None:
     rows: dict[str, dict[str, float]] = {f"last epoch ({epochs})": dict(results)}
     if checkpoint is not None and checkpoint.best_model_path:
         best = max(checkpoint.history, key=lambda row: row.get("val/accuracy", 0.0))
-        weights = torch.load(checkpoint.best_model_path, map_location="cpu", weights_only=True)["state_dict"]
+        weights = load_checkpoint(checkpoint.best_model_path)["state_dict"]
         run.model.load_state_dict(weights)
         (results,) = trainer.test(run.model, datamodule=run.datamodule, verbose=False)
         rows[f"best val/accuracy (epoch {best['epoch'] + 1})"] = dict(results)
@@ -401,6 +443,7 @@ def predict(run: RunCLI) -> None:
     output = Path(run.config.output)
     if output.exists():
         raise MisconfigurationException(f"{output} exists and is not overwritten: choose another --output.")
+    output.parent.mkdir(parents=True, exist_ok=True)
     import pandas as pd  # takes a while, and only this command needs it
 
     run.datamodule.setup("predict")
@@ -411,7 +454,7 @@ def predict(run: RunCLI) -> None:
     table = pd.DataFrame(probabilities, columns=names).add_prefix("probability_")
     table.insert(0, "label", names[run.datamodule.test.labels[: len(table)]])
     table.insert(1, "predicted", names[probabilities.argmax(axis=1)])
-    with atomic_write(output) as partial:
+    with atomic_write(output, overwrite=False) as partial:
         table.to_csv(partial, index_label="index", encoding="utf-8")
     print(f"{len(table)} predictions of {run.config.ckpt_path} in {output}")
 
@@ -425,6 +468,7 @@ def predict_pictures(run: RunCLI) -> None:
     for path in (output, sheet):
         if path.exists():
             raise MisconfigurationException(f"{path} exists and is not overwritten: choose another --output.")
+    output.parent.mkdir(parents=True, exist_ok=True)
     note(f"Network: {checkpoint}, of {data.source}")
     places, images, skipped = [], [], 0
     for path, problem in find(run.config.images):
@@ -439,7 +483,8 @@ def predict_pictures(run: RunCLI) -> None:
             continue
         if remark:
             print(f"{path}: {remark}", file=sys.stderr)
-        places += [(str(path), number + 1) for number in range(len(found))]
+        file = str(path).encode(errors="backslashreplace").decode()  # a name may be no UTF-8
+        places += [(file, number + 1) for number in range(len(found))]
         images.append(found)
     if not images:
         raise MisconfigurationException("There is nothing to predict: none of --images can be used.")
@@ -471,9 +516,10 @@ def predict_pictures(run: RunCLI) -> None:
         reasons = [f"orange: {rows[i]['class']}\nblue: {rows[i]['runner_up']}" for i in shown]
         titles = [title for pair in zip(titles, reasons, strict=True) for title in pair]
     grid = figures.image_grid(drawn, titles, columns=min(10, len(titles)))
-    write_csv(output, rows)
-    with atomic_write(sheet) as partial:
-        Image.fromarray(figures.render(grid)).save(partial, "PNG")
+    pixels = figures.render(grid)  # before anything is written
+    write_csv(output, rows, overwrite=False)
+    with atomic_write(sheet, overwrite=False) as partial:
+        Image.fromarray(pixels).save(partial, "PNG")
     limit = f" (the first {SHOWN})" if len(rows) > SHOWN else ""
     left_out = f", {skipped} left out" if skipped else ""
     print(f"{len(rows)} predictions of {checkpoint} in {output}{left_out}; what the network sees{limit}: {sheet}")

@@ -72,6 +72,7 @@ class Parser(LightningArgumentParser):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.sizes: dict[str, dict[str, int]] = {}
+        self.folder = Path.cwd()  # jsonargparse reads a config in the config's own
 
     def parse_args(self, args: Any = None, *arguments: Any, **kwargs: Any) -> Namespace:  # type: ignore[override]
         args = sys.argv[1:] if args is None else args
@@ -92,7 +93,7 @@ class Parser(LightningArgumentParser):
             and isinstance(cfg.get("data"), Namespace)
             and isinstance(cfg.get("model.network"), Namespace)
         ):
-            _shape(cfg, self.sizes)
+            _shape(cfg, self.sizes, self.folder)
         config: Namespace = super()._parse_common(cfg, *args, **kwargs)
         return config
 
@@ -141,11 +142,13 @@ class Parser(LightningArgumentParser):
         self.exit(2)
 
 
-def _shape(config: Namespace, sizes: dict[str, dict[str, int]]) -> None:
+def _shape(config: Namespace, sizes: dict[str, dict[str, int]], folder: Path) -> None:
     """Give the network, and what augments, the size of the images and the number of classes."""
     given = vars(config.data.get("init_args", Namespace()))
     specs = [(f"data.augmentation.{index}", spec) for index, spec in enumerate(given.get("augmentation") or [])]
     arguments = {name: value for name, value in given.items() if name != "augmentation"}
+    if arguments.get("data_dir") is not None:
+        arguments["data_dir"] = str(folder / Path(arguments["data_dir"]).expanduser())
     made_from = repr((config.data.get("class_path"), arguments))
     for key, spec in [("model.network", config.model.network), *specs]:
         try:
@@ -225,6 +228,7 @@ def corrected() -> Iterator[None]:
         "resolve_class_path_by_name": _prefer_own,
         "discard_init_args_on_class_path_change": _discard_defaults,
         "adapt_partial_callable_class": _require_class,
+        "sort_subtypes_for_union": _whole_numbers_first,
     }
     originals = {name: getattr(_typehints, name) for name in corrections}
     settings = dict(parsing_settings)
@@ -291,6 +295,22 @@ def _discard_defaults(original: Callable[..., Any]) -> Callable[..., Any]:
                 arguments = value["init_args"] = Namespace({**vars(arguments), name: -1})
 
     return discard
+
+
+def _whole_numbers_first(original: Callable[..., list[Any]]) -> Callable[..., list[Any]]:
+    """Let 1 stay a whole number where both int and float may stand: to Lightning, 1 batch is not 1.0 of them.
+
+    Python keeps one union for ``int | float`` and ``float | int``, in the order that somebody wrote first.
+    """
+
+    def sort(subtypes: Any, *arguments: Any) -> list[Any]:
+        ordered = [*original(subtypes, *arguments)]
+        if int in ordered and float in ordered:
+            places = sorted((ordered.index(int), ordered.index(float)))
+            ordered[places[0]], ordered[places[1]] = int, float
+        return ordered
+
+    return sort
 
 
 def _require_class(original: Callable[..., tuple[Any, Any]]) -> Callable[..., tuple[Any, Any]]:

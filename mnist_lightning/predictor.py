@@ -11,7 +11,7 @@ from numpy.typing import ArrayLike
 from PIL import Image
 from torch import Tensor
 
-from mnist_lightning.checkpoints import checkpoint_errors
+from mnist_lightning.checkpoints import checkpoint_errors, load_checkpoint
 from mnist_lightning.classifier import Classifier
 from mnist_lightning.data import ImageDataModule
 from mnist_lightning.pictures import read, usable
@@ -24,7 +24,7 @@ def load_classifier(path: Path) -> tuple[dict[str, Any], Classifier]:
         MisconfigurationException: It cannot be used.
     """
     with checkpoint_errors(path):
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        checkpoint = load_checkpoint(path)
         classifier = instantiate_module(Classifier, _arguments(checkpoint["hyper_parameters"])).eval()
         classifier.load_state_dict(checkpoint["state_dict"])
         return checkpoint, classifier

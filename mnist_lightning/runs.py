@@ -2,6 +2,9 @@
 
 import csv
 import os
+import secrets
+import shlex
+import subprocess
 import sys
 import threading
 import time
@@ -18,6 +21,12 @@ LOGS = "lightning_logs"
 """Folder of all runs, studies and reports."""
 RUN_KEYS = ("seed_everything", "num_threads", "tensorboard", "trainer", "model", "data")
 """What the config of a run consists of, beside its name and origin."""
+
+
+def command_line(*words: object) -> str:
+    """Return a command of this package as it can be pasted into a terminal."""
+    texts = [*PROG.split(), *map(str, words)]
+    return subprocess.list2cmdline(texts) if os.name == "nt" else shlex.join(texts)
 
 
 @rank_zero_only
@@ -55,14 +64,14 @@ def newest_complete_run(folder: Path) -> Path:
     complete = newest_file(folder.glob("version_*/test.csv"))
     if complete is not None:
         return complete.parent
-    command = {"baseline": "fit", "tuned": "tune"}.get(folder.name, f"fit --name {folder.name}")
+    command = {"baseline": ["fit"], "tuned": ["tune"]}.get(folder.name, ["fit", "--name", folder.name])
     newest = newest_file(folder.glob("version_*"))
     if newest is None:
-        raise MisconfigurationException(f"No run in {folder} yet. Make one: {PROG} {command}")
+        raise MisconfigurationException(f"No run in {folder} yet. Make one: {command_line(*command)}")
     last = newest / "checkpoints/last.ckpt"
-    remedy = f"Continue it: {PROG} fit --ckpt_path {last}"
+    remedy = f"Continue it: {command_line('fit', '--ckpt_path', last)}"
     if not last.is_file():
-        remedy = f"It has no checkpoint either. Make a new one: {PROG} {command}"
+        remedy = f"It has no checkpoint either. Make a new one: {command_line(*command)}"
     raise MisconfigurationException(f"{newest} was stopped before its end. {remedy}")
 
 
@@ -112,20 +121,29 @@ def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 @contextmanager
-def atomic_write(path: Path) -> Iterator[Path]:
-    """Give another path to write to, which then replaces ``path``: a reader finds the old file or the new one, whole.
+def atomic_write(path: Path, overwrite: bool = True) -> Iterator[Path]:
+    """Give another path to write to, which then becomes ``path``: a reader finds the old file or the new one, whole.
+
+    Args:
+        path: Where the file shall be.
+        overwrite: Whether a file that is there by then is replaced.
 
     Raises:
-        OSError: It could not be written; what there was before is there still.
+        OSError: If the file cannot be written; what there was before is there still.
+        MisconfigurationException: If there is a file that may not be replaced.
     """
-    partial = path.with_name(f"{path.name}.partial")
+    partial = path.with_name(f".{path.name[:100]}.{secrets.token_hex(4)}.partial")  # no two writers have the same
     try:
         yield partial
-        _replace(partial, path)
+        if overwrite:
+            _replace(partial, path)
+        else:
+            place(partial, path)
     except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from error  # a full disk is reported without a name
+    finally:
         with suppress(OSError):
             partial.unlink()
-        raise OSError(error.errno, error.strerror, str(path)) from error  # a full disk is reported without a name
 
 
 def _replace(source: Path, target: Path) -> None:
@@ -137,9 +155,28 @@ def _replace(source: Path, target: Path) -> None:
     source.replace(target)
 
 
-def write_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    """Write rows, whose columns are all that any of them has."""
-    with atomic_write(path) as partial, partial.open("w", newline="", encoding="utf-8") as file:
+def place(source: Path, target: Path) -> None:
+    """Give a file its name, unless another has it by now.
+
+    Raises:
+        MisconfigurationException: If another has it.
+    """
+    try:
+        target.hardlink_to(source)  # in one step: no second writer can come between
+        source.unlink()
+    except FileExistsError as error:
+        raise MisconfigurationException(
+            f"{target} exists and is not overwritten: another command has written it meanwhile."
+        ) from error
+    except OSError:  # a file system without links
+        if target.exists():
+            raise MisconfigurationException(f"{target} exists and is not overwritten.") from None
+        _replace(source, target)
+
+
+def write_csv(path: Path, rows: Sequence[Mapping[str, Any]], overwrite: bool = True) -> None:
+    """Write rows, whose columns are all that any of them has; see :func:`atomic_write`."""
+    with atomic_write(path, overwrite) as partial, partial.open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, fieldnames=list(dict.fromkeys(name for row in rows for name in row)))
         writer.writeheader()
         writer.writerows(rows)

@@ -6,16 +6,18 @@ import random
 import re
 import shutil
 import warnings
+import zipfile
 
 import numpy as np
 import pandas as pd
 import pytest
 import torch
-from conftest import ROUNDING
+from conftest import ROUNDING, in_process
 from lightning.pytorch import Trainer, seed_everything
 from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint, StochasticWeightAveraging
 from lightning.pytorch.cli import ReduceLROnPlateau
 from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from mnist_lightning.checkpoints import CheckpointIO, RunCheckpoint
 from mnist_lightning.classifier import Classifier
@@ -23,6 +25,7 @@ from mnist_lightning.data import MNISTDataModule
 from mnist_lightning.loops import FitLoop
 from mnist_lightning.networks import CNN, MLP
 from mnist_lightning.optimizers import KerasAdam
+from mnist_lightning.predictor import Predictor
 
 pytestmark = pytest.mark.numeric
 
@@ -228,3 +231,47 @@ def test_a_file_that_cannot_be_written_stays_as_it_was(monkeypatch, tmp_path):
         CheckpointIO().save_checkpoint({"epoch": 2}, path)
     assert path.read_bytes() == before
     assert [*tmp_path.iterdir()] == [path]
+
+
+def test_the_sanity_check_is_no_epoch(quick, tmp_path):
+    quick(
+        tmp_path, "fit", "--trainer.max_epochs=2", "--trainer.num_sanity_val_steps=2",
+        "--trainer.check_val_every_n_epoch=2",
+    )  # fmt: skip
+    table = pd.read_csv(tmp_path / "lightning_logs/baseline/version_0/metrics.csv")
+    assert table["val/loss"].isna().tolist() == [True, False]
+
+
+def flip(path):
+    """Change a byte of the weights, which torch.load does not notice."""
+    content = bytearray(path.read_bytes())
+    with zipfile.ZipFile(path) as archive:
+        largest = max(archive.infolist(), key=lambda member: member.file_size)
+    content[largest.header_offset + largest.file_size // 2] ^= 0x40
+    path.write_bytes(content)
+
+
+def test_a_flipped_bit_is_noticed_by_every_command(fitted, monkeypatch, capfd, tmp_path):
+    shutil.copytree(fitted[0].parents[1], tmp_path / "lightning_logs")
+    monkeypatch.chdir(tmp_path)
+    checkpoint = tmp_path / "lightning_logs/baseline/version_0/checkpoints/last.ckpt"
+    flip(checkpoint)
+    assert torch.load(checkpoint, weights_only=True)  # so it is
+    for arguments in (
+        ["fit", "--ckpt_path=last"], ["test"], ["predict"], ["export"], ["report", f"one={checkpoint}"],
+        ["predict", f"--images={fitted[0] / 'figures/samples.png'}"],
+    ):  # fmt: skip
+        code, _, errors = in_process(capfd, *arguments)
+        assert code == 1, arguments
+        assert re.search(r"error: .*last\.ckpt cannot be used: it is damaged", errors), errors
+    with pytest.raises(MisconfigurationException, match="it is damaged"):
+        Predictor(checkpoint)
+
+
+def test_a_damaged_best_checkpoint_does_not_end_what_is_continued(fitted, quick, tmp_path, recwarn):
+    shutil.copytree(fitted[0].parents[1], tmp_path / "lightning_logs")
+    flip(tmp_path / "lightning_logs/baseline/version_0/checkpoints/best.ckpt")
+    quick(tmp_path, "fit", "--ckpt_path=last", "--trainer.max_epochs=5")
+    (said,) = [str(each.message) for each in recwarn if "best epoch" in str(each.message)]
+    assert re.search(r"best\.ckpt is damaged: the best epoch is looked for from here on only", said)
+    assert (tmp_path / "lightning_logs/baseline/version_1/test.csv").is_file()

@@ -2,8 +2,10 @@
 
 import csv
 import logging
+import math
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -798,3 +800,93 @@ def test_a_folder_that_cannot_be_written_is_named(monkeypatch, capfd, data_dir, 
     assert code == 1
     assert f"error: {Path('lightning_logs/baseline/version_0')}: " in errors
     assert "Traceback" not in errors
+
+
+@pytest.mark.parametrize("option", ["--trainer.max_epochs=0", "--trainer.limit_train_batches=0"])
+def test_an_untrained_network_is_evaluated(quick, tmp_path, option):
+    """As whoever wants to see the loss at the start: ln 10 and the penalty."""
+    quick(tmp_path, "fit", option)
+    (row,) = pd.read_csv(tmp_path / "lightning_logs/baseline/version_0/test.csv").to_dict("records")
+    assert row["weights"] == "last epoch (0)"
+    assert row["test/loss"] == pytest.approx(math.log(10), abs=0.3)
+    assert row["test/penalized_loss"] - row["test/loss"] == pytest.approx(3.06, abs=0.1)
+
+
+@pytest.mark.parametrize("name", ["TQDMProgressBar", "RichProgressBar"])
+def test_a_progress_bar_of_the_user_s_replaces_ours(quick, tmp_path, name):
+    if name == "RichProgressBar":
+        pytest.importorskip("rich", reason="rich is not installed")
+    output = quick(tmp_path, "fit", "--trainer.max_epochs=1", f"--trainer.callbacks+={name}").stdout
+    assert "Epoch 1/1 " not in output
+    assert "last epoch (1)" in output
+
+
+@pytest.mark.parametrize("strategy", ["ddp_spawn", "ddp_fork", "ddp_notebook"])
+def test_strategies_that_copy_the_process_are_refused(monkeypatch, capfd, data_dir, tmp_path, strategy):
+    monkeypatch.chdir(tmp_path)
+    options = [f"--data.data_dir={data_dir}", "--trainer.accelerator=cpu", "--trainer.devices=2"]
+    code, _, errors = in_process(capfd, "fit", *options, f"--trainer.strategy={strategy}")
+    assert code == 1
+    assert errors.splitlines()[-1].startswith(f"error: --trainer.strategy {strategy} starts processes")
+    assert not (tmp_path / "lightning_logs").exists()
+
+
+def test_a_folder_is_made_before_anything_is_predicted(quick, fitted, tmp_path):
+    checkpoint = fitted[0] / "checkpoints/last.ckpt"
+    quick(tmp_path, "predict", f"--ckpt_path={checkpoint}", "--output=new/folder/table.csv")
+    assert len(pd.read_csv(tmp_path / "new/folder/table.csv")) == 300
+
+
+@pytest.mark.slow
+def test_no_module_of_the_current_folder_comes_before_a_library(tmp_path):
+    (tmp_path / "torch.py").write_text("raise SystemExit('torch.py of the folder')")
+    script = Path(sys.executable).with_name("mnist_lightning")
+    for command in ([script], [sys.executable, "-P", "-m", "mnist_lightning"]):
+        result = subprocess.run([*command, "fit", "--print_config"], cwd=tmp_path, capture_output=True, text=True)
+        assert result.returncode == 0, result.stderr
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--trainer.callbacks+=EarlyStopping", "--trainer.callbacks.monitor=val_loss"], "EarlyStopping monitors val_"),
+        (["--trainer.callbacks+=ModelCheckpoint", "--trainer.callbacks.monitor=loss"], "ModelCheckpoint monitors loss"),
+        (["--model.lr_scheduler=ReduceLROnPlateau", "--model.lr_scheduler.monitor=val"], "lr_scheduler monitors val,"),
+    ],
+)  # fmt: skip
+def test_a_metric_that_is_not_logged_is_refused_before_the_first_step(
+    monkeypatch, capfd, data_dir, tmp_path, options, message
+):
+    monkeypatch.chdir(tmp_path)
+    code, out, errors = in_process(capfd, "fit", f"--data.data_dir={data_dir}", *options)
+    assert code == 1
+    assert f"error: {message}" in errors
+    assert "These are: lr, train/loss, train/penalized_loss, train/accuracy, val/loss" in errors
+    assert "Epoch" not in out
+    assert not (tmp_path / "lightning_logs").exists()
+
+
+def test_a_home_folder_is_meant_by_its_sign_and_a_url_is_no_folder(quick, monkeypatch, capfd, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("USERPROFILE", str(tmp_path))
+    quick(tmp_path, "fit", "--trainer.max_epochs=1", "--trainer.default_root_dir=~/runs")
+    run = tmp_path / "runs/lightning_logs/baseline/version_0"
+    assert (run / "checkpoints/last.ckpt").is_file()
+    assert list(run.glob("events.*"))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["runs"]
+    quick(tmp_path, "fit", "--trainer.max_epochs=2", "--trainer.default_root_dir=~/runs", "--ckpt_path=last")
+    assert (run.with_name("version_1") / "test.csv").is_file()
+    code, _, errors = in_process(capfd, "fit", "--trainer.default_root_dir=s3://bucket/runs")
+    assert code == 1
+    assert "error: --trainer.default_root_dir s3://bucket/runs is a URL" in errors
+
+
+def test_a_config_of_another_folder_means_the_current_one(quick, data_dir, tmp_path):
+    shutil.copytree(data_dir, tmp_path / "digits")
+    (tmp_path / "sub").mkdir()
+    (tmp_path / "sub/mine.yaml").write_text(
+        "model:\n  network:\n    class_path: MLP\n    init_args: {units: [8, 8]}\n"
+        "data:\n  class_path: MNISTDataModule\n  init_args: {data_dir: digits}\n"
+    )
+    quick(tmp_path, "fit", "--config=sub/mine.yaml", "--trainer.max_epochs=1", data=False)
+    assert (tmp_path / "lightning_logs/baseline/version_0/test.csv").is_file()

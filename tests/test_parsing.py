@@ -116,3 +116,17 @@ def test_jsonargparse_is_corrected_only_inside():
     with contextlib.suppress(ZeroDivisionError), corrected():
         raise ZeroDivisionError
     assert _typehints.adapt_partial_callable_class is before
+
+
+@pytest.mark.parametrize(
+    "option", ["limit_train_batches", "limit_val_batches", "limit_test_batches", "limit_predict_batches"]
+)
+@pytest.mark.parametrize(("given", "value"), [("1", 1), ("1.0", 1.0), ("0.5", 0.5), ("12", 12)])
+def test_a_whole_number_of_batches_stays_whole(capfd, tmp_path, option, given, value):
+    """One batch is not 100 % of them."""
+    (tmp_path / "config.yaml").write_text(f"trainer:\n  {option}: {given}\n")
+    for way in (f"--trainer.{option}={given}", f"--config={tmp_path / 'config.yaml'}"):
+        code, out, errors = in_process(capfd, "fit", way, "--print_config")
+        assert code == 0, errors
+        found = yaml.safe_load(out)["trainer"][option]
+        assert (type(found), found) == (type(value), value)

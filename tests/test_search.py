@@ -714,3 +714,26 @@ def test_a_loss_is_minimized_unless_said_otherwise(tune, tmp_path, options, best
     assert study.best_value == best(trial.value for trial in study.trials)
     for trial in study.trials:
         assert trial.value == best(value for _, value in trial.user_attrs["executions"][0]["values"])
+
+
+def test_a_trial_with_augmentation_is_what_fit_makes_of_its_config(tune, quick, tmp_path):
+    code, _, errors = tune(
+        "--n_trials=1", "--executions_per_trial=1", "--workers=1", "--data.augmentation+=Distortion", epochs=1
+    )
+    assert code == 0, errors
+    (trial,) = load(tmp_path / "here").trials
+    (config,) = (tmp_path / "here").glob("lightning_logs/tune/trial_000/execution_0/config.yaml")
+    quick(tmp_path, "fit", f"--config={config}", data=False)
+    (table,) = tmp_path.glob("lightning_logs/*/version_0/metrics.csv")
+    assert pd.read_csv(table)["val/accuracy"].max() == trial.value
+
+
+def test_numbers_of_a_json_file_are_numbers(tune, tmp_path):
+    """json.dump writes 1e-05, which YAML 1.1 takes for text."""
+    key = "model.optimizer.init_args.lr"
+    space = {key: {"class_path": "FloatDistribution", "init_args": {"low": 1e-6, "high": 1e-2, "log": True}}}
+    (tmp_path / "best.json").write_text(json.dumps({key: 1e-05}))
+    options = ["--n_trials=1", "--executions_per_trial=1", "--workers=1", f"--enqueue={tmp_path / 'best.json'}"]
+    code, _, errors = tune(f"--search_space={json.dumps(space)}", *options, epochs=1)
+    assert code == 0, errors
+    assert load(tmp_path / "here").trials[0].params == {key: 1e-05}

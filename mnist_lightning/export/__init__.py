@@ -9,12 +9,12 @@ import torch
 from lightning.pytorch.cli import LightningArgumentParser
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-from mnist_lightning.checkpoints import checkpoint_errors
+from mnist_lightning.checkpoints import checkpoint_errors, load_checkpoint
 from mnist_lightning.cli import RunCLI, quieten_lightning
 from mnist_lightning.export import formats
 from mnist_lightning.export.page import write_page
 from mnist_lightning.parsing import corrected
-from mnist_lightning.runs import newest_result, note, user_errors
+from mnist_lightning.runs import newest_result, note, place, user_errors
 from mnist_lightning.signals import leave_as_usual
 
 
@@ -49,7 +49,7 @@ def export(run: RunCLI) -> None:
     form = None if output is None else formats.format_of(output)
     data.setup("test")
     with checkpoint_errors(checkpoint):
-        classifier.load_state_dict(torch.load(checkpoint, map_location="cpu", weights_only=True)["state_dict"])
+        classifier.load_state_dict(load_checkpoint(checkpoint)["state_dict"])
     note(f"Exporting {checkpoint}: {type(classifier.network).__name__} for {data.source}")
     with torch.no_grad():
         expected = torch.cat([classifier.predict_step(batch) for batch in data.test_dataloader()])
@@ -76,7 +76,7 @@ def _new_file(path: Path) -> Iterator[Path]:
     with tempfile.TemporaryDirectory(prefix=".export-", dir=path.parent) as folder:
         partial = Path(folder, path.name)
         yield partial
-        partial.rename(path)
+        place(partial, path)
 
 
 def main(command: str, description: str, arguments: Sequence[str]) -> None:

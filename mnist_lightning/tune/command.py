@@ -17,7 +17,7 @@ from typing import Any, Literal
 import optuna
 import torch
 import yaml
-from jsonargparse import Namespace, lazy_instance
+from jsonargparse import Namespace, get_loader, lazy_instance
 from jsonargparse.typing import NonNegativeInt, PositiveFloat, PositiveInt
 from lightning.pytorch.cli import LightningArgumentParser
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
@@ -30,7 +30,16 @@ from tqdm import tqdm
 
 from mnist_lightning.cli import DEFAULTS, RunCLI, fit, quieten_lightning
 from mnist_lightning.parsing import corrected
-from mnist_lightning.runs import PROG, RUN_KEYS, atomic_write, flatten, format_table, newest_file, user_errors
+from mnist_lightning.runs import (
+    PROG,
+    RUN_KEYS,
+    atomic_write,
+    command_line,
+    flatten,
+    format_table,
+    newest_file,
+    user_errors,
+)
 from mnist_lightning.signals import Interrupt, interruptible
 from mnist_lightning.tune.search import COMPUTED, Search
 from mnist_lightning.tune.space import (
@@ -184,7 +193,7 @@ def main(command: str, description: str, arguments: Sequence[str]) -> None:
             if run.config.show:
                 show(run)
                 return
-            tune(run, shlex.join([*PROG.split(), command, *arguments]), interrupt)
+            tune(run, command_line(command, *arguments), interrupt)
 
 
 def show(run: SearchCLI) -> None:
@@ -244,7 +253,7 @@ def tune(run: SearchCLI, command: str, interrupt: Interrupt) -> None:
     if took_part:
         storage_option = ["--storage", options.storage] if options.storage else []
         print("While it runs, elsewhere:")
-        print(f"  {PROG} tune --show {shlex.join(['--study_name', options.study_name, *storage_option])}")
+        print(f"  {command_line('tune', '--show', '--study_name', options.study_name, *storage_option)}")
         print(f"  tensorboard --logdir {shlex.quote(str(run.logs))}")
         if not search.storage.startswith("grpc://"):  # the dashboard reads journals and databases
             print(f"  optuna-dashboard {shlex.quote(search.storage)}")
@@ -257,10 +266,10 @@ def tune(run: SearchCLI, command: str, interrupt: Interrupt) -> None:
     if options.trial is not None or study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,)):
         trial = best_trial(study, options.limits) if options.trial is None else find_trial(study, options.trial, space)
         path, config = _write_config(trial, run, search)
-        print(f"\nConfig of trial {trial.number}: {path}    Train it: {PROG} fit --config {path}")
+        print(f"\nConfig of trial {trial.number}: {path}    Train it: {command_line('fit', '--config', path)}")
         print(f"Of another: {command} --trial N")
         for weights in search.checkpoints(trial):
-            print(f"Its weights: {weights}    Test them: {PROG} test --ckpt_path {weights}")
+            print(f"Its weights: {weights}    Test them: {command_line('test', '--ckpt_path', weights)}")
     if interrupted:
         print(f"\nStopped. Continue: {command}")
         sys.exit(130)
@@ -301,7 +310,8 @@ def _first_trials(run: SearchCLI, space: SearchSpace, base: dict[str, Any]) -> l
         given.append((f"like {options.like}", values))
     if options.enqueue is not None:
         try:
-            items = yaml.safe_load(Path(options.enqueue).read_text(encoding="utf-8"))
+            # as configs are read: to YAML 1.1 alone, 1e-5 is no number, but to json.dump it is
+            items = get_loader("yaml")(Path(options.enqueue).read_text(encoding="utf-8"))
         except (yaml.YAMLError, ValueError) as error:
             raise MisconfigurationException(f"{options.enqueue} is no YAML: {' '.join(str(error).split())}") from error
         items = items if isinstance(items, list) else [items]
@@ -571,7 +581,7 @@ def _refit(path: Path, config: dict[str, Any], logs: Path, options: Namespace) -
     else:
         if epochs != options.refit_epochs:
             print(f"\ntrainer.max_epochs was searched: {epochs}. --refit_epochs {options.refit_epochs} is not used.")
-        print(f"\nRefit: {PROG} fit --config {path}")
+        print(f"\nRefit: {command_line('fit', '--config', path)}")
         fit(RunCLI("fit", ["--config", str(path)]))
     tests = {}
     for name in ("baseline", config["name"]):
@@ -586,6 +596,6 @@ def _refit(path: Path, config: dict[str, Any], logs: Path, options: Namespace) -
     if len(tests) == 2:
         models = [f"{name}={run}" for name, (run, _) in tests.items()]
         storage = ["--storage", options.storage] if options.storage else []
-        print(f"\nCompare them: {PROG} report {shlex.join([*models, '--study', options.study_name, *storage])}")
+        print(f"\nCompare them: {command_line('report', *models, '--study', options.study_name, *storage)}")
     else:
         print(f"\nTrain the notebook's baseline, to compare: {PROG} fit")
