@@ -42,10 +42,11 @@ TOTALS = ("total_steps", "T_max", "total_iters")
 class Classifier(LightningModule):
     """Trains a network on cross-entropy plus λ‖W‖² for every kernel that carries an ``l2`` (see ``networks.Dense``).
 
-    The gradient of the penalty, 2λW, comes as weight decay from optimizers that couple it; for others (AdamW, LBFGS,
-    ...) the penalty is added to the loss. The :meth:`metrics` are logged once an epoch, for each of ``train``, ``val``
-    and ``test``. Those of ``train`` are means over the epoch, while the weights move and dropout is on, as Keras gives
-    them. ``lr`` is the learning rate of an epoch's first step.
+    The gradient of the penalty, 2λW, comes as weight decay from optimizers that couple it, beside a ``weight_decay`` of
+    their own; for others (AdamW, LBFGS, ...), and where gradients are clipped, the penalty is added to the loss. The
+    :meth:`metrics` are logged once an epoch, for each of ``train``, ``val`` and ``test``. Those of ``train`` are means
+    over the epoch, while the weights move and dropout is on, as Keras gives them. ``lr`` is the learning rate of an
+    epoch's first step.
 
     A training batch may have labels of shape (batch, classes) instead of (batch,), as MixUp makes them: shares of the
     classes. The loss takes them as they are, the other metrics the class of the largest share.
@@ -167,15 +168,19 @@ class Classifier(LightningModule):
         """Make the optimizer, with one parameter group for each distinct λ, and the scheduler."""
         optimizer = self.optimizer(self.parameters())
         coupled = isinstance(optimizer, COUPLED) and not optimizer.defaults.get("decoupled_weight_decay")
+        if self._trainer and self.trainer.gradient_clip_val:
+            coupled = False  # weight decay comes after the clipping, which the penalty's gradient must not escape
         self.penalty_in_loss = bool(self.kernels) and not coupled
         if self.kernels and coupled:
-            l2 = dict(self.kernels)
+            l2, own = dict(self.kernels), optimizer.defaults.get("weight_decay", 0)
             groups: dict[float | None, list[nn.Parameter]] = defaultdict(list)
             for parameter in self.parameters():
                 groups[l2.get(parameter)].append(parameter)
             optimizer = self.optimizer(
                 [
-                    {"params": parameters} if factor is None else {"params": parameters, "weight_decay": 2 * factor}
+                    {"params": parameters}
+                    if factor is None
+                    else {"params": parameters, "weight_decay": own + 2 * factor}
                     for factor, parameters in groups.items()
                 ]
             )

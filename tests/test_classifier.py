@@ -82,7 +82,32 @@ def test_the_penalty_is_on_the_hidden_kernels_alone(mnist):
 def test_the_user_s_own_weight_decay_stays_where_there_is_no_l2():
     classifier = Classifier(MLP(), lambda params: torch.optim.Adam(params, weight_decay=0.5))
     decays = sorted(group["weight_decay"] for group in classifier.configure_optimizers().param_groups)
-    assert decays == [0.02, 0.5]
+    assert decays == [0.5, 0.52]  # beside the penalty's
+
+
+@pytest.mark.parametrize("optimizer", [KerasAdam, KerasSGD, torch.optim.AdamW])
+def test_clipping_holds_the_penalty_as_well(datamodule, optimizer):
+    """As under Keras, where the penalty is in the loss. One step of a rate of 1 moves a weight by what was clipped."""
+    torch.manual_seed(0)
+    classifier = Classifier(MLP(dropout=0, l2=1.0), optimizer)
+    trainer = Trainer(
+        max_epochs=1, accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False,
+        enable_model_summary=False, num_sanity_val_steps=0, limit_train_batches=3, gradient_clip_val=1e-3,
+    )  # fmt: skip
+    norms = []
+    original = classifier.configure_gradient_clipping
+
+    def clip(*arguments, **keywords):
+        before = [parameter.grad.clone() for parameter in classifier.parameters()]
+        norms.append(torch.stack([gradient.norm() for gradient in before]).norm().item())
+        original(*arguments, **keywords)
+
+    classifier.configure_gradient_clipping = clip
+    trainer.fit(classifier, datamodule)
+    assert classifier.penalty_in_loss
+    assert min(norms) > 20  # 2λ‖W‖, far above that of the cross-entropy
+    own = 0.01 if optimizer is torch.optim.AdamW else 0
+    assert {group["weight_decay"] for group in trainer.optimizers[0].param_groups} == {own}
 
 
 def test_penalty_at_the_start_is_keras_s():
