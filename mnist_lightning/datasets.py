@@ -3,6 +3,7 @@
 import hashlib
 import os
 import string
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -19,12 +20,19 @@ from PIL import Image, ImageChops, ImageOps
 
 from mnist_lightning.data import KINDS, ImageDataModule, MNISTDataModule
 from mnist_lightning.idx import MD5, find_idx
-from mnist_lightning.pictures import PictureError, Placing, flatten, resized
+from mnist_lightning.pictures import PictureError, Placing, flatten, pictures_in, resized
+from mnist_lightning.runs import note
 
 
 def downloads() -> Path:
     """Where data sets are kept that no ``data_dir`` has."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mnist_lightning/torchvision"
+    try:
+        cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    except RuntimeError as error:  # HOME is not set, and the user has no name: a container
+        raise MisconfigurationException(
+            "There is no home folder for downloads: set XDG_CACHE_HOME, or give --data.data_dir."
+        ) from error
+    return cache / "mnist_lightning/torchvision"
 
 
 def from_torchvision(name: str, data_dir: Path | None, files: str, **arguments: Any) -> Any:
@@ -230,6 +238,7 @@ class ImageFolder(ImageDataModule):
         self.size = size
         self.channels = channels
         self.test_split = test_split
+        self._left_out: Counter[str] = Counter()
 
     @property
     def class_names(self) -> Sequence[str]:
@@ -247,6 +256,10 @@ class ImageFolder(ImageDataModule):
         files = self._files[1].get(split)
         if files is None:
             return None
+        if self._left_out:
+            endings = ", ".join(f"{count} {ending}" for ending, count in sorted(self._left_out.items()))
+            note(f"{self.source}: files left out, as Pillow reads none with such endings: {endings}")
+            self._left_out.clear()
         channels, height, width = self.image_shape
         images = np.empty((len(files), channels, height, width), np.uint8)
         for index, (path, _) in enumerate(files):
@@ -261,19 +274,18 @@ class ImageFolder(ImageDataModule):
                         f"size for all, as --data.size [{height},{width}]"
                     )
                 images[index] = resized(image, (channels, height, width))
+        if len(images) > 1 and (images == images[0]).all():
+            note(f"{self.source}: all {len(images)} {split} images are alike, so nothing can be learned from them.")
         return images, np.array([label for _, label in files])
 
     def from_picture(self, picture: Image.Image, is_sheet: bool = False) -> NDArray[np.uint8]:
         if picture.mode[0] in "IF":  # refused by load as well
             raise PictureError("it has more than 8 bits a channel, which would be cut off")
-        # without its transparency, as load does
-        return super().from_picture(picture.convert("RGB") if picture.mode == "RGBA" else picture, is_sheet)
+        return super().from_picture(picture, is_sheet)
 
     @cached_property
     def _files(self) -> tuple[list[str], dict[str, list[tuple[str, int]]]]:
         """The names of the classes, and path and class of each image of each split."""
-        from torchvision.datasets.folder import IMG_EXTENSIONS, find_classes, make_dataset  # takes a second
-
         assert self.data_dir is not None
         has_splits = (self.data_dir / "train").is_dir()
         splits = ("train", "val", "test") if has_splits else (".",)
@@ -281,14 +293,17 @@ class ImageFolder(ImageDataModule):
             split: self.data_dir / split for split in splits if split != "val" or (self.data_dir / "val").is_dir()
         }
         try:
-            classes, index = find_classes(folders[splits[0]])
-            for folder in folders.values():
-                if unknown := {*find_classes(folder)[0]} - {*classes}:
+            classes = _classes_in(folders[splits[0]])
+            files: dict[str, list[tuple[str, int]]] = {split: [] for split in folders}
+            for split, folder in folders.items():
+                if unknown := {*_classes_in(folder)} - {*classes}:
                     raise FileNotFoundError(f"{folder / min(unknown)} is of a class that train does not have.")
-            files = {
-                split: make_dataset(folder, index, IMG_EXTENSIONS, allow_empty=split != splits[0])
-                for split, folder in folders.items()
-            }
+                for label, name in enumerate(classes):
+                    pictures, others = pictures_in(folder / name)
+                    self._left_out += others
+                    files[split] += [(str(path), label) for path in pictures]
+                    if split == splits[0] and not pictures:
+                        raise FileNotFoundError(f"{folder / name} has no pictures.")
         except OSError as error:
             raise MisconfigurationException(
                 f"{self.data_dir} must hold a folder for each class with its images, or folders train and test that "
@@ -307,6 +322,17 @@ class ImageFolder(ImageDataModule):
             image = ImageOps.exif_transpose(Image.open(path))
             if image.mode[0] in "IF":
                 raise ValueError("it has more than 8 bits a channel, which would be cut off")
+            is_grey = image.mode in GREY
+            if image.has_transparency_data:  # a drawing saved from a canvas is black on nothing
+                image = flatten(image.convert("RGBA"))
         except (OSError, ValueError, Image.DecompressionBombError) as error:
             raise MisconfigurationException(f"{path} cannot be read: {error}") from error
-        return image
+        return image.convert("L") if is_grey else image
+
+
+def _classes_in(folder: Path) -> list[str]:
+    """The folders in a folder that are not hidden."""
+    classes = sorted(entry.name for entry in folder.iterdir() if entry.is_dir() and not entry.name.startswith("."))
+    if not classes:
+        raise FileNotFoundError(f"{folder} has no folders.")
+    return classes

@@ -1,5 +1,6 @@
 """The notebook's pictures, as matplotlib figures that belong to no window and no global state."""
 
+import warnings
 from collections.abc import Sequence
 from functools import cache
 from typing import Any
@@ -79,7 +80,9 @@ def image_grid(
     for index, title in enumerate(titles):
         row, column = divmod(index, columns)
         place = ((column + 0.5) * width, row * height + top - 2 * size)
-        axes.text(*place, title, ha="center", va="bottom", color=colors[index] if colors else "black", fontsize=9)
+        color = colors[index] if colors else "black"
+        # a name is no mathematics, whatever dollars it has
+        axes.text(*place, title, ha="center", va="bottom", color=color, fontsize=9, parse_math=False)
     return figure
 
 
@@ -141,8 +144,8 @@ def confusion_matrix(counts: NDArray[Any], title: str, classes: Sequence[str]) -
     figure = Figure(figsize=(width, height))
     box = (margin / width, margin / height, size / width, size / height)
     axes = figure.add_axes(box, title=title, xlabel="predicted", ylabel="true")
-    axes.set_xticks(range(len(counts)), classes, rotation=90 if text > 2 else 0)
-    axes.set_yticks(range(len(counts)), classes)
+    axes.set_xticks(range(len(counts)), classes, rotation=90 if text > 2 else 0, parse_math=False)
+    axes.set_yticks(range(len(counts)), classes, parse_math=False)
     # the root lets a handful of mistakes be seen beside a thousand right answers
     axes.imshow(np.sqrt(shares), cmap="Blues", vmin=0, vmax=1)
     for color, cells in (("white", shares > 0.4), ("black", (shares <= 0.4) & (counts > 0))):
@@ -189,5 +192,7 @@ def curves(history: Sequence[dict[str, float]], metrics: Sequence[str]) -> Figur
 def render(figure: Figure) -> NDArray[np.uint8]:
     """The pixels of a figure, of shape (height, width, 3)."""
     canvas = FigureCanvasAgg(figure)
-    canvas.draw()
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing")  # a box stands for what the font lacks
+        canvas.draw()
     return np.asarray(canvas.buffer_rgba())[..., :3]

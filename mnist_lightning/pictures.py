@@ -1,6 +1,8 @@
 """Pictures of any kind, brought into the form of a data set: found, read, freed of paper and shadows, cut, placed."""
 
+import os
 import warnings
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from glob import glob
 from pathlib import Path
@@ -52,6 +54,23 @@ class Placing(NamedTuple):
     by_mass: bool
 
 
+def pictures_in(folder: Path) -> tuple[list[Path], Counter[str]]:
+    """Return the pictures in a folder, and how many files of which endings are none by their names.
+
+    Folders are searched to any depth, through symbolic links as well; what is hidden is skipped.
+    """
+    files = [
+        Path(parent, name)
+        for parent, _, names in sorted(os.walk(folder, followlinks=True))
+        if not any(part.startswith(".") for part in Path(parent).relative_to(folder).parts)
+        for name in sorted(names)
+        if not name.startswith(".")
+    ]
+    is_read = {suffix for suffix, kind in Image.EXTENSION.items() if kind in Image.OPEN}
+    pictures = [file for file in files if file.suffix.lower() in is_read]
+    return pictures, Counter(file.suffix.lower() or "none" for file in files if file.suffix.lower() not in is_read)
+
+
 def find(names: Sequence[str]) -> Iterator[tuple[Path, str]]:
     """Files by their names, those in folders and those that match a pattern, each once, with what is wrong of a name.
 
@@ -66,9 +85,7 @@ def find(names: Sequence[str]) -> Iterator[tuple[Path, str]]:
         for given in paths:
             files = [given]
             if given.is_dir():
-                inside = sorted(given.rglob("*"))
-                files = [file for file in inside if file.suffix.lower() in Image.EXTENSION and file.is_file()]
-                files = [file for file in files if not any(part[0] == "." for part in file.relative_to(given).parts)]
+                files, _ = pictures_in(given)
                 if not files:
                     yield given, "the folder has no pictures"
             for file in files:

@@ -20,6 +20,7 @@ from PIL import Image
 
 from mnist_lightning.data import ImageDataModule, MNISTDataModule
 from mnist_lightning.datasets import CIFAR10, EMNIST, KMNIST, QMNIST, USPS, FashionMNIST, ImageFolder
+from mnist_lightning.pictures import find, read
 
 FASHION = Path("/usr/share/datasets/fashion-mnist")
 needs_fashion = pytest.mark.skipif(not FASHION.is_dir(), reason="Debian's package dataset-fashion-mnist is not there")
@@ -258,6 +259,57 @@ def test_a_folder_of_classes_alone_is_shuffled_and_shared_out(tmp_path):
     assert torch.equal(both(ImageFolder(str(tmp_path))).test.labels, both(ImageFolder(str(tmp_path))).test.labels)
 
 
+def test_a_folder_s_pictures_are_those_that_predict_takes(tmp_path, capsys):
+    write_files(tmp_path, 10)
+    image = Image.new("RGB", (10, 8), "red")
+    for name in ("10.gif", "11.jfif", "12.webp", ".13.png", "more/14.bmp"):
+        path = tmp_path / "red" / name
+        path.parent.mkdir(exist_ok=True)
+        image.save(path, "JPEG" if path.suffix == ".jfif" else None)
+    (tmp_path / "red/._001.png").write_bytes(b"AppleDouble")
+    (tmp_path / "red/notes.txt").touch()
+    (tmp_path / "red/table.pdf").touch()
+    (tmp_path / ".ipynb_checkpoints").mkdir()
+    data = both(ImageFolder(str(tmp_path)))
+    classes = len(data.classes)
+    assert ".ipynb_checkpoints" not in data.classes
+    assert len(data.train) + len(data.val) + len(data.test) == 10 * classes + 4
+    found = [path for path, _ in find([str(tmp_path)])]
+    assert len(found) == 10 * classes + 4
+    said = capsys.readouterr().out
+    assert said.count("files left out, as Pillow reads none with such endings: 1 .pdf, 1 .txt") == 1
+
+
+@pytest.mark.parametrize("ink", ["black", "white"])
+def test_a_drawing_on_nothing_is_seen(tmp_path, ink):
+    """As a canvas saves it: the colours below the transparency are all the same."""
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+        for number in range(10):
+            alpha = Image.new("L", (12, 12), 0)
+            alpha.paste(255, (2 + number % 3, 2, 5 + number % 3, 10) if name == "one" else (2, 4, 10, 8))
+            drawing = Image.new("RGB", (12, 12), ink)
+            drawing.putalpha(alpha)
+            drawing.save(tmp_path / name / f"{number}.png")
+    data = both(ImageFolder(str(tmp_path)))
+    for split in (data.train, data.val, data.test):
+        assert (split.images.amin(dim=(1, 2, 3)) == 0).all()
+        assert (split.images.amax(dim=(1, 2, 3)) == 255).all()
+    path = tmp_path / "one/0.png"
+    seen = data.from_picture(read(path)[0])[0]
+    assert seen[0, 5, 3] == (0 if ink == "black" else 255)
+    assert any(np.array_equal(seen, image) for image in data.load("train")[0])
+
+
+def test_images_that_are_all_alike_are_said_to_be(tmp_path, capsys):
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+        for number in range(5):
+            Image.new("L", (6, 6), 7).save(tmp_path / name / f"{number}.png")
+    both(ImageFolder(str(tmp_path)))
+    assert "all 8 train images are alike, so nothing can be learned" in capsys.readouterr().out
+
+
 def test_a_folder_of_validation_images_is_used(tmp_path):
     for split, count in (("train", 5), ("val", 3), ("test", 2)):
         write_files(tmp_path / split, count, "L")
@@ -273,7 +325,7 @@ def test_a_folder_of_validation_images_is_used(tmp_path):
         (lambda folder: Image.new("L", (5, 5)).save(folder / "red/3.png"), r"5x5 pixels, the first image 8x10: .*size"),
         (lambda folder: Image.new("RGB", (10, 8)).save(folder / "red/3.png"), "in colour, the first image grey"),
         (lambda folder: Image.new("I;16", (10, 8)).save(folder / "red/3.png"), "more than 8 bits"),
-        (lambda folder: (folder / "empty").mkdir(), "no valid file for the classes empty"),
+        (lambda folder: (folder / "empty").mkdir(), "empty has no pictures"),
         (lambda folder: (folder / "train").mkdir(), "must hold a folder for each class"),
     ],
 )

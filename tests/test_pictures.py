@@ -1,9 +1,11 @@
 """Pictures of one's own: the network's answers to them, what cannot be used, and sheets."""
 
+import os
 import re
 import shutil
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -194,6 +196,21 @@ def test_predict_names_what_it_leaves_out(fitted, digits, monkeypatch, capfd, tm
     assert code == 1
     assert "none of --images can be used" in err
     assert not (tmp_path / "other.csv").exists()
+
+
+@pytest.mark.skipif(not psutil.LINUX, reason="only Linux has names that are no text")
+def test_a_file_may_have_any_name(fitted, digits, monkeypatch, capfd, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(fitted[0].parents[1], tmp_path / "lightning_logs")
+    (tmp_path / "some").mkdir()
+    for name in (b"zif\xf6fer.png", b"cost_$5_$6^.png", "数字.png".encode(), b"a,b\nc.png"):
+        enlarged(digits[0]).save(os.path.join(os.fsencode(tmp_path / "some"), name).decode(errors="surrogateescape"))
+    with warnings.catch_warnings(action="error", category=UserWarning):
+        code, _, err = in_process(capfd, "predict", "--images=some")
+    assert code == 0, err
+    names = sorted(Path(name).name for name in pd.read_csv("predictions.csv")["file"])
+    assert names == ["a,b\nc.png", "cost_$5_$6^.png", r"zif\udcf6fer.png", "数字.png"]
+    assert sorted(path.name for path in tmp_path.iterdir() if path.is_file()) == ["predictions.csv", "predictions.png"]
 
 
 def test_predict_draws_why(fitted, digits, monkeypatch, capfd, tmp_path):
