@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import statistics
 import tempfile
 from collections import Counter
@@ -475,5 +476,19 @@ def save(report: Report, sections: Sequence[Section], output: Path) -> None:
                 value = Summary.Value(tag=f"report/{picture.name}", image=image)
                 tensorboard.file_writer.add_summary(Summary(value=[value]))
         if output.exists():
+            _keep_others(output, new)
             output.rename(Path(temporary, "old"))
         new.rename(output)
+
+
+def _keep_others(old: Path, new: Path) -> None:
+    """Copy what is in an old report's folder, but is not of a report."""
+    for path in old.rglob("*"):
+        name = path.relative_to(old)
+        is_of_report = str(name) in ("report.html", "report.json", "comparison.csv", "trials.csv") or (
+            name.match("figures/*.png") or name.match("events.out.tfevents.*")
+        )
+        if path.is_dir():
+            (new / name).mkdir(exist_ok=True)
+        elif not is_of_report:
+            shutil.copy2(path, new / name)
