@@ -271,7 +271,7 @@ class RunCheckpoint(ModelCheckpoint):
         last_epoch = self.history[-1]["epoch"]
         epoch_of_best = math.inf
         with suppress(Exception):  # what is damaged may raise anything; it is not what was to be continued
-            epoch_of_best = load_checkpoint(old)["epoch"]
+            epoch_of_best = int(load_checkpoint(old)["epoch"])
         if epoch_of_best <= last_epoch:
             _copy(old, new)
             moved = {name: str(new) for name in ("best_model_path", "kth_best_model_path")}

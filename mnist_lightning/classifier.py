@@ -168,9 +168,9 @@ class Classifier(LightningModule):
         """Make the optimizer, with one parameter group for each distinct λ, and the scheduler."""
         optimizer = self.optimizer(self.parameters())
         coupled = isinstance(optimizer, COUPLED) and not optimizer.defaults.get("decoupled_weight_decay")
-        if self._trainer and self.trainer.gradient_clip_val:
-            coupled = False  # weight decay comes after the clipping, which the penalty's gradient must not escape
-        self.penalty_in_loss = bool(self.kernels) and not coupled
+        # weight decay comes after the clipping, which the penalty's gradient must not escape
+        is_clipped = bool(self._trainer and self.trainer.gradient_clip_val)
+        self.penalty_in_loss = bool(self.kernels) and (is_clipped or not coupled)
         if self.kernels and coupled:
             l2, own = dict(self.kernels), optimizer.defaults.get("weight_decay", 0)
             groups: dict[float | None, list[nn.Parameter]] = defaultdict(list)
@@ -180,7 +180,7 @@ class Classifier(LightningModule):
                 [
                     {"params": parameters}
                     if factor is None
-                    else {"params": parameters, "weight_decay": own + 2 * factor}
+                    else {"params": parameters, "weight_decay": own + (0 if is_clipped else 2 * factor)}
                     for factor, parameters in groups.items()
                 ]
             )
@@ -271,12 +271,17 @@ class Classifier(LightningModule):
         return probabilities
 
     def on_train_start(self) -> None:
-        """See that no schedule ends before the training.
+        """Let the penalty's gradient come by one way, and see that no schedule ends before the training.
 
         Raises:
             MisconfigurationException: One does.
         """
         trainer: Any = self.trainer
+        l2 = dict(self.kernels)
+        for group in trainer.optimizers[0].param_groups:  # a checkpoint's are of whether that training was clipped
+            own, decay = trainer.optimizers[0].defaults.get("weight_decay", 0), 2 * l2.get(group["params"][0], 0)
+            if decay and group.get("weight_decay") in (own, own + decay):
+                group["weight_decay"] = own if self.penalty_in_loss else own + decay
         if any(isinstance(callback, StochasticWeightAveraging) for callback in trainer.callbacks):
             return  # it brings a schedule of its own, and with batch normalization an epoch more
         for config in self.trainer.lr_scheduler_configs:

@@ -59,13 +59,11 @@ def pictures_in(folder: Path) -> tuple[list[Path], Counter[str]]:
 
     Folders are searched to any depth, through symbolic links as well; what is hidden is skipped.
     """
-    files = [
-        Path(parent, name)
-        for parent, _, names in sorted(os.walk(folder, followlinks=True))
-        if not any(part.startswith(".") for part in Path(parent).relative_to(folder).parts)
-        for name in sorted(names)
-        if not name.startswith(".")
-    ]
+    files = []
+    for parent, folders, names in os.walk(folder, followlinks=True):
+        real = Path(parent).resolve()  # a link to a folder that it is in would be followed for ever
+        folders[:] = sorted(n for n in folders if n[0] != "." and not real.is_relative_to(Path(parent, n).resolve()))
+        files += [Path(parent, name) for name in sorted(names) if name[0] != "."]
     is_read = {suffix for suffix, kind in Image.EXTENSION.items() if kind in Image.OPEN}
     pictures = [file for file in files if file.suffix.lower() in is_read]
     return pictures, Counter(file.suffix.lower() or "none" for file in files if file.suffix.lower() not in is_read)

@@ -268,6 +268,17 @@ def test_a_flipped_bit_is_noticed_by_every_command(fitted, monkeypatch, capfd, t
         Predictor(checkpoint)
 
 
+@pytest.mark.parametrize("before", ["null", "0.5"])
+def test_a_run_is_continued_with_and_without_clipping(quick, tmp_path, before):
+    after = {"null": "0.5", "0.5": "null"}[before]
+    quick(tmp_path, "fit", "--trainer.max_epochs=1", f"--trainer.gradient_clip_val={before}")
+    quick(tmp_path, "fit", "--trainer.max_epochs=2", f"--trainer.gradient_clip_val={after}", "--ckpt_path=last")
+    last = tmp_path / "lightning_logs/baseline/version_1/checkpoints/last.ckpt"
+    (optimizer,) = torch.load(last, weights_only=True)["optimizer_states"]
+    decays = sorted(group["weight_decay"] for group in optimizer["param_groups"])
+    assert decays == ([0, 0] if after == "0.5" else [0, 0.02])
+
+
 def test_a_damaged_best_checkpoint_does_not_end_what_is_continued(fitted, quick, tmp_path, recwarn):
     shutil.copytree(fitted[0].parents[1], tmp_path / "lightning_logs")
     flip(tmp_path / "lightning_logs/baseline/version_0/checkpoints/best.ckpt")
