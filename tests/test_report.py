@@ -687,13 +687,20 @@ def test_a_failure_in_the_midst_leaves_the_old_report(run, monkeypatch):
 
 def test_what_others_have_put_into_an_old_report_stays(tmp_path):
     old, new = tmp_path / "old", tmp_path / "new"
-    for path in ("figures/accuracy.png", "figures/mine.txt", "events.out.tfevents.1", "notes.md", "more/report.html"):
+    for path in (
+        "figures/accuracy.png",
+        "figures/mine.txt",
+        "events.out.tfevents.1",
+        "notes.md",
+        "more/report.html",
+        "more/figures/a.png",
+    ):
         (old / path).parent.mkdir(parents=True, exist_ok=True)
         (old / path).write_text(path)
     (new / "figures").mkdir(parents=True)
     page._keep_others(old, new)
     kept = sorted(path.relative_to(new).as_posix() for path in new.rglob("*") if path.is_file())
-    assert kept == ["figures/mine.txt", "more/report.html", "notes.md"]
+    assert kept == ["figures/mine.txt", "more/figures/a.png", "more/report.html", "notes.md"]
 
 
 # --- statistics ---------------------------------------------------------------------------------------------

@@ -486,7 +486,7 @@ def _keep_others(old: Path, new: Path) -> None:
     for path in old.rglob("*"):
         name = path.relative_to(old)
         is_of_report = str(name) in ("report.html", "report.json", "comparison.csv", "trials.csv") or (
-            name.match("figures/*.png") or name.match("events.out.tfevents.*")
+            (name.parent, name.suffix) == (Path("figures"), ".png") or str(name).startswith("events.out.tfevents.")
         )
         if path.is_dir():
             (new / name).mkdir(exist_ok=True)

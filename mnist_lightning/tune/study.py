@@ -287,10 +287,8 @@ def _start_time(pid: int) -> str | None:
     """Return when a process started, in seconds; empty if the system does not say, None if the process is dead."""
     try:
         process = psutil.Process(pid)
-        if process.status() in (
-            psutil.STATUS_ZOMBIE,
-            psutil.STATUS_DEAD,
-        ):  # a container's first process may never bury the dead
+        # a container's first process may never bury the dead
+        if process.status() in (psutil.STATUS_ZOMBIE, psutil.STATUS_DEAD):
             return None
         # Linux counts from its start: there, what psutil adds to the ticks moves when the clock is set
         return f"{process.create_time() - (psutil.boot_time() if psutil.LINUX else 0):.2f}"
