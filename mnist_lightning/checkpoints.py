@@ -5,6 +5,7 @@ import math
 import random
 import shutil
 import time
+import traceback
 import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -14,7 +15,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
+from lightning.pytorch.callbacks import Callback, EarlyStopping, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 from lightning.pytorch.trainer.connectors.checkpoint_connector import _CheckpointConnector
@@ -22,7 +23,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_only, rank_zero_warn
 
-from mnist_lightning.runs import atomic_write, note, write_csv
+from mnist_lightning.runs import atomic_write, explain, note, write_csv
 
 INSTANTIATOR = "lightning.pytorch.cli.instantiate_module"
 """Path of what makes a model from the hyper-parameters in a checkpoint."""
@@ -43,6 +44,10 @@ def checkpoint_errors(path: Any) -> Iterator[None]:
         reason = "it is damaged or no checkpoint of a fit"
         if "loading state_dict" in str(error):
             reason = "its weights are not those of its network"
+        raised_in = [frame.f_locals.get("self") for frame, _ in traceback.walk_tb(error.__traceback__)]
+        callbacks = [each for each in raised_in if isinstance(each, Callback) and not isinstance(each, RunCheckpoint)]
+        if callbacks:
+            reason = f"its {type(callbacks[-1]).__name__} cannot be restored ({explain(error)})"
         raise MisconfigurationException(
             f"{path} cannot be used: {reason}. Take another checkpoint, or train a new one."
         ) from error
@@ -140,8 +145,11 @@ class RunCheckpoint(ModelCheckpoint):
         self.seconds = 0.0
         self._since = time.perf_counter()
         self._val_metrics: dict[str, float] = {}
+        self._validated: dict[str, torch.Tensor] = {}
         self._resumed_from: Path | None = None
         self._is_stopped = False
+        self._is_changed_at_end = False
+        self._done_batches = 0
 
     @property
     def state_key(self) -> str:
@@ -165,11 +173,11 @@ class RunCheckpoint(ModelCheckpoint):
             if not all(parts):
                 raise ValueError("nothing to continue from")
             epochs = parts[1]["epoch_progress"]["current"]
-            if epochs["processed"] != epochs["ready"]:
-                raise MisconfigurationException(
-                    f"{trainer.ckpt_path} was written inside an epoch, from where no run can be continued exactly. "
-                    "Take last.ckpt, or a ModelCheckpoint's with save_on_train_epoch_end."
-                )
+            batches = parts[1]["epoch_loop.batch_progress"]
+            is_inside = epochs["processed"] != epochs["ready"] or not batches["is_last_batch"]
+            self._done_batches = int(batches["current"]["ready"]) if is_inside else 0
+            if parts[0].get("is_changed_at_end"):
+                note(f"{trainer.ckpt_path} has the weights that a callback, such as an average, made of the last ones.")
             self._resumed_from = Path(str(trainer.ckpt_path))
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -194,6 +202,18 @@ class RunCheckpoint(ModelCheckpoint):
             note(f"EarlyStopping had ended this training after epoch {epoch['epoch'] + 1}.")
             trainer.should_stop = True
 
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Refuse to train on from inside an epoch; a run that was stopped there may still be evaluated.
+
+        Raises:
+            MisconfigurationException: If the checkpoint that the run goes on from is of the middle of an epoch.
+        """
+        if self._done_batches:
+            raise MisconfigurationException(
+                f"{self._resumed_from} was written inside an epoch, after {self._done_batches} batches, from where no "
+                "run can be continued exactly. Take a checkpoint of an epoch's end, or train anew."
+            )
+
     def on_train_batch_end(self, *_: Any) -> None:
         pass  # epochs are saved, no batches
 
@@ -204,9 +224,34 @@ class RunCheckpoint(ModelCheckpoint):
             return
         metrics = trainer.callback_metrics.items()
         self._val_metrics = {name: value.item() for name, value in metrics if name.startswith("val/")}
+        self._validated = {name: value.clone() for name, value in pl_module.state_dict().items()}
+
+    def _validate_again(self, trainer: Trainer, pl_module: LightningModule) -> bool:
+        """Validate the weights that are going to be saved, if they are not those that were validated.
+
+        They have moved if the last validation was inside the epoch, and if a callback prunes or averages them after it.
+        Other callbacks do not hear of it: EarlyStopping would count it.
+
+        Returns:
+            Whether that was necessary.
+        """
+        weights = pl_module.state_dict()
+        if weights.keys() == self._validated.keys() and all(
+            torch.equal(value, self._validated[name]) for name, value in weights.items()
+        ):
+            return False
+        listeners, trainer.callbacks = trainer.callbacks, [self]  # type: ignore[attr-defined]
+        trainer.validating = True
+        trainer.fit_loop.epoch_loop.val_loop.run()
+        trainer.training = True
+        trainer.callbacks = listeners  # type: ignore[attr-defined]
+        return True
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Add the epoch's row, then save."""
+        is_inside = not trainer.fit_loop.epoch_loop.batch_progress.is_last_batch  # of max_steps or max_time
+        if trainer.enable_validation and (self._val_metrics or is_inside):
+            self._validate_again(trainer, pl_module)
         metrics = {n: value.item() for n, value in trainer.callback_metrics.items() if not n.startswith("val/")}
         row = {"epoch": trainer.current_epoch, "step": trainer.global_step - 1, **metrics, **self._val_metrics}
         self._val_metrics = {}  # an epoch without validation has none
@@ -234,6 +279,11 @@ class RunCheckpoint(ModelCheckpoint):
             saved = load_checkpoint(self.last_model_path, pl_module.device)["state_dict"]
             is_changed = any(not torch.equal(value, saved[name]) for name, value in weights.items())
         if trainer.strategy.broadcast(is_changed):  # to averages, as by StochasticWeightAveraging
+            self._is_changed_at_end = True
+            if trainer.enable_validation and self._validate_again(trainer, pl_module):
+                self.history[-1] |= self._val_metrics
+                self._write_metrics(trainer)
+                self._save_topk_checkpoint(trainer, self._monitor_candidates(trainer))
             self._save_checkpoint(trainer, self.last_model_path)
 
     def state_dict(self) -> dict[str, Any]:
@@ -255,6 +305,7 @@ class RunCheckpoint(ModelCheckpoint):
             "history": self.history,
             "seconds": self.seconds,
             "is_stopped": self._is_stopped,
+            "is_changed_at_end": self._is_changed_at_end,
             "random_states": random_states,
         }
 

@@ -11,6 +11,7 @@ from jsonargparse.typing import ClosedUnitInterval, PositiveInt
 from lightning.pytorch import LightningModule
 from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveraging
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from lightning.pytorch.plugins import DoublePrecision
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
@@ -122,6 +123,8 @@ class Classifier(LightningModule):
             MisconfigurationException: torch has no compiler here.
         """
         torch.set_flush_denormal(True)
+        if isinstance(self.trainer.precision_plugin, DoublePrecision):
+            self.double()  # Lightning does so after it has restored weights, and so would round them
         if self.trainer.global_rank > 0 and stage == "fit":
             torch.manual_seed(torch.initial_seed() + self.trainer.global_rank)
         shape = getattr(getattr(self.trainer, "datamodule", None), "image_shape", None)

@@ -1,9 +1,11 @@
 """``fit``, ``validate``, ``test`` and ``predict``: a LightningCLI whose defaults are the notebook's."""
 
+import importlib
 import json
 import logging
 import shutil
 import sys
+import tempfile
 import warnings
 from collections.abc import Sequence
 from contextlib import suppress
@@ -16,11 +18,14 @@ from jsonargparse import ArgumentError, Namespace
 from jsonargparse.typing import restricted_number_type
 from lightning.fabric.plugins.environments import SLURMEnvironment
 from lightning.pytorch import Callback
-from lightning.pytorch.callbacks import Checkpoint, ProgressBar
+from lightning.pytorch.callbacks import BatchSizeFinder, Checkpoint, LearningRateFinder, ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.plugins import CheckpointIO as LightningCheckpointIO
+from lightning.pytorch.tuner import Tuner
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.model_summary import summarize
+from lightning.pytorch.utilities.seed import isolate_rng
 from PIL import Image
 
 import mnist_lightning.augmentation  # noqa: F401 - so that a name is enough for its classes
@@ -47,8 +52,11 @@ from mnist_lightning.runs import (
     RUN_KEYS,
     atomic_write,
     command_line,
+    explain,
     flatten,
     format_table,
+    is_from_user_code,
+    library_errors,
     new_version,
     newest_checkpoint,
     newest_result,
@@ -86,6 +94,7 @@ class RunCLI(LightningCLI):
 
     Attributes:
         checkpoint: Keeps the run of a ``fit`` on disk; None where nothing is kept.
+        options: From a class that the config names to the option that does.
         keeps_run: Whether a ``fit`` leaves a run folder.
     """
 
@@ -171,6 +180,7 @@ class RunCLI(LightningCLI):
             path = self._find_checkpoint()
             if path is not None:
                 self._use_checkpoint(path, args)
+        self._use_finders()
         trainer = self.config.trainer
         is_imitated = str(trainer.precision).startswith("bf16") and has_bf16(trainer.accelerator) is False
         if is_imitated and self.command != EXECUTION:
@@ -217,7 +227,7 @@ class RunCLI(LightningCLI):
             if config and self.command == "fit":
                 saved = {**config, **saved}
             elif config:  # the numbers of `fit`, to the digit
-                saved["trainer"] = {"precision": config["trainer"]["precision"]}
+                saved["trainer"] = {name: config["trainer"].get(name) for name in ("precision", "plugins")}
         self.parser.exit_on_error = False
         try:
             config = self.parser.parse_args([f"--config={json.dumps(saved)}", *args])
@@ -247,6 +257,49 @@ class RunCLI(LightningCLI):
             if now.get(key, value) != value:
                 note(f"Continuing with {key.replace('.init_args', '')} {now[key]}: the run had {value}")
 
+    def _use_finders(self) -> None:
+        """Replace Lightning's BatchSizeFinder and LearningRateFinder by what they find, before the run begins.
+
+        So the run is one with a plain batch size and learning rate, which its config says, and can be continued.
+
+        Raises:
+            MisconfigurationException: If there are several devices, on each of which they might find something else.
+        """
+        trainer = self.config.trainer
+        given = trainer.callbacks if isinstance(trainer.callbacks, list) else [trainer.callbacks]
+        finders = [each for each in given if each and get_class(each.class_path) in FINDERS]
+        if not finders:
+            return
+        trainer.callbacks = [each for each in given if each not in finders] or None
+        if self.command not in ("fit", EXECUTION) or self.config.get("ckpt_path") or trainer.fast_dev_run:
+            note(f"{get_class(finders[0].class_path).__name__} has nothing to do: no new training begins.")
+            return
+        if str(trainer.devices) != "1":
+            raise MisconfigurationException(
+                f"{get_class(finders[0].class_path).__name__} works on one device: find with --trainer.devices 1, then "
+                "give what was found."
+            )
+        for finder in finders:
+            kind, arguments = get_class(finder.class_path), {**vars(finder.init_args)}
+            config = {key: value for key, value in self.plain_config().items() if key in ("name", *RUN_KEYS)}
+            with tempfile.TemporaryDirectory() as folder:  # for the checkpoint to which they return
+                config["trainer"] |= {"callbacks": None, "logger": False, "default_root_dir": folder}
+                trial = RunCLI(EXECUTION, config)
+                tuner: Any = Tuner(trial.trainer)
+                if kind is LearningRateFinder:
+                    key, arguments["num_training"] = "model.optimizer.init_args.lr", arguments.pop("num_training_steps")
+                    arguments |= {"update_attr": False}
+                    found = tuner.lr_find(trial.model, datamodule=trial.datamodule, **arguments).suggestion()
+                else:
+                    key = "data.init_args.batch_size"
+                    found = tuner.scale_batch_size(trial.model, datamodule=trial.datamodule, **arguments)
+            option = f"--{key.replace('.init_args', '')}"
+            if found is None:
+                note(f"{kind.__name__} found nothing in so few steps: {option} stays {self.config[key]}.")
+            else:
+                note(f"{kind.__name__} found {option} {found:.4g}, with which the run goes on.")
+                self.config[key] = found
+
     @staticmethod
     def _settle(config: Namespace) -> None:
         """Let a config say what ``auto`` and ``~`` mean here, so that whatever is made from it is alike."""
@@ -269,19 +322,47 @@ class RunCLI(LightningCLI):
 
     def instantiate_classes(self) -> None:
         """Make model, data and trainer; a value that one of them refuses is the user's mistake."""
+        self.options = chosen_classes(self.plain_config())
         try:
             super().instantiate_classes()
             if self.data_state is not None:  # which Lightning gives to data of the same class only
                 self.datamodule.load_state_dict(self.data_state)
             self.model.check_images(self.datamodule.image_shape, len(self.datamodule.classes))
+            if self.command in ("fit", EXECUTION):
+                self._check_augmentation()
             optimizers = self.model.configure_optimizers()  # only to see now whether it can be done
             self._check_monitors(optimizers)
-        except (TypeError, ValueError, RuntimeError) as error:
+        except Exception as error:
+            if isinstance(error, MisconfigurationException | ModuleNotFoundError | OSError):
+                raise
+            if isinstance(error, TypeError | ValueError | RuntimeError):
+                reason = shorten(str(error)) if str(error).startswith("Does not validate") else str(error)
+            elif is_from_user_code(error):
+                raise
+            else:
+                reason = ""
+            reason = reason or explain(error, self.options)
             path = self.config.get("ckpt_path")
-            reason = shorten(str(error)) if str(error).startswith("Does not validate") else str(error)
             raise MisconfigurationException(f"{path} cannot be used: {reason}" if path else reason) from error
         # only a model made from a config has hyper-parameters that can be stored as plain types
         self.model.save_hyperparameters({**self.plain_config()["model"], "_instantiator": INSTANTIATOR})
+
+    def _check_augmentation(self) -> None:
+        """See that augmented images are of the size of the others.
+
+        Raises:
+            MisconfigurationException: If they are not.
+        """
+        shape = self.datamodule.image_shape
+        images, labels = torch.zeros(2, *shape), torch.zeros(2, dtype=torch.long)
+        with isolate_rng():  # the training must not draw other numbers
+            for augment in self.datamodule.augmentation:
+                images, labels = augment(images, labels)
+                if images.shape != (2, *shape):
+                    raise MisconfigurationException(
+                        f"--data.augmentation {type(augment).__name__} makes images of shape {tuple(images.shape[1:])} "
+                        f"(channels, height, width) of those of shape {shape}."
+                    )
 
     def _check_monitors(self, optimizers: Any) -> None:
         """See that what callbacks and the schedule follow will be logged, as far as nobody else can log.
@@ -310,13 +391,20 @@ class RunCLI(LightningCLI):
         callbacks: list[Any] = []
         if self.command == EXECUTION:
             kwargs["enable_progress_bar"] = False
+        elif options.barebones:
+            if self.command in ("validate", "test"):
+                raise MisconfigurationException(
+                    f"--trainer.barebones logs nothing, and so {self.command} has no result."
+                )
+            note("With barebones nothing is logged, shown or kept.")
         elif options.enable_progress_bar is not False and not _has(options.callbacks, ProgressBar):
             callbacks.append(EpochProgressBar())
         kwargs["enable_model_summary"] = False  # Lightning's own shows no layers
-        if options.profiler is None:
+        if options.profiler is None and not options.barebones:
             kwargs["profiler"] = NoProfiler()
         self.checkpoint: RunCheckpoint | None = None
-        self.keeps_run = self.command == "fit" and options.logger is not False and not options.fast_dev_run
+        is_bare = options.logger is False or options.fast_dev_run or options.barebones
+        self.keeps_run = self.command == "fit" and not is_bare
         if isinstance(options.logger, bool | None) or self.command not in ("fit", EXECUTION):
             kwargs["logger"] = False  # TensorBoard's is made where its folder is known
         if not self.keeps_run:
@@ -325,7 +413,14 @@ class RunCLI(LightningCLI):
             config = self.plain_config()
             self.checkpoint = RunCheckpoint({key: config[key] for key in ("name", "origin", *RUN_KEYS)})
             callbacks += [self.checkpoint, Figures(self.checkpoint)]
-        kwargs["plugins"] = [*(options.plugins or []), CheckpointIO()]
+        given = options.plugins if isinstance(options.plugins, list) else [options.plugins] if options.plugins else []
+        for plugin in given:
+            if isinstance(plugin, LightningCheckpointIO):
+                raise MisconfigurationException(
+                    f"--trainer.plugins {type(plugin).__name__}: checkpoints are written by this package, whole or not "
+                    "at all, and read without running code. Leave it out."
+                )
+        kwargs["plugins"] = [*given, CheckpointIO()]
         self.trainer_defaults["callbacks"] = callbacks
         trainer: Any = super().instantiate_trainer(**kwargs)
         if any(word in str(options.strategy) for word in ("spawn", "fork", "notebook")):
@@ -348,6 +443,30 @@ class RunCLI(LightningCLI):
         return trainer  # type: ignore[no-any-return]
 
 
+def chosen_classes(config: Any, option: str = "") -> dict[type, str]:
+    """Return the classes that a config names, each with the option that does."""
+    found: dict[type, str] = {}
+    if isinstance(config, list):
+        for each in config:
+            found |= chosen_classes(each, option)
+    elif isinstance(config, dict):
+        with suppress(ImportError, AttributeError, KeyError, ValueError):
+            found[get_class(config["class_path"])] = option
+        for key, value in config.items():
+            found |= chosen_classes(value, option if key == "init_args" else f"{option}.{key}".lstrip("."))
+    return found
+
+
+FINDERS = (BatchSizeFinder, LearningRateFinder)
+
+
+def get_class(path: str) -> type:
+    """Return the class that a path names."""
+    module, _, name = path.rpartition(".")
+    found: type = getattr(importlib.import_module(module), name)
+    return found
+
+
 def _has(callbacks: Any, kind: type) -> bool:
     """Whether the user's callbacks, one or a list, have one of a kind."""
     given = callbacks if isinstance(callbacks, list) else [callbacks]
@@ -366,7 +485,7 @@ def fit(run: RunCLI) -> None:
             shapes = [tuple(tensor.shape) for tensor in (split.images, split.labels)]
             dtypes = [tensor.dtype for tensor in (split.scaled([0]), split.labels)]  # a batch would be augmented: draw
             print(f"  {name:5}  images {shapes[0]} {dtypes[0]}, labels {shapes[1]} {dtypes[1]}")
-        if config.trainer.enable_model_summary is not False:
+        if config.trainer.enable_model_summary is not False and not trainer.barebones:
             print(summarize(model, max_depth=2))
     run_dir = None
     if run.keeps_run:
@@ -382,9 +501,12 @@ def fit(run: RunCLI) -> None:
             if run.job is not None:
                 run.job.watch(trainer, run_dir)
     try:
-        trainer.fit(model, datamodule=data, ckpt_path=config.ckpt_path)
+        with library_errors(run_dir, run.options):
+            trainer.fit(model, datamodule=data, ckpt_path=config.ckpt_path)
     except MisconfigurationException:
-        if trainer.is_global_zero and run_dir and not any(run_dir.glob("checkpoints/*")):  # refused: there is no run
+        if (
+            trainer.is_global_zero and run_dir and not (run_dir / "checkpoints/last.ckpt").is_file()
+        ):  # refused: there is no run
             for logger in trainer.loggers:
                 logger.finalize("failed")
             shutil.rmtree(run_dir)
@@ -396,7 +518,7 @@ def fit(run: RunCLI) -> None:
         if trainer.is_global_zero and run.checkpoint and Path(run.checkpoint.last_model_path).is_file():
             print(f"Continue: {command_line('fit', '--ckpt_path', run.checkpoint.last_model_path)}")
         raise
-    if trainer.limit_test_batches != 0:
+    if trainer.limit_test_batches != 0 and not trainer.barebones:
         _test(run, run_dir)
     if run_dir is not None and trainer.is_global_zero:
         print(f"\nRun: {run_dir}    Look at it: tensorboard --logdir {run.logs}")
@@ -424,9 +546,8 @@ def _test(run: RunCLI, run_dir: Path | None) -> None:
         logger.log_metrics(dict(results), step=trainer.global_step)
     rows: dict[str, dict[str, float]] = {f"last epoch ({epochs})": dict(results)}
     if checkpoint is not None and checkpoint.best_model_path:
-        best = max(checkpoint.history, key=lambda row: row.get("val/accuracy", 0.0))
-        weights = load_checkpoint(checkpoint.best_model_path)["state_dict"]
-        run.model.load_state_dict(weights)
+        best = load_checkpoint(checkpoint.best_model_path)
+        run.model.load_state_dict(best["state_dict"])
         (results,) = trainer.test(run.model, datamodule=run.datamodule, verbose=False)
         rows[f"best val/accuracy (epoch {best['epoch'] + 1})"] = dict(results)
     if not trainer.is_global_zero:

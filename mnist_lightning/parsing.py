@@ -10,6 +10,8 @@ import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from enum import Enum
+from numbers import Number
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -174,6 +176,12 @@ def _shape(config: Namespace, sizes: dict[str, dict[str, int]], folder: Path) ->
 def shorten(message: str) -> str:
     """What jsonargparse says of a value, as key, value and what was expected."""
     text = " ".join(message.split())
+    keys, found, problem = text.rpartition("Problem with given class_path '")  # the innermost
+    if found and "Parser key" not in problem:
+        name, _, reason = problem.partition("': ")
+        reason = re.split(r" - (?:Not a valid|Expected a|Import path|Does not)|\.? Got value: | Given value", reason)[0]
+        key = ".".join(re.findall(r'Parser key "([^"]*)"', keys))
+        return f"{key}: {name.rpartition('.')[2]}: {reason}".removeprefix(": ")
     if text.startswith("Does not validate"):  # what a class said of its arguments, in a list or where null is allowed
         return text.rpartition("Errors: - ")[2].partition(" - Expected a <class 'NoneType'>")[0]
     text = re.sub(r"- Expected a path but \S+ either not accessible or invalid - ", "", text)
@@ -196,6 +204,7 @@ def shorten(message: str) -> str:
         reasons = [re.sub(rf"^{of_class}", "", reason) for reason in reasons if "typing.Literal" not in reason]
         reason = f" ({reasons[0]})" if reasons else ""
         text = f"{text[: match.start()]}{value} is none of {types}{reason}"
+    text = re.sub(r"\] Errors: - .* \((?=[^()]*\)$)", " (", text)  # of a union inside a list
     text = re.sub(r"Expected a dot import path string: (\S+)", r"there is no class \1", text)
     text = re.sub(r"<class '([\w.]+)'>", r"\1", text)
     text = re.sub(r"typing\.Literal\[([^]]*)\]", r"\1", text)
@@ -229,6 +238,7 @@ def corrected() -> Iterator[None]:
         "discard_init_args_on_class_path_change": _discard_defaults,
         "adapt_partial_callable_class": _require_class,
         "sort_subtypes_for_union": _whole_numbers_first,
+        "serialize_as_import_path": _keep_names,
     }
     originals = {name: getattr(_typehints, name) for name in corrections}
     settings = dict(parsing_settings)
@@ -237,14 +247,34 @@ def corrected() -> Iterator[None]:
             setattr(_typehints, name, correct(originals[name]))
         # A config or checkpoint may be anybody's: only classes of the type that a key wants are made, and none of os,
         # subprocess, ... (as jsonargparse 5 will do by itself, see its pull request 959).
-        # a config must hold whatever it is made from: a device is an argument of StochasticWeightAveraging, say
+        # a config must hold whatever it is made from: a device is an argument of StochasticWeightAveraging, a Number
+        # one of torchvision's rotations, an Enum of Timer
         register_type(torch.device, fail_already_registered=False)
+        register_type(Number, _as_is, _as_number, fail_already_registered=False)
+        yaml.SafeDumper.add_multi_representer(Enum, lambda dumper, member: dumper.represent_data(member.value))
         set_parsing_settings(instantiate_subclass_spec_in_any=False, import_path_denylist=[])
         yield
     finally:
         for name, original in originals.items():
             setattr(_typehints, name, original)
         parsing_settings.update(settings)
+        yaml.SafeDumper.yaml_multi_representers.pop(Enum, None)
+
+
+def _as_is(value: Any) -> Any:
+    return value
+
+
+def _as_number(value: Any) -> Any:
+    value = yaml.safe_load(value) if isinstance(value, str) else value
+    if isinstance(value, bool) or not isinstance(value, Number):
+        raise ValueError(f"{value} is not a number")
+    return value
+
+
+def _keep_names(original: Callable[..., Any]) -> Callable[..., Any]:
+    """Let a config hold a name where a function or its name may stand, as for ModelPruning."""
+    return lambda value: value if isinstance(value, str) else original(value)
 
 
 def _prefer_own(original: Callable[..., str]) -> Callable[..., str]:

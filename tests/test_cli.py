@@ -890,3 +890,139 @@ def test_a_config_of_another_folder_means_the_current_one(quick, data_dir, tmp_p
     )
     quick(tmp_path, "fit", "--config=sub/mine.yaml", "--trainer.max_epochs=1", data=False)
     assert (tmp_path / "lightning_logs/baseline/version_0/test.csv").is_file()
+
+
+def printed_numbers(result):
+    return {name: float(value) for name, value in re.findall(r"((?:test|val)/\w+)\s+([-\d.e]+)", result.stdout)}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["--trainer.val_check_interval=5"],  # of 16 batches
+        ["--trainer.max_steps=40"],
+        ["--trainer.callbacks+=StochasticWeightAveraging", "--trainer.callbacks.swa_lrs=0.01"],
+        ["--trainer.callbacks+=ModelPruning", "--trainer.callbacks.pruning_fn=l1_unstructured",
+         "--trainer.callbacks.amount=0.5"],
+    ],
+    ids=lambda options: options[0][10:],
+)  # fmt: skip
+def test_the_last_row_is_of_the_weights_that_are_saved(quick, tmp_path, options):
+    quick(tmp_path, "fit", "--trainer.max_epochs=3", *options)
+    last = rows(run_of(tmp_path, "baseline"))[-1]
+    for name, value in printed_numbers(quick(tmp_path, "validate")).items():
+        assert value == pytest.approx(float(last[name]), rel=ROUNDING)
+
+
+def test_a_training_that_ended_inside_an_epoch_is_evaluated_but_not_continued(quick, capfd, tmp_path):
+    quick(tmp_path, "fit", "--trainer.max_steps=20", "--trainer.max_epochs=4")
+    quick(tmp_path, "fit", f"--ckpt_path={run_of(tmp_path, 'baseline') / 'checkpoints/last.ckpt'}", "--name=evaluated")
+    assert (run_of(tmp_path, "evaluated") / "test.csv").is_file()
+    code, _, error = in_process(capfd, "fit", "--ckpt_path=last", "--trainer.max_steps=60")
+    assert (code, "last.ckpt was written inside an epoch, after 4 batches" in error) == (1, True)
+    assert len(list((tmp_path / "lightning_logs/baseline").iterdir())) == 1
+
+
+def test_weights_of_double_precision_are_not_rounded_when_a_run_is_continued(quick, tmp_path):
+    quick(tmp_path, "fit", "--trainer.max_epochs=2", "--trainer.precision=64-true", "--name=whole")
+    quick(tmp_path, "fit", "--trainer.max_epochs=1", "--trainer.precision=64-true", "--name=half")
+    quick(tmp_path, "fit", "--ckpt_path=last", "--name=half", "--trainer.max_epochs=2")
+    whole, rest = weights(run_of(tmp_path, "whole")), weights(sorted((tmp_path / "lightning_logs/half").iterdir())[-1])
+    assert all(torch.equal(value, rest[name]) for name, value in whole.items())
+    assert whole["network.dense_1.weight"].dtype == torch.float64
+
+
+@pytest.mark.parametrize(
+    ("finders", "found"),
+    [
+        (["LearningRateFinder"], {"lr"}),
+        (["LearningRateFinder", "BatchSizeFinder"], {"batch_size", "lr"}),
+    ],
+)
+def test_what_a_finder_finds_is_in_the_config(quick, tmp_path, finders, found):
+    options = [f"--trainer.callbacks+={name}" for name in finders]
+    out = quick(tmp_path, "fit", *options, "--trainer.max_epochs=2", "--data.batch_size=8").stdout
+    config = yaml.safe_load((run_of(tmp_path, "baseline") / "config.yaml").read_text())
+    assert config["trainer"]["callbacks"] is None
+    values = {
+        "lr": config["model"]["optimizer"]["init_args"]["lr"],
+        "batch_size": config["data"]["init_args"]["batch_size"],
+    }
+    assert {name for name in values if values[name] != {"lr": 0.001, "batch_size": 8}[name]} == found
+    for name in found:
+        assert f".{name} {values[name]:.4g}, with which the run goes on" in out
+    assert {path.name for path in tmp_path.iterdir()} == {"lightning_logs"}
+    quick(tmp_path, "fit", f"--config={run_of(tmp_path, 'baseline') / 'config.yaml'}", "--name=again")
+    assert rows(run_of(tmp_path, "again")) == rows(run_of(tmp_path, "baseline"))
+    quick(tmp_path, "fit", "--ckpt_path=last", "--trainer.max_epochs=3", "--name=baseline")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (
+            "--trainer.callbacks+=BackboneFinetuning",
+            "--trainer.callbacks BackboneFinetuning: .*no attribute 'backbone'",
+        ),
+        ("--model.optimizer=torch.optim.SparseAdam", "--model.optimizer SparseAdam: .*dense gradients"),
+    ],
+)
+def test_where_a_library_fails_is_one_line_and_its_traceback_a_file(
+    data_dir, monkeypatch, capfd, tmp_path, options, message
+):
+    monkeypatch.chdir(tmp_path)
+    code, _, error = in_process(capfd, "fit", f"--data.data_dir={data_dir}", *options.split())
+    (line,) = [line for line in error.splitlines() if "error: " in line]
+    assert code == 1
+    assert re.search(message, line)
+    assert "Traceback" not in error
+    assert "Traceback" in Path(line.rpartition("The traceback is in ")[2]).read_text(encoding="utf-8")
+
+
+def test_a_traceback_through_the_user_s_own_code_is_shown(command, tmp_path):
+    (tmp_path / "mine.py").write_text(
+        "from lightning.pytorch import Callback\n"
+        "class Broken(Callback):\n"
+        "    def on_train_epoch_end(self, trainer, module):\n"
+        "        1 / 0  # here\n"
+    )
+    result = command(tmp_path, "fit", "--trainer.callbacks+=mine.Broken", check=False)
+    assert result.returncode == 1
+    assert "1 / 0  # here" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ("fit --trainer.plugins+=AsyncCheckpointIO", "--trainer.plugins AsyncCheckpointIO: checkpoints are written by"),
+        ("fit --trainer.plugins+=MixedPrecision", "MixedPrecision: the following arguments are required: precision"),
+        ("fit --data.augmentation+=torchvision.transforms.v2.RGB", r"RGB makes images of shape \(3, 28, 28\)"),
+        ("fit --model.lr_scheduler=torch.optim.lr_scheduler.LRScheduler", "lr_scheduler LRScheduler: NotImpl"),
+        ("fit --trainer.callbacks+=LearningRateFinder --trainer.devices=2", "LearningRateFinder works on one device"),
+        ("test --trainer.barebones=true", "--trainer.barebones logs nothing, and so test has no result"),
+    ],
+)
+def test_what_cannot_work_is_refused_before_the_first_step(fitted, monkeypatch, capfd, options, message):
+    monkeypatch.chdir(fitted[0].parents[2])
+    code, out, error = in_process(capfd, *options.split())
+    assert code in (1, 2)
+    assert re.search(message, error)
+    assert "Epoch 1" not in out
+
+
+def test_arguments_of_types_that_the_parser_does_not_know_are_read_and_written(quick, tmp_path):
+    """A Number, an Enum, and a name where a function may stand."""
+    options = ["--data.augmentation+=torchvision.transforms.v2.RandomRotation", "--data.augmentation.degrees=10",
+               "--trainer.callbacks+=Timer", "--trainer.callbacks.duration=00:01:00:00",
+               "--trainer.callbacks+=ModelPruning", "--trainer.callbacks.pruning_fn=l1_unstructured"]  # fmt: skip
+    quick(tmp_path, "fit", *options, "--trainer.max_epochs=1")
+    config = run_of(tmp_path, "baseline") / "config.yaml"
+    quick(tmp_path, "fit", f"--config={config}", "--name=again")
+    assert rows(run_of(tmp_path, "again")) == rows(run_of(tmp_path, "baseline"))
+
+
+def test_barebones_trains_without_a_trace(quick, tmp_path):
+    out = quick(tmp_path, "fit", "--trainer.barebones=true", "--trainer.max_epochs=1").stdout
+    assert "nothing is logged, shown or kept" in out
+    assert not [*tmp_path.iterdir()]
