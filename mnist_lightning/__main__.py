@@ -47,6 +47,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if {"-h", "--help"} & {*arguments} and arguments[-1] != "all" and help_file.is_file():
         print(help_file.read_text(encoding="utf-8"), end="")  # what the parser says, but without the seconds to load it
         return
+    try:
+        Path.cwd()
+    except FileNotFoundError:
+        sys.exit("error: The current folder has been deleted: change to another.")
     module = f"mnist_lightning.{command if command in ('tune', 'report', 'export') else 'cli'}"
     importlib.import_module(module).main(command, COMMANDS[command], arguments[1:])  # takes seconds: torch, Lightning
 

@@ -3,6 +3,7 @@
 import importlib
 import json
 import logging
+import re
 import shutil
 import sys
 import tempfile
@@ -14,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import yaml
 from jsonargparse import ArgumentError, Namespace
 from jsonargparse.typing import restricted_number_type
 from lightning.fabric.plugins.environments import SLURMEnvironment
@@ -112,7 +114,7 @@ class RunCLI(LightningCLI):
             save_config_callback=None,  # it would save where the first logger is
             auto_configure_optimizers=False,
             run=False,
-            args=arguments if isinstance(arguments, dict) else list(arguments),
+            args=arguments if isinstance(arguments, dict) else read_pipes(arguments),
         )
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
@@ -231,6 +233,7 @@ class RunCLI(LightningCLI):
         self.parser.exit_on_error = False
         try:
             config = self.parser.parse_args([f"--config={json.dumps(saved)}", *args])
+            self._check_paths(path, paths_in(self.plain_config(config)["trainer"], "trainer"))
             data = config.data.init_args
             data.data_dir = self.config.data.init_args.data_dir or data.data_dir
             self._settle(config)
@@ -256,6 +259,21 @@ class RunCLI(LightningCLI):
         for key, value in flatten({**saved, "model": {}, "name": {}, "origin": {}}).items():
             if now.get(key, value) != value:
                 note(f"Continuing with {key.replace('.init_args', '')} {now[key]}: the run had {value}")
+
+    def _check_paths(self, checkpoint: Path, paths: dict[str, str]) -> None:
+        """See that a checkpoint from elsewhere, which may be anybody's, lets nothing be written outside of the run.
+
+        Raises:
+            MisconfigurationException: If it does, and nobody has typed that.
+        """
+        typed = paths_in(self.plain_config()["trainer"]).values()
+        foreign = {key: value for key, value in paths.items() if value not in typed}
+        if foreign and not checkpoint.resolve().is_relative_to(self.logs.resolve()):
+            key, value = next(iter(foreign.items()))
+            raise MisconfigurationException(
+                f"{checkpoint} is of no run in {self.logs}, and with its {key} {value} would write outside of the new "
+                "run. Give the option yourself if that is meant."
+            )
 
     def _use_finders(self) -> None:
         """Replace Lightning's BatchSizeFinder and LearningRateFinder by what they find, before the run begins.
@@ -441,6 +459,31 @@ class RunCLI(LightningCLI):
         trainer._checkpoint_connector = CheckpointConnector(trainer)
         trainer.fit_loop = FitLoop(trainer)
         return trainer  # type: ignore[no-any-return]
+
+
+def read_pipes(words: Sequence[str]) -> list[str]:
+    """Return arguments whose configs from pipes, as by ``--config <(...)``, are read: that can be done only once."""
+    read = []
+    for index, word in enumerate(words):
+        option, sign, value = word.rpartition("=")
+        if (option or words[index - 1]) in ("--config", "-c") and Path(value).is_fifo():
+            text = Path(value).read_text(encoding="utf-8")
+            try:
+                word = f"{option}{sign}{json.dumps(yaml.safe_load(text))}"
+            except (yaml.YAMLError, TypeError) as error:
+                raise MisconfigurationException(f"{value} is not a config: {error}") from error
+        read.append(word)
+    return read
+
+
+def paths_in(config: Any, key: str = "") -> dict[str, str]:
+    """Return the values of a config that name a place where something is written, by their keys."""
+    if isinstance(config, list):
+        config = dict(enumerate(config))
+    if isinstance(config, dict):
+        return {name: path for part in config for name, path in paths_in(config[part], f"{key}.{part}").items()}
+    is_path = re.search(r"(dir|path|file|filename|folder|uri|url|location)$", key) and not key.endswith("class_path")
+    return {key.lstrip(".").replace(".init_args", ""): config} if is_path and isinstance(config, str) else {}
 
 
 def chosen_classes(config: Any, option: str = "") -> dict[type, str]:

@@ -1026,3 +1026,22 @@ def test_barebones_trains_without_a_trace(quick, tmp_path):
     out = quick(tmp_path, "fit", "--trainer.barebones=true", "--trainer.max_epochs=1").stdout
     assert "nothing is logged, shown or kept" in out
     assert not [*tmp_path.iterdir()]
+
+
+@posix
+@pytest.mark.slow
+def test_a_config_may_come_from_a_pipe(data_dir, tmp_path):
+    """Which can be read only once."""
+    config = f"{{name: piped, trainer: {{max_epochs: 1}}, data: {{init_args: {{data_dir: {data_dir}}}}}}}"
+    command = f"{sys.executable} -m mnist_lightning fit --config <(echo '{config}')"
+    subprocess.run(["bash", "-c", command], cwd=tmp_path, check=True, capture_output=True, timeout=300)
+    assert (run_of(tmp_path, "piped") / "test.csv").is_file()
+
+
+@posix
+@pytest.mark.parametrize(("arguments", "code"), [("--version", 0), ("fit --help", 0), ("fit", 1)])
+def test_a_folder_that_was_deleted_is_a_line(tmp_path, arguments, code):
+    command = f"rmdir {tmp_path}; {sys.executable} -m mnist_lightning {arguments}"
+    result = subprocess.run(["bash", "-c", command], cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    assert (result.returncode, "The current folder has been deleted" in result.stderr) == (code, code == 1)
+    assert "Traceback" not in result.stderr

@@ -462,3 +462,26 @@ def test_damaged_bytes_of_a_journal_are_refused_or_harmless(run, cwd, seed):
     (cwd / JOURNAL).write_bytes(mutated(content, generator))
     code, error = run(*STUDY_READERS[1])
     assert code == 0 or (code == 1 and re.search(r"journal\.log|study tune", error))
+
+
+@pytest.mark.parametrize(
+    ("options", "key"),
+    [
+        ("--trainer.callbacks+=ModelCheckpoint --trainer.callbacks.dirpath=elsewhere", "callbacks.0.dirpath"),
+        ("--trainer.logger+=CSVLogger --trainer.logger.save_dir=elsewhere", "logger.0.save_dir"),
+        ("--trainer.profiler=AdvancedProfiler --trainer.profiler.dirpath=elsewhere", "profiler.dirpath"),
+        ("--trainer.default_root_dir=elsewhere", "default_root_dir"),
+    ],
+)
+def test_a_checkpoint_from_elsewhere_writes_nowhere_else(run, cwd, options, key):
+    code, error = run("fit", "--trainer.max_epochs=1", "--name=theirs", *options.split())
+    assert code == 0, error
+    (theirs,) = cwd.glob("**/theirs/version_0/checkpoints/last.ckpt")
+    shutil.copy(theirs, "mailed.ckpt")
+    shutil.rmtree("elsewhere", ignore_errors=True)
+    code, error = run("fit", "--ckpt_path=mailed.ckpt", "--trainer.max_epochs=2")
+    assert code == 1
+    assert f"with its trainer.{key} elsewhere would write outside" in error
+    assert not (cwd / "elsewhere").exists()
+    typed = options.replace("+=", "=").split()
+    assert run("fit", "--ckpt_path=mailed.ckpt", "--trainer.max_epochs=2", *typed)[0] == 0
