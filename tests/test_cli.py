@@ -681,7 +681,10 @@ def damaged(path: Path, content: bytes) -> str:
         (["--num_threads=0"], "error: num_threads: "),
         (["--config=nope.yaml"], "nope.yaml"),
         (["--model.network=Nope"], "Nope"),
-        (["--model.network.units=[5]"], "dropout has 2 values for 1 hidden layers"),
+        (
+            ["--model.network.units=[5]", "--model.network.dropout=[0.2,0.2]"],
+            "dropout has 2 values for 1 hidden layers",
+        ),
         (["--model.network.activation=relu"], "activation 'relu' is no activation of torch.nn; try ReLU"),
         (["--model.optimizer=KerasSGD", "--model.optimizer.lr=-1"], "Invalid learning rate: -1"),
         (

@@ -53,7 +53,7 @@ def test_a_class_inside_another_can_be_exchanged(model, monkeypatch, tmp_path):
     )
     monkeypatch.syspath_prepend(str(tmp_path))
     network = model("--model.network=nested_classes.Outer.Net", "--model.network=MLP", "--print_config")["network"]
-    assert network["init_args"]["l2"] == [0.01, 0.01]
+    assert network["init_args"]["l2"] == 0.01
 
 
 def test_a_short_name_means_the_package_s_own_class(model):
