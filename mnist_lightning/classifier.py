@@ -43,10 +43,11 @@ class Classifier(LightningModule):
     """Trains a network on cross-entropy plus λ‖W‖² for every kernel that carries an ``l2`` (see ``networks.Dense``).
 
     The gradient of the penalty, 2λW, comes as weight decay from optimizers that couple it, beside a ``weight_decay`` of
-    their own; for others (AdamW, LBFGS, ...), and where gradients are clipped, the penalty is added to the loss. The
-    :meth:`metrics` are logged once an epoch, for each of ``train``, ``val`` and ``test``. Those of ``train`` are means
-    over the epoch, while the weights move and dropout is on, as Keras gives them. ``lr`` is the learning rate of an
-    epoch's first step.
+    their own; for others (AdamW, LBFGS, ...), where gradients are clipped, and for kernels that are computed from other
+    parameters, as by ``weight_norm``, the penalty is added to the loss. Either way a step has it once, whatever batches
+    it accumulates. The :meth:`metrics` are logged once an epoch, for each of ``train``, ``val`` and ``test``. Those of
+    ``train`` are means over the epoch, while the weights move and dropout is on, as Keras gives them. ``lr`` is the
+    learning rate of an epoch's first step.
 
     A training batch may have labels of shape (batch, classes) instead of (batch,), as MixUp makes them: shares of the
     classes. The loss takes them as they are, the other metrics the class of the largest share.
@@ -82,9 +83,7 @@ class Classifier(LightningModule):
         self.lr_frequency = lr_frequency
         self.label_smoothing = label_smoothing
         self.compile_mode = compile
-        self.kernels: list[tuple[Any, Any]] = [
-            (layer.weight, layer.l2) for layer in network.modules() if getattr(layer, "l2", 0)
-        ]
+        self.penalized: list[Any] = [layer for layer in network.modules() if getattr(layer, "l2", 0)]
         self.penalty_in_loss = False
         self.totals: dict[str, dict[str, Tensor]] = {}
         self.example_input_array = torch.zeros(1, 1, 28, 28)  # for the layer table
@@ -164,15 +163,21 @@ class Classifier(LightningModule):
                 f"but gives {found} for one image."
             )
 
+    @property
+    def kernels(self) -> dict[Tensor, float]:
+        """The kernels with a penalty as they are now, each with its λ; one that several layers share is one."""
+        return {layer.weight: layer.l2 for layer in self.penalized}
+
     def configure_optimizers(self) -> Any:
         """Make the optimizer, with one parameter group for each distinct λ, and the scheduler."""
-        optimizer = self.optimizer(self.parameters())
+        optimizer, l2 = self.optimizer(self.parameters()), self.kernels
         coupled = isinstance(optimizer, COUPLED) and not optimizer.defaults.get("decoupled_weight_decay")
+        coupled = coupled and all(isinstance(kernel, nn.Parameter) for kernel in l2)  # else computed from others
         # weight decay comes after the clipping, which the penalty's gradient must not escape
         is_clipped = bool(self._trainer and self.trainer.gradient_clip_val)
-        self.penalty_in_loss = bool(self.kernels) and (is_clipped or not coupled)
-        if self.kernels and coupled:
-            l2, own = dict(self.kernels), optimizer.defaults.get("weight_decay", 0)
+        self.penalty_in_loss = bool(l2) and (is_clipped or not coupled)
+        if l2 and coupled:
+            own = optimizer.defaults.get("weight_decay", 0)
             groups: dict[float | None, list[nn.Parameter]] = defaultdict(list)
             for parameter in self.parameters():
                 groups[l2.get(parameter)].append(parameter)
@@ -232,7 +237,7 @@ class Classifier(LightningModule):
 
     def penalty(self) -> Tensor:
         """The sum of λ‖W‖² over the kernels that carry an ``l2``: a scalar."""
-        flat = [(_at_least_float32(kernel).flatten(), factor) for kernel, factor in self.kernels]
+        flat = [(_at_least_float32(kernel).flatten(), factor) for kernel, factor in self.kernels.items()]
         penalties = [factor * kernel.dot(kernel) for kernel, factor in flat]
         return sum(penalties[1:], start=penalties[0]) if penalties else torch.zeros((), device=self.device)
 
@@ -255,7 +260,7 @@ class Classifier(LightningModule):
         loss, logits = self._step(batch, "train")
         if self.label_smoothing:
             loss = F.cross_entropy(logits, batch[1], label_smoothing=self.label_smoothing)
-        return loss + self.penalty() if self.penalty_in_loss else loss
+        return loss + self._penalty_weight() * self.penalty() if self.penalty_in_loss else loss
 
     def validation_step(self, batch: Batch) -> Tensor:
         """Logits of a batch, of shape (batch, classes)."""
@@ -277,7 +282,7 @@ class Classifier(LightningModule):
             MisconfigurationException: One does.
         """
         trainer: Any = self.trainer
-        l2 = dict(self.kernels)
+        l2 = self.kernels
         for group in trainer.optimizers[0].param_groups:  # a checkpoint's are of whether that training was clipped
             own, decay = trainer.optimizers[0].defaults.get("weight_decay", 0), 2 * l2.get(group["params"][0], 0)
             if decay and group.get("weight_decay") in (own, own + decay):
@@ -326,6 +331,17 @@ class Classifier(LightningModule):
                 average = callback._average_model
                 if average is not None and not average.n_averaged:
                     average.module.load_state_dict(self.state_dict())
+
+    def _penalty_weight(self) -> float:
+        """The weight of the penalty in a batch's loss, with which the step that follows has it once.
+
+        Lightning divides the loss by the batches that a step accumulates, but the last step of an epoch may have fewer.
+        """
+        accumulated = self.trainer.accumulate_grad_batches if self._trainer else 1
+        if accumulated == 1:
+            return 1
+        batches, batch = self.trainer.num_training_batches, self.trainer.fit_loop.batch_idx
+        return accumulated / min(accumulated, batches - batch // accumulated * accumulated)
 
     def _step(self, batch: Batch, stage: str) -> tuple[Tensor, Tensor]:
         images, labels = batch
