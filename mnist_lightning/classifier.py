@@ -2,6 +2,7 @@
 
 import copy
 import math
+import warnings
 from collections import defaultdict
 from collections.abc import Sequence
 from typing import Any, Literal
@@ -19,6 +20,7 @@ from torch.optim import lr_scheduler as schedulers
 
 from mnist_lightning.data import Batch
 from mnist_lightning.optimizers import KerasAdam, KerasRMSprop
+from mnist_lightning.runs import flatten, note
 
 COUPLED = (
     KerasAdam,
@@ -37,6 +39,12 @@ COUPLED = (
 
 TOTALS = ("total_steps", "T_max", "total_iters")
 """Arguments of a scheduler for its steps in all: -1 stands for those of the training."""
+
+SCHEDULE = ("lr_scheduler", "lr_interval", "lr_frequency")
+"""Hyper-parameters that may be others where a run is continued."""
+
+SCHEDULED = ("lr", "initial_lr", "max_lr", "min_lr", "betas", "momentum", "max_momentum", "base_momentum")
+"""What a schedule keeps in the parameter groups of an optimizer."""
 
 
 class Classifier(LightningModule):
@@ -86,6 +94,8 @@ class Classifier(LightningModule):
         self.penalized: list[Any] = [layer for layer in network.modules() if getattr(layer, "l2", 0)]
         self.penalty_in_loss = False
         self.totals: dict[str, dict[str, Tensor]] = {}
+        self.schedule_steps: dict[str, int] = {}
+        self.earlier_schedule: str | None = None
         self.example_input_array = torch.zeros(1, 1, 28, 28)  # for the layer table
 
     def __setattr__(self, name: str, value: Any) -> None:
@@ -211,20 +221,30 @@ class Classifier(LightningModule):
                 raise MisconfigurationException(
                     f"{' and '.join(totals)} of the lr_scheduler cannot be -1 in a training without max_epochs."
                 )
-            steps = dict.fromkeys(totals, max(1, int(total)))
+            steps = self.schedule_steps = dict.fromkeys(totals, max(1, int(total)))
         scheduler = self.lr_scheduler(optimizer, **steps)
         config = {"scheduler": scheduler, "interval": interval, "frequency": frequency, "monitor": monitor}
         return {"optimizer": optimizer, "lr_scheduler": config}
 
-    def _scheduler_steps(self, interval: str, frequency: int) -> float:
-        """How often a scheduler steps in the whole training, as Lightning counts; infinite if it has no end."""
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Keep the state of a run's schedule from another that was given to continue it."""
+        before, now = checkpoint.get("hyper_parameters", {}), self.hparams
+        if not all(name in parameters for parameters in (before, now) for name in SCHEDULE):
+            return
+        then, given = (flatten({name: parameters[name] for name in SCHEDULE}) for parameters in (before, now))
+        if any(key not in given or given[key] != value for key, value in then.items()):
+            checkpoint["lr_schedulers"] = []
+            self.earlier_schedule = then.get("lr_scheduler.class_path", "a constant rate").rpartition(".")[2]
+
+    def _scheduler_steps(self, interval: str, frequency: int, epochs: int | None = None) -> float:
+        """How often a scheduler steps in some epochs or the whole training, as Lightning counts; maybe infinitely."""
         trainer = self.trainer
         trainer.fit_loop.setup_data()  # or Lightning says that it does so
         steps = trainer.estimated_stepping_batches
         if math.isinf(steps) or math.isinf(trainer.num_training_batches):
             return math.inf
         batches, accumulated = int(trainer.num_training_batches), trainer.accumulate_grad_batches
-        epochs = math.ceil(steps / math.ceil(batches / accumulated))
+        epochs = math.ceil(steps / math.ceil(batches / accumulated)) if epochs is None else epochs
         if interval == "epoch":
             return epochs // frequency
         counted = [b for b in range(frequency, batches + 1, frequency) if b % accumulated == 0 or b == batches]
@@ -276,10 +296,10 @@ class Classifier(LightningModule):
         return probabilities
 
     def on_train_start(self) -> None:
-        """Let the penalty's gradient come by one way, and see that no schedule ends before the training.
+        """Let the penalty's gradient come by one way, and a schedule last as long as the training.
 
         Raises:
-            MisconfigurationException: One does.
+            MisconfigurationException: If one ends before.
         """
         trainer: Any = self.trainer
         l2 = self.kernels
@@ -287,6 +307,7 @@ class Classifier(LightningModule):
             own, decay = trainer.optimizers[0].defaults.get("weight_decay", 0), 2 * l2.get(group["params"][0], 0)
             if decay and group.get("weight_decay") in (own, own + decay):
                 group["weight_decay"] = own if self.penalty_in_loss else own + decay
+        self._reschedule()
         if any(isinstance(callback, StochasticWeightAveraging) for callback in trainer.callbacks):
             return  # it brings a schedule of its own, and with batch normalization an epoch more
         for config in self.trainer.lr_scheduler_configs:
@@ -299,6 +320,39 @@ class Classifier(LightningModule):
                         f"The schedule of {name} ends too early: {argument} is {total}, but it steps {steps} times "
                         f"in this training (after each {config.interval}). Take -1, or make the training shorter."
                     )
+
+    def _reschedule(self) -> None:
+        """Bring the schedule of a continued run, if it is another or longer now, to where it would be by now."""
+        trainer: Any = self.trainer
+        (optimizer,), earlier, self.earlier_schedule = trainer.optimizers, self.earlier_schedule, None
+        if not trainer.lr_scheduler_configs:
+            if earlier is not None:
+                rate = optimizer.param_groups[0]["lr"]
+                note(f"Continuing with the learning rate {rate:.4g}, which stays: the run had {earlier}")
+            return
+        (config,) = trainer.lr_scheduler_configs
+        name = type(config.scheduler).__name__
+        lengths = [(getattr(config.scheduler, total, now), now) for total, now in self.schedule_steps.items()]
+        longer = [(before, now) for before, now in lengths if before < now]
+        if earlier is not None:
+            note(f"Continuing with {name}: the run had {'other options of it' if earlier == name else earlier}")
+        elif longer:
+            ((before, now),) = longer
+            note(
+                f"Continuing with {name} over {now} steps: the run had {before}. For a learning rate that stays as it "
+                "is, add --model.lr_scheduler null"
+            )
+        if config.reduce_on_plateau or (earlier is None and not longer):
+            return
+        fresh = self.configure_optimizers()
+        scheduler = fresh["lr_scheduler"]["scheduler"]
+        steps = self._scheduler_steps(config.interval, config.frequency, trainer.current_epoch)
+        with warnings.catch_warnings(action="ignore"):  # torch misses the optimizer's steps
+            for _ in range(int(steps)):
+                scheduler.step()
+        config.scheduler.load_state_dict(scheduler.state_dict())
+        for group, other in zip(optimizer.param_groups, fresh["optimizer"].param_groups, strict=True):
+            group.update({key: other[key] for key in SCHEDULED if key in other})
 
     def on_train_epoch_start(self) -> None:
         self.log("lr", self.trainer.optimizers[0].param_groups[0]["lr"])

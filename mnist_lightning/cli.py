@@ -35,7 +35,7 @@ from mnist_lightning.checkpoints import (
     checkpoint_errors,
     load_checkpoint,
 )
-from mnist_lightning.classifier import Classifier
+from mnist_lightning.classifier import SCHEDULE, Classifier
 from mnist_lightning.data import ImageDataModule, Split
 from mnist_lightning.loops import FitLoop, NoProfiler
 from mnist_lightning.parsing import Parser, corrected, shorten
@@ -225,6 +225,8 @@ class RunCLI(LightningCLI):
             data.data_dir = self.config.data.init_args.data_dir or data.data_dir
             self._settle(config)
             given = self.plain_config(config)
+            if self.command == "fit":
+                model |= {name: given["model"][name] for name in SCHEDULE}
             self.parser.is_shaped = False  # type: ignore[attr-defined]
             self.config = self.parser.parse_object({"model": model, "ckpt_path": str(path)}, config)
         except ArgumentError as error:

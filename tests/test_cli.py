@@ -567,6 +567,50 @@ def test_a_schedule_lasts_as_long_as_the_training(quick, tmp_path, options, rate
     assert [float(row["lr"]) for row in table] == pytest.approx(rates)
 
 
+COSINE = ["--model.lr_scheduler=CosineAnnealingLR"]
+CYCLE = ["--model.lr_scheduler=OneCycleLR", "--model.lr_scheduler.max_lr=0.1"]
+
+
+@pytest.mark.parametrize(
+    ("options", "more", "rates", "line"),
+    [
+        (COSINE, [], schedule("CosineAnnealingLR", 4, T_max=4), "CosineAnnealingLR over 4 steps: the run had 2"),
+        (CYCLE, [], schedule("OneCycleLR", 64, max_lr=0.1, total_steps=64, cycle_momentum=False)[::16],
+         "OneCycleLR over 64 steps: the run had 32. For a learning rate that stays"),
+        (["--model.lr_scheduler=LinearLR", "--model.lr_scheduler.total_iters=-1"], [],
+         schedule("LinearLR", 4, total_iters=4), "LinearLR over 4 steps: the run had 2"),
+        (["--model.lr_scheduler=PolynomialLR", "--model.lr_scheduler.total_iters=-1"], [],
+         schedule("PolynomialLR", 4, total_iters=4), "PolynomialLR over 4 steps: the run had 2"),
+        (["--model.lr_scheduler=LinearLR"], [], schedule("LinearLR", 4), None),  # a warm-up
+        ([*COSINE, "--model.lr_scheduler.T_max=4"], [], schedule("CosineAnnealingLR", 4, T_max=4), None),
+        ([*COSINE, "--model.lr_scheduler.T_max=2"], [*COSINE, "--model.lr_scheduler.T_max=-1"],
+         schedule("CosineAnnealingLR", 4, T_max=4), "CosineAnnealingLR: the run had other options of it"),
+        ([*COSINE, "--model.lr_scheduler.T_max=3"], ["--model.lr_scheduler=null"],
+         [*schedule("CosineAnnealingLR", 3, T_max=3), 0.00025], "the learning rate 0.00025, which stays: the run had "),
+        (COSINE, CYCLE, schedule("OneCycleLR", 64, max_lr=0.1, total_steps=64, cycle_momentum=False)[::16],
+         "OneCycleLR: the run had CosineAnnealingLR"),
+        (CYCLE, [*COSINE, "--model.lr_interval=step"], schedule("CosineAnnealingLR", 64, T_max=64)[::16],
+         "CosineAnnealingLR: the run had OneCycleLR"),
+        ([], ["--model.lr_scheduler=StepLR", "--model.lr_scheduler.step_size=3"], [0.001, 0.001, 0.001, 0.0001],
+         "StepLR: the run had a constant rate"),
+        (COSINE, ["--model.lr_scheduler=ReduceLROnPlateau", "--model.lr_scheduler.monitor=val/loss"],
+         [0.0005, 0.0005, 0, 0], "ReduceLROnPlateau: the run had CosineAnnealingLR"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) and value and isinstance(value[0], str) else "",
+)  # fmt: skip
+def test_a_longer_training_has_the_schedule_that_it_would_have_had(quick, tmp_path, options, more, rates, line):
+    """Two epochs of 16 batches, then two more."""
+    quick(tmp_path, "fit", "--trainer.max_epochs=2", "--name=short", *options)
+    before = [float(row["lr"]) for row in rows(run_of(tmp_path, "short"))]
+    checkpoint = run_of(tmp_path, "short") / "checkpoints/last.ckpt"
+    output = quick(tmp_path, "fit", f"--ckpt_path={checkpoint}", "--trainer.max_epochs=4", "--name=long", *more).stdout
+    table = rows(run_of(tmp_path, "long"))
+    assert [float(row["lr"]) for row in table] == pytest.approx(before + rates[2:])
+    assert line is None or f"Continuing with {line}" in output
+    assert output.count("Continuing with") == 1 + bool(line)  # and max_epochs
+    assert "The checkpoint's model" not in output
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "options",
