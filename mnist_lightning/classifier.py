@@ -40,6 +40,8 @@ COUPLED = (
 TOTALS = ("total_steps", "T_max", "total_iters")
 """Arguments of a scheduler for its steps in all: -1 stands for those of the training."""
 
+BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
+
 SCHEDULE = ("lr_scheduler", "lr_interval", "lr_frequency")
 """Hyper-parameters that may be others where a run is continued."""
 
@@ -177,6 +179,17 @@ class Classifier(LightningModule):
     def kernels(self) -> dict[Tensor, float]:
         """The kernels with a penalty as they are now, each with its λ; one that several layers share is one."""
         return {layer.weight: layer.l2 for layer in self.penalized}
+
+    def needs_two_images(self) -> bool:
+        """Whether one image gives a batch normalization one value for a channel, on which it refuses to train."""
+        network, counts = copy.deepcopy(self.network).eval(), []
+        norms = [layer for layer in network.modules() if isinstance(layer, BATCH_NORMS)]
+        for norm in norms:
+            norm.register_forward_pre_hook(lambda _, inputs: counts.append(inputs[0][:, :1].numel()))
+        if norms:
+            with torch.no_grad():
+                network(self.example_input_array.to(next(network.parameters())))  # type: ignore[union-attr]
+        return 1 in counts
 
     def configure_optimizers(self) -> Any:
         """Make the optimizer, with one parameter group for each distinct λ, and the scheduler."""

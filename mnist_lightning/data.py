@@ -86,6 +86,7 @@ class TensorBatchSampler(BatchSampler):
         batch_size: Indices in a batch.
         drop_last: Leave out a last, smaller batch.
         device: Where the data is; all indices of an epoch are sent there at once.
+        join_single: Add a single last index to the batch before.
     """
 
     def __init__(
@@ -94,9 +95,18 @@ class TensorBatchSampler(BatchSampler):
         batch_size: int,
         drop_last: bool = False,
         device: torch.device | None = None,
+        join_single: bool = False,
     ) -> None:
         super().__init__(sampler, batch_size, drop_last)
         self.device = device
+        self.join_single = join_single
+
+    def __len__(self) -> int:
+        return super().__len__() - self._joins()
+
+    def _joins(self) -> bool:
+        count = len(self.sampler)  # type: ignore[arg-type]
+        return self.join_single and count > 1 and count % self.batch_size == 1
 
     def __iter__(self) -> Iterator[Tensor]:  # type: ignore[override]
         """Index tensors of shape (batch,), in the order of the sampler."""
@@ -105,6 +115,8 @@ class TensorBatchSampler(BatchSampler):
 
     def _batches(self) -> Iterator[Tensor]:
         batches = torch.tensor(list(self.sampler), device=self.device).split(self.batch_size)
+        if self._joins():
+            batches = (*batches[:-2], torch.cat(batches[-2:]))
         yield from batches[:-1] if self.drop_last and len(batches[-1]) < self.batch_size else batches
 
 
@@ -116,7 +128,8 @@ class ImageDataModule(LightningDataModule):
 
     Args:
         data_dir: Folder with the data set; what is there is never changed.
-        batch_size: Images in a training batch; the last, smaller batch of an epoch is kept.
+        batch_size: Images in a training batch. The last, smaller batch of an epoch is kept; a single image is added to
+            the batch before if the network has batch normalization that needs two.
         eval_batch_size: Images in a batch of validation, test and prediction; no result depends on it.
         val_split: Share of the training images, taken from their end, that is held out for validation.
         split_seed: Shuffles the training images before they are split, always alike; null keeps their order.
@@ -307,8 +320,34 @@ class ImageDataModule(LightningDataModule):
     def train_dataloader(self) -> DataLoader[Batch]:
         """Training batches, shuffled anew in every epoch; Lightning shares them out among devices."""
         train = self._on_device(self.train)
-        sampler = TensorBatchSampler(RandomSampler(train), self.batch_size, device=train.images.device)
+        sampler = TensorBatchSampler(
+            RandomSampler(train), self.batch_size, device=train.images.device, join_single=self._joins_single()
+        )
         return DataLoader(train, batch_sampler=sampler, collate_fn=_as_is)
+
+    def _joins_single(self) -> bool:
+        """Whether there would be a training batch of one image, which the network cannot take.
+
+        Raises:
+            MisconfigurationException: If there is no batch to which the image could be added.
+        """
+        assert self.train is not None
+        share = -(-len(self.train) // getattr(self.trainer, "world_size", 1))
+        if self.batch_size > 1 and share % self.batch_size != 1:
+            return False
+        needs_two = getattr(getattr(self.trainer, "lightning_module", None), "needs_two_images", None)
+        if needs_two is None or not needs_two():
+            return False
+        if self.batch_size == 1 or share == 1:
+            raise MisconfigurationException(
+                "The network has batch normalization, which cannot train on batches of one image: give it more with "
+                f"--data.batch_size (now {self.batch_size}), or take another normalization."
+            )
+        note(
+            "The last training batch would be of one image, which batch normalization cannot take: it is added to the "
+            "batch before."
+        )
+        return True
 
     def val_dataloader(self) -> DataLoader[Batch]:
         """Validation batches, in order."""
