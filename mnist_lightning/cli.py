@@ -408,7 +408,8 @@ def _describe(data: ImageDataModule) -> str:
     """The data in a line, once it is loaded."""
     parts = [f"Data: {data.source}", "standardised" if data.standardize else "scaled to [0, 1]"]
     if data.val is not None:
-        held_out = f"{data.val_split:.4g} of the training images held out"
+        of = "each class's training images" if data.is_split_by_class else "the training images"
+        held_out = f"{data.val_split:.4g} of {of} held out"
         parts.append(f"{'its own images' if data.has_own_val else held_out} for validation")
     augmentation = ", ".join(type(each).__name__ for each in data.augmentation)
     if data.train is not None and augmentation:
