@@ -171,6 +171,9 @@ class RunCLI(LightningCLI):
             path = self._find_checkpoint()
             if path is not None:
                 self._use_checkpoint(path, args)
+        if self.command != EXECUTION and not self.config.get("ckpt_path"):  # else the network is the checkpoint's
+            for line in self.parser.remarks.values():  # type: ignore[attr-defined]
+                note(line)
         trainer = self.config.trainer
         is_imitated = str(trainer.precision).startswith("bf16") and has_bf16(trainer.accelerator) is False
         if is_imitated and self.command != EXECUTION:

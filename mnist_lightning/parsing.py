@@ -63,8 +63,10 @@ class Parser(LightningArgumentParser):
     """Says what is wrong in one line instead of a page of usage, and lets the data shape the network.
 
     Attributes:
-        is_shaped: Whether the :data:`SHAPE` arguments of classes are taken from the data, unless they are typed.
+        is_shaped: Whether the :data:`SHAPE` arguments of classes are taken from the data, unless they are typed, or a
+            config wants a network of more outputs than there are classes.
         sizes: Their values, by what the data is made from, which may take long to load: a search parses many configs.
+        remarks: From their keys to what became of values in a config.
     """
 
     is_shaped = True
@@ -72,6 +74,7 @@ class Parser(LightningArgumentParser):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.sizes: dict[str, dict[str, int]] = {}
+        self.remarks: dict[str, str] = {}
         self.folder = Path.cwd()  # jsonargparse reads a config in the config's own
 
     def parse_args(self, args: Any = None, *arguments: Any, **kwargs: Any) -> Namespace:  # type: ignore[override]
@@ -90,10 +93,11 @@ class Parser(LightningArgumentParser):
     def _parse_common(self, cfg: Namespace, *args: Any, **kwargs: Any) -> Namespace:
         if (
             self.is_shaped
+            and kwargs.get("defaults")  # not for a file alone, whose data may be exchanged
             and isinstance(cfg.get("data"), Namespace)
             and isinstance(cfg.get("model.network"), Namespace)
         ):
-            _shape(cfg, self.sizes, self.folder)
+            _shape(cfg, self.sizes, self.folder, self.remarks)
         config: Namespace = super()._parse_common(cfg, *args, **kwargs)
         return config
 
@@ -142,8 +146,13 @@ class Parser(LightningArgumentParser):
         self.exit(2)
 
 
-def _shape(config: Namespace, sizes: dict[str, dict[str, int]], folder: Path) -> None:
-    """Give the network, and what augments, the size of the images and the number of classes."""
+def _shape(config: Namespace, sizes: dict[str, dict[str, int]], folder: Path, remarks: dict[str, str]) -> None:
+    """Give the network, and what augments, the size of the images and the number of classes.
+
+    A network may have more outputs than there are classes, and what augments has as many: a config that says more is
+    followed. That a config says what is the class's default cannot be seen.
+    """
+    outputs = 0
     given = vars(config.data.get("init_args", Namespace()))
     specs = [(f"data.augmentation.{index}", spec) for index, spec in enumerate(given.get("augmentation") or [])]
     arguments = {name: value for name, value in given.items() if name != "augmentation"}
@@ -165,10 +174,20 @@ def _shape(config: Namespace, sizes: dict[str, dict[str, int]], folder: Path) ->
         except (TypeError, KeyError, ValueError, AttributeError, ImportError):  # said where the config is validated
             return
         for name in names:
-            if not {f"{key}.{name}", f"{key}.init_args.{name}"} & typed:
-                spec["init_args"] = Namespace(
-                    {**vars(spec.get("init_args", Namespace())), name: sizes[made_from][name]}
-                )
+            values, value = vars(spec.get("init_args", Namespace())), sizes[made_from][name]
+            found, default = values.get(name), parameters[name].default
+            value = max(value, outputs) if name == "num_classes" else value
+            if {f"{key}.{name}", f"{key}.init_args.{name}"} & typed:
+                value = found
+            elif key == "model.network" and isinstance(found, int) and found not in (-1, default, value):
+                if name == "num_classes" and found > value:
+                    remarks[name] = f"{key}.{name} stays {found}, as in the config: the data has {value} classes"
+                    value = found
+                else:
+                    remarks[name] = f"{key}.{name} is {value}, as the data has it, not {found} as in the config"
+            if key == "model.network" and name == "num_classes" and isinstance(value, int):
+                outputs = value
+            spec["init_args"] = Namespace({**values, name: value})
 
 
 def shorten(message: str) -> str:
