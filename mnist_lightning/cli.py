@@ -387,6 +387,7 @@ def fit(run: RunCLI) -> None:
             if run.job is not None:
                 run.job.watch(trainer, run_dir)
     try:
+        _start_loggers(trainer.loggers)
         trainer.fit(model, datamodule=data, ckpt_path=config.ckpt_path)
     except MisconfigurationException:
         if trainer.is_global_zero and run_dir and not any(run_dir.glob("checkpoints/*")):  # refused: there is no run
@@ -405,6 +406,19 @@ def fit(run: RunCLI) -> None:
         _test(run, run_dir)
     if run_dir is not None and trainer.is_global_zero:
         print(f"\nRun: {run_dir}    Look at it: tensorboard --logdir {run.logs}")
+
+
+def _start_loggers(loggers: Sequence[Any]) -> None:
+    """See that what loggers need is there, such as an account or a server, before anything is trained."""
+    for logger in loggers:
+        try:
+            logger.experiment  # noqa: B018
+        except Exception as error:  # each has its own
+            reason = str(error).strip().partition("\n")[0].rstrip(".")
+            raise MisconfigurationException(
+                f"{type(logger).__name__} cannot be used: {reason}. Mend that, give it other arguments "
+                "(--trainer.logger.…), or leave it."
+            ) from error
 
 
 def _describe(data: ImageDataModule) -> str:

@@ -6,6 +6,7 @@ enters, so importing the package changes nothing for others.
 
 import argparse
 import inspect
+import os
 import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -22,6 +23,7 @@ from lightning.pytorch.cli import LightningArgumentParser
 
 from mnist_lightning.classifier import TOTALS
 from mnist_lightning.data import ImageDataModule
+from mnist_lightning.runs import LOGS
 
 MAX_NODES = 10_000
 """Values in a config file; aliases in a few lines of YAML may stand for billions."""
@@ -54,6 +56,9 @@ HELP = {
 
 SHAPE = ("in_features", "in_channels", "num_classes")
 """Arguments of networks and augmentation that the data gives: numbers in an image, channels, classes."""
+
+MLRUNS = "./mlruns"
+"""MLFlowLogger's default place, which MLflow itself has come to refuse."""
 
 typed: set[str] = set()
 """Options on the command line while it is parsed, without their dashes."""
@@ -98,6 +103,8 @@ class Parser(LightningArgumentParser):
             and isinstance(cfg.get("model.network"), Namespace)
         ):
             _shape(cfg, self.sizes, self.folder, self.remarks)
+        if isinstance(cfg.get("trainer"), Namespace):
+            _place_loggers(cfg.trainer)
         config: Namespace = super()._parse_common(cfg, *args, **kwargs)
         return config
 
@@ -190,11 +197,37 @@ def _shape(config: Namespace, sizes: dict[str, dict[str, int]], folder: Path, re
             spec["init_args"] = Namespace({**values, name: value})
 
 
+def _place_loggers(trainer: Namespace) -> None:
+    """Let loggers that were given no place for their files have one beside the runs."""
+    folder, loggers = Path(trainer.get("default_root_dir") or ".").expanduser() / LOGS, trainer.get("logger")
+    for logger in loggers if isinstance(loggers, list) else [loggers]:
+        if not isinstance(logger, Namespace):
+            continue
+        name, given = str(logger.get("class_path")).rpartition(".")[2], vars(logger.get("init_args", Namespace()))
+        place: dict[str, str] = {}
+        if name in ("CSVLogger", "TensorBoardLogger") and given.get("save_dir") is None:
+            label = given.get("name", LOGS)  # the default
+            place = {"save_dir": str(folder), "name": "" if label == LOGS else label}
+        elif name == "WandbLogger" and given.get("save_dir", ".") == "." and given.get("dir") is None:
+            place = {"save_dir": os.environ.get("WANDB_DIR", str(folder))}
+        elif name == "MLFlowLogger" and given.get("save_dir", MLRUNS) == MLRUNS:
+            if given.get("tracking_uri") or os.environ.get("MLFLOW_TRACKING_URI"):
+                continue
+            place = {"tracking_uri": f"sqlite:///{(folder / 'mlflow.db').as_posix()}"}
+            place["artifact_location"] = given.get("artifact_location") or (folder / "mlruns").as_posix()
+        if place:
+            logger["init_args"] = Namespace({**given, **place})
+
+
 def shorten(message: str) -> str:
     """What jsonargparse says of a value, as key, value and what was expected."""
     text = " ".join(message.split())
     if text.startswith("Does not validate"):  # what a class said of its arguments, in a list or where null is allowed
-        return text.rpartition("Errors: - ")[2].partition(" - Expected a <class 'NoneType'>")[0]
+        text = text.rpartition("Errors: - ")[2].partition(" - Expected a <class 'NoneType'>")[0]
+        if "(implicit class_path) - " not in text:
+            return text
+        text = text.rpartition("(implicit class_path) - ")[2].partition(" - Expected a <class")[0]
+        return re.sub(r"Problem with given class_path '[^']*?(\w+)': ", r"\1: ", text)
     text = re.sub(r"- Expected a path but \S+ either not accessible or invalid - ", "", text)
     text = re.sub(  # of a class that may be null, what is said of the class
         r"Does not validate against any of the Union subtypes Subtypes: \[[^],]*, <class 'NoneType'>\] Errors: "

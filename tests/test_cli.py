@@ -17,6 +17,7 @@ import pytest
 import torch
 import yaml
 from conftest import ROOT, ROUNDING, in_process, posix, spelled_and_default
+from lightning.pytorch.loggers import CSVLogger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from mnist_lightning import checkpoints, cli, export, tune
@@ -265,6 +266,34 @@ def test_loggers_come_beside_the_run_s_folder(quick, tmp_path):
     assert sorted(table["epoch"].unique()) == [0, 1, 2]
 
 
+@pytest.mark.parametrize(
+    ("logger", "left"),
+    [
+        ("CSVLogger", ["version_0/hparams.yaml", "version_0/metrics.csv"]),
+        ("TensorBoardLogger --trainer.logger.name=other", ["other/version_0/events.*"]),
+        ("WandbLogger --trainer.logger.offline=true", ["wandb/offline-run-*/*.wandb"]),
+        ("MLFlowLogger", ["mlflow.db", "mlruns/**/predictions*"]),
+    ],
+)
+def test_a_logger_alone_leaves_its_files_beside_the_runs(quick, monkeypatch, tmp_path, logger, left):
+    pytest.importorskip({"Wandb": "wandb", "MLFlo": "mlflow"}.get(logger[:5], "os"))
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    quick(tmp_path, "fit", "--trainer.max_epochs=1", *f"--trainer.logger+={logger}".split())
+    assert [path.name for path in tmp_path.iterdir()] == ["lightning_logs"]
+    for pattern in left:
+        assert [*(tmp_path / "lightning_logs").glob(pattern)], pattern
+
+
+def test_a_logger_that_cannot_be_used_is_said_in_a_line(capfd, data_dir, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(CSVLogger, "experiment", property(lambda self: (_ for _ in ()).throw(OSError("no\nserver"))))
+    options = [f"--data.data_dir={data_dir}", "--trainer.logger+=CSVLogger"]
+    code, _, errors = in_process(capfd, "fit", *options)
+    assert code == 1
+    assert "error: CSVLogger cannot be used: no. Mend that, give it other arguments" in errors
+    assert not list(tmp_path.rglob("baseline"))
+
+
 @pytest.mark.slow
 def test_figures_go_to_mlflow(quick, tmp_path):
     mlflow = pytest.importorskip("mlflow")
@@ -293,7 +322,7 @@ def test_figures_go_to_wandb(command, quick, tmp_path):
     command(tmp_path, "fit", *options)  # what is not written yet when the process ends
     quick(tmp_path, "fit", *options)
     wandb.finish()
-    runs = list(tmp_path.glob("wandb/offline-run-*"))
+    runs = list(tmp_path.glob("lightning_logs/wandb/offline-run-*"))
     assert len(runs) == 2
     for run in runs:
         assert list(run.glob("files/media/images/predictions*"))
