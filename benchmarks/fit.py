@@ -51,7 +51,7 @@ def bare(epochs: int) -> list[float]:
     train_images, train_labels = data.train.images, data.train.labels
     val_images, val_labels = data.val.images, data.val.labels
     classifier = Classifier(MLP())
-    network, kernels = classifier.network, classifier.kernels
+    network, kernels = classifier.network, [*classifier.kernels.items()]
     decayed = [kernel for kernel, _ in kernels]
     others = [parameter for parameter in network.parameters() if all(parameter is not kernel for kernel in decayed)]
     groups: list[dict[str, Any]] = [{"params": decayed, "weight_decay": 0.02}, {"params": others}]

@@ -2,6 +2,7 @@
 
 import copy
 import math
+import warnings
 from collections import defaultdict
 from collections.abc import Sequence
 from typing import Any, Literal
@@ -20,6 +21,7 @@ from torch.optim import lr_scheduler as schedulers
 
 from mnist_lightning.data import Batch
 from mnist_lightning.optimizers import KerasAdam, KerasRMSprop
+from mnist_lightning.runs import flatten, note
 
 COUPLED = (
     KerasAdam,
@@ -39,15 +41,24 @@ COUPLED = (
 TOTALS = ("total_steps", "T_max", "total_iters")
 """Arguments of a scheduler for its steps in all: -1 stands for those of the training."""
 
+BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
+
+SCHEDULE = ("lr_scheduler", "lr_interval", "lr_frequency")
+"""Hyper-parameters that may be others where a run is continued."""
+
+SCHEDULED = ("lr", "initial_lr", "max_lr", "min_lr", "betas", "momentum", "max_momentum", "base_momentum")
+"""What a schedule keeps in the parameter groups of an optimizer."""
+
 
 class Classifier(LightningModule):
     """Trains a network on cross-entropy plus λ‖W‖² for every kernel that carries an ``l2`` (see ``networks.Dense``).
 
     The gradient of the penalty, 2λW, comes as weight decay from optimizers that couple it, beside a ``weight_decay`` of
-    their own; for others (AdamW, LBFGS, ...), and where gradients are clipped, the penalty is added to the loss. The
-    :meth:`metrics` are logged once an epoch, for each of ``train``, ``val`` and ``test``. Those of ``train`` are means
-    over the epoch, while the weights move and dropout is on, as Keras gives them. ``lr`` is the learning rate of an
-    epoch's first step.
+    their own; for others (AdamW, LBFGS, ...), where gradients are clipped, and for kernels that are computed from other
+    parameters, as by ``weight_norm``, the penalty is added to the loss. Either way a step has it once, whatever batches
+    it accumulates. The :meth:`metrics` are logged once an epoch, for each of ``train``, ``val`` and ``test``. Those of
+    ``train`` are means over the epoch, while the weights move and dropout is on, as Keras gives them. ``lr`` is the
+    learning rate of an epoch's first step.
 
     A training batch may have labels of shape (batch, classes) instead of (batch,), as MixUp makes them: shares of the
     classes. The loss takes them as they are, the other metrics the class of the largest share.
@@ -83,11 +94,11 @@ class Classifier(LightningModule):
         self.lr_frequency = lr_frequency
         self.label_smoothing = label_smoothing
         self.compile_mode = compile
-        self.kernels: list[tuple[Any, Any]] = [
-            (layer.weight, layer.l2) for layer in network.modules() if getattr(layer, "l2", 0)
-        ]
+        self.penalized: list[Any] = [layer for layer in network.modules() if getattr(layer, "l2", 0)]
         self.penalty_in_loss = False
         self.totals: dict[str, dict[str, Tensor]] = {}
+        self.schedule_steps: dict[str, int] = {}
+        self.earlier_schedule: str | None = None
         self.example_input_array = torch.zeros(1, 1, 28, 28)  # for the layer table
 
     def __setattr__(self, name: str, value: Any) -> None:
@@ -167,15 +178,32 @@ class Classifier(LightningModule):
                 f"but gives {found} for one image."
             )
 
+    @property
+    def kernels(self) -> dict[Tensor, float]:
+        """The kernels with a penalty as they are now, each with its λ; one that several layers share is one."""
+        return {layer.weight: layer.l2 for layer in self.penalized}
+
+    def needs_two_images(self) -> bool:
+        """Whether one image gives a batch normalization one value for a channel, on which it refuses to train."""
+        network, counts = copy.deepcopy(self.network).eval(), []
+        norms = [layer for layer in network.modules() if isinstance(layer, BATCH_NORMS)]
+        for norm in norms:
+            norm.register_forward_pre_hook(lambda _, inputs: counts.append(inputs[0][:, :1].numel()))
+        if norms:
+            with torch.no_grad():
+                network(self.example_input_array.to(next(network.parameters())))  # type: ignore[union-attr]
+        return 1 in counts
+
     def configure_optimizers(self) -> Any:
         """Make the optimizer, with one parameter group for each distinct λ, and the scheduler."""
-        optimizer = self.optimizer(self.parameters())
+        optimizer, l2 = self.optimizer(self.parameters()), self.kernels
         coupled = isinstance(optimizer, COUPLED) and not optimizer.defaults.get("decoupled_weight_decay")
+        coupled = coupled and all(isinstance(kernel, nn.Parameter) for kernel in l2)  # else computed from others
         # weight decay comes after the clipping, which the penalty's gradient must not escape
         is_clipped = bool(self._trainer and self.trainer.gradient_clip_val)
-        self.penalty_in_loss = bool(self.kernels) and (is_clipped or not coupled)
-        if self.kernels and coupled:
-            l2, own = dict(self.kernels), optimizer.defaults.get("weight_decay", 0)
+        self.penalty_in_loss = bool(l2) and (is_clipped or not coupled)
+        if l2 and coupled:
+            own = optimizer.defaults.get("weight_decay", 0)
             groups: dict[float | None, list[nn.Parameter]] = defaultdict(list)
             for parameter in self.parameters():
                 groups[l2.get(parameter)].append(parameter)
@@ -209,20 +237,30 @@ class Classifier(LightningModule):
                 raise MisconfigurationException(
                     f"{' and '.join(totals)} of the lr_scheduler cannot be -1 in a training without max_epochs."
                 )
-            steps = dict.fromkeys(totals, max(1, int(total)))
+            steps = self.schedule_steps = dict.fromkeys(totals, max(1, int(total)))
         scheduler = self.lr_scheduler(optimizer, **steps)
         config = {"scheduler": scheduler, "interval": interval, "frequency": frequency, "monitor": monitor}
         return {"optimizer": optimizer, "lr_scheduler": config}
 
-    def _scheduler_steps(self, interval: str, frequency: int) -> float:
-        """How often a scheduler steps in the whole training, as Lightning counts; infinite if it has no end."""
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Keep the state of a run's schedule from another that was given to continue it."""
+        before, now = checkpoint.get("hyper_parameters", {}), self.hparams
+        if not all(name in parameters for parameters in (before, now) for name in SCHEDULE):
+            return
+        then, given = (flatten({name: parameters[name] for name in SCHEDULE}) for parameters in (before, now))
+        if any(key not in given or given[key] != value for key, value in then.items()):
+            checkpoint["lr_schedulers"] = []
+            self.earlier_schedule = then.get("lr_scheduler.class_path", "a constant rate").rpartition(".")[2]
+
+    def _scheduler_steps(self, interval: str, frequency: int, epochs: int | None = None) -> float:
+        """How often a scheduler steps in some epochs or the whole training, as Lightning counts; maybe infinitely."""
         trainer = self.trainer
         trainer.fit_loop.setup_data()  # or Lightning says that it does so
         steps = trainer.estimated_stepping_batches
         if math.isinf(steps) or math.isinf(trainer.num_training_batches):
             return math.inf
         batches, accumulated = int(trainer.num_training_batches), trainer.accumulate_grad_batches
-        epochs = math.ceil(steps / math.ceil(batches / accumulated))
+        epochs = math.ceil(steps / math.ceil(batches / accumulated)) if epochs is None else epochs
         if interval == "epoch":
             return epochs // frequency
         counted = [b for b in range(frequency, batches + 1, frequency) if b % accumulated == 0 or b == batches]
@@ -235,7 +273,7 @@ class Classifier(LightningModule):
 
     def penalty(self) -> Tensor:
         """The sum of λ‖W‖² over the kernels that carry an ``l2``: a scalar."""
-        flat = [(_at_least_float32(kernel).flatten(), factor) for kernel, factor in self.kernels]
+        flat = [(_at_least_float32(kernel).flatten(), factor) for kernel, factor in self.kernels.items()]
         penalties = [factor * kernel.dot(kernel) for kernel, factor in flat]
         return sum(penalties[1:], start=penalties[0]) if penalties else torch.zeros((), device=self.device)
 
@@ -258,7 +296,7 @@ class Classifier(LightningModule):
         loss, logits = self._step(batch, "train")
         if self.label_smoothing:
             loss = F.cross_entropy(logits, batch[1], label_smoothing=self.label_smoothing)
-        return loss + self.penalty() if self.penalty_in_loss else loss
+        return loss + self._penalty_weight() * self.penalty() if self.penalty_in_loss else loss
 
     def validation_step(self, batch: Batch) -> Tensor:
         """Logits of a batch, of shape (batch, classes)."""
@@ -274,17 +312,18 @@ class Classifier(LightningModule):
         return probabilities
 
     def on_train_start(self) -> None:
-        """Let the penalty's gradient come by one way, and see that no schedule ends before the training.
+        """Let the penalty's gradient come by one way, and a schedule last as long as the training.
 
         Raises:
-            MisconfigurationException: One does.
+            MisconfigurationException: If one ends before.
         """
         trainer: Any = self.trainer
-        l2 = dict(self.kernels)
+        l2 = self.kernels
         for group in trainer.optimizers[0].param_groups:  # a checkpoint's are of whether that training was clipped
             own, decay = trainer.optimizers[0].defaults.get("weight_decay", 0), 2 * l2.get(group["params"][0], 0)
             if decay and group.get("weight_decay") in (own, own + decay):
                 group["weight_decay"] = own if self.penalty_in_loss else own + decay
+        self._reschedule()
         if any(isinstance(callback, StochasticWeightAveraging) for callback in trainer.callbacks):
             return  # it brings a schedule of its own, and with batch normalization an epoch more
         for config in self.trainer.lr_scheduler_configs:
@@ -297,6 +336,39 @@ class Classifier(LightningModule):
                         f"The schedule of {name} ends too early: {argument} is {total}, but it steps {steps} times "
                         f"in this training (after each {config.interval}). Take -1, or make the training shorter."
                     )
+
+    def _reschedule(self) -> None:
+        """Bring the schedule of a continued run, if it is another or longer now, to where it would be by now."""
+        trainer: Any = self.trainer
+        (optimizer,), earlier, self.earlier_schedule = trainer.optimizers, self.earlier_schedule, None
+        if not trainer.lr_scheduler_configs:
+            if earlier is not None:
+                rate = optimizer.param_groups[0]["lr"]
+                note(f"Continuing with the learning rate {rate:.4g}, which stays: the run had {earlier}")
+            return
+        (config,) = trainer.lr_scheduler_configs
+        name = type(config.scheduler).__name__
+        lengths = [(getattr(config.scheduler, total, now), now) for total, now in self.schedule_steps.items()]
+        longer = [(before, now) for before, now in lengths if before < now]
+        if earlier is not None:
+            note(f"Continuing with {name}: the run had {'other options of it' if earlier == name else earlier}")
+        elif longer:
+            ((before, now),) = longer
+            note(
+                f"Continuing with {name} over {now} steps: the run had {before}. For a learning rate that stays as it "
+                "is, add --model.lr_scheduler null"
+            )
+        if config.reduce_on_plateau or (earlier is None and not longer):
+            return
+        fresh = self.configure_optimizers()
+        scheduler = fresh["lr_scheduler"]["scheduler"]
+        steps = self._scheduler_steps(config.interval, config.frequency, trainer.current_epoch)
+        with warnings.catch_warnings(action="ignore"):  # torch misses the optimizer's steps
+            for _ in range(int(steps)):
+                scheduler.step()
+        config.scheduler.load_state_dict(scheduler.state_dict())
+        for group, other in zip(optimizer.param_groups, fresh["optimizer"].param_groups, strict=True):
+            group.update({key: other[key] for key in SCHEDULED if key in other})
 
     def on_train_epoch_start(self) -> None:
         self.log("lr", self.trainer.optimizers[0].param_groups[0]["lr"])
@@ -329,6 +401,17 @@ class Classifier(LightningModule):
                 average = callback._average_model
                 if average is not None and not average.n_averaged:
                     average.module.load_state_dict(self.state_dict())
+
+    def _penalty_weight(self) -> float:
+        """The weight of the penalty in a batch's loss, with which the step that follows has it once.
+
+        Lightning divides the loss by the batches that a step accumulates, but the last step of an epoch may have fewer.
+        """
+        accumulated = self.trainer.accumulate_grad_batches if self._trainer else 1
+        if accumulated == 1:
+            return 1
+        batches, batch = self.trainer.num_training_batches, self.trainer.fit_loop.batch_idx
+        return accumulated / min(accumulated, batches - batch // accumulated * accumulated)
 
     def _step(self, batch: Batch, stage: str) -> tuple[Tensor, Tensor]:
         images, labels = batch

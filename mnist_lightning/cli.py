@@ -42,7 +42,7 @@ from mnist_lightning.checkpoints import (
     checkpoint_errors,
     load_checkpoint,
 )
-from mnist_lightning.classifier import Classifier
+from mnist_lightning.classifier import SCHEDULE, Classifier
 from mnist_lightning.data import ImageDataModule, Split
 from mnist_lightning.loops import FitLoop, NoProfiler
 from mnist_lightning.parsing import Parser, corrected, shorten
@@ -183,6 +183,9 @@ class RunCLI(LightningCLI):
             if path is not None:
                 self._use_checkpoint(path, args)
         self._use_finders()
+        if self.command != EXECUTION and not self.config.get("ckpt_path"):  # else the network is the checkpoint's
+            for line in self.parser.remarks.values():  # type: ignore[attr-defined]
+                note(line)
         trainer = self.config.trainer
         is_imitated = str(trainer.precision).startswith("bf16") and has_bf16(trainer.accelerator) is False
         if is_imitated and self.command != EXECUTION:
@@ -238,6 +241,8 @@ class RunCLI(LightningCLI):
             data.data_dir = self.config.data.init_args.data_dir or data.data_dir
             self._settle(config)
             given = self.plain_config(config)
+            if self.command == "fit":
+                model |= {name: given["model"][name] for name in SCHEDULE}
             self.parser.is_shaped = False  # type: ignore[attr-defined]
             self.config = self.parser.parse_object({"model": model, "ckpt_path": str(path)}, config)
         except ArgumentError as error:
@@ -545,11 +550,11 @@ def fit(run: RunCLI) -> None:
                 run.job.watch(trainer, run_dir)
     try:
         with library_errors(run_dir, run.options):
+            _start_loggers(trainer.loggers)
             trainer.fit(model, datamodule=data, ckpt_path=config.ckpt_path)
     except MisconfigurationException:
-        if (
-            trainer.is_global_zero and run_dir and not (run_dir / "checkpoints/last.ckpt").is_file()
-        ):  # refused: there is no run
+        is_refused = run_dir is not None and not (run_dir / "checkpoints/last.ckpt").is_file()
+        if trainer.is_global_zero and run_dir and is_refused:  # there is no run
             for logger in trainer.loggers:
                 logger.finalize("failed")
             shutil.rmtree(run_dir)
@@ -567,11 +572,25 @@ def fit(run: RunCLI) -> None:
         print(f"\nRun: {run_dir}    Look at it: tensorboard --logdir {run.logs}")
 
 
+def _start_loggers(loggers: Sequence[Any]) -> None:
+    """See that what loggers need is there, such as an account or a server, before anything is trained."""
+    for logger in loggers:
+        try:
+            logger.experiment  # noqa: B018
+        except Exception as error:  # each has its own
+            reason = str(error).strip().partition("\n")[0].rstrip(".")
+            raise MisconfigurationException(
+                f"{type(logger).__name__} cannot be used: {reason}. Mend that, give it other arguments "
+                "(--trainer.logger.…), or leave it."
+            ) from error
+
+
 def _describe(data: ImageDataModule) -> str:
     """The data in a line, once it is loaded."""
     parts = [f"Data: {data.source}", "standardised" if data.standardize else "scaled to [0, 1]"]
     if data.val is not None:
-        held_out = f"{data.val_split:.4g} of the training images held out"
+        of = "each class's training images" if data.is_split_by_class else "the training images"
+        held_out = f"{data.val_split:.4g} of {of} held out"
         parts.append(f"{'its own images' if data.has_own_val else held_out} for validation")
     augmentation = ", ".join(type(each).__name__ for each in data.augmentation)
     if data.train is not None and augmentation:

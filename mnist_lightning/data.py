@@ -1,11 +1,14 @@
 """Data modules: labelled images, split, scaled, augmented and served from memory; MNIST is inside the package."""
 
 import hashlib
+import re
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import torch
 from jsonargparse.typing import NonNegativeInt, OpenUnitInterval, PositiveInt
 from lightning.pytorch import LightningDataModule
@@ -86,6 +89,7 @@ class TensorBatchSampler(BatchSampler):
         batch_size: Indices in a batch.
         drop_last: Leave out a last, smaller batch.
         device: Where the data is; all indices of an epoch are sent there at once.
+        join_single: Add a single last index to the batch before.
     """
 
     def __init__(
@@ -94,9 +98,18 @@ class TensorBatchSampler(BatchSampler):
         batch_size: int,
         drop_last: bool = False,
         device: torch.device | None = None,
+        join_single: bool = False,
     ) -> None:
         super().__init__(sampler, batch_size, drop_last)
         self.device = device
+        self.join_single = join_single
+
+    def __len__(self) -> int:
+        return super().__len__() - self._joins()
+
+    def _joins(self) -> bool:
+        count = len(self.sampler)  # type: ignore[arg-type]
+        return self.join_single and count > 1 and count % self.batch_size == 1
 
     def __iter__(self) -> Iterator[Tensor]:  # type: ignore[override]
         """Index tensors of shape (batch,), in the order of the sampler."""
@@ -105,6 +118,8 @@ class TensorBatchSampler(BatchSampler):
 
     def _batches(self) -> Iterator[Tensor]:
         batches = torch.tensor(list(self.sampler), device=self.device).split(self.batch_size)
+        if self._joins():
+            batches = (*batches[:-2], torch.cat(batches[-2:]))
         yield from batches[:-1] if self.drop_last and len(batches[-1]) < self.batch_size else batches
 
 
@@ -116,9 +131,11 @@ class ImageDataModule(LightningDataModule):
 
     Args:
         data_dir: Folder with the data set; what is there is never changed.
-        batch_size: Images in a training batch; the last, smaller batch of an epoch is kept.
+        batch_size: Images in a training batch. The last, smaller batch of an epoch is kept; a single image is added to
+            the batch before if the network has batch normalization that needs two.
         eval_batch_size: Images in a batch of validation, test and prediction; no result depends on it.
-        val_split: Share of the training images, taken from their end, that is held out for validation.
+        val_split: Share of the training images, taken from their end, that is held out for validation; from the end of
+            each class instead, where that would leave none of a class to train with.
         split_seed: Shuffles the training images before they are split, always alike; null keeps their order.
         standardize: Whether each channel gets mean 0 and standard deviation 1 over the training images; else they are
             in [0, 1].
@@ -128,6 +145,7 @@ class ImageDataModule(LightningDataModule):
     Attributes:
         train: The training images, once they are loaded; likewise ``val`` and ``test``.
         has_own_val: Whether the data set has validation images, so that none are held out; known once they are loaded.
+        is_split_by_class: Whether a share of each class is held out; likewise.
     """
 
     placing: Placing | None = None
@@ -159,6 +177,7 @@ class ImageDataModule(LightningDataModule):
         self.val: Split | None = None
         self.test: Split | None = None
         self.has_own_val = False
+        self.is_split_by_class = False
         self._own_classes: list[str] | None = None
         self._trained_classes: list[str] | None = None
         self._loaded: dict[str, Any] = {}
@@ -247,22 +266,29 @@ class ImageDataModule(LightningDataModule):
             if self.has_own_val:
                 validation = self._labelled("val")
             else:
+                order = torch.arange(len(labels))
                 if self.split_seed is not None:
                     order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(self.split_seed))
-                    images, labels = images[order], labels[order]
                 split = int(len(labels) * (1 - self.val_split))  # Keras's rule for `validation_split`
+                self.is_split_by_class = lacks(labels[order[:split]], labels[order[split:]]) is not None
+                if self.is_split_by_class:
+                    is_held_out = held_out_by_class(labels[order], self.val_split)
+                    split, order = int((~is_held_out).sum()), torch.cat([order[~is_held_out], order[is_held_out]])
+                if self.is_split_by_class or self.split_seed is not None:
+                    with memory_for(self.source, images.nbytes):
+                        images, labels = images[order], labels[order]
                 validation = images[split:], labels[split:]
                 images, labels = images[:split], labels[:split]
             if not min(len(labels), len(validation[1])):
                 raise MisconfigurationException(f"{self.source}: there are too few training images to split.")
-            missing = {*validation[1].unique().tolist()} - {*labels.unique().tolist()}
-            if missing:
+            if (missing := lacks(labels, validation[1])) is not None:
                 raise MisconfigurationException(
-                    f"{self.source}: of class {self.classes[min(missing)]} all images are held out for validation. If "
-                    "the images are sorted by class, add --data.split_seed 0, else another seed."
+                    f"{self.source}: of class {self.classes[missing]} there are validation images, but none to train "
+                    "with."
                 )
             if self.standardize:
-                statistics = _statistics(images)
+                with memory_for(self.source):
+                    statistics = _statistics(images)
             self.train = Split(images, labels, self.augmentation, statistics)
             self.val = Split(*validation, statistics=statistics)
         if not needs_training and self.test is None:
@@ -307,8 +333,34 @@ class ImageDataModule(LightningDataModule):
     def train_dataloader(self) -> DataLoader[Batch]:
         """Training batches, shuffled anew in every epoch; Lightning shares them out among devices."""
         train = self._on_device(self.train)
-        sampler = TensorBatchSampler(RandomSampler(train), self.batch_size, device=train.images.device)
+        sampler = TensorBatchSampler(
+            RandomSampler(train), self.batch_size, device=train.images.device, join_single=self._joins_single()
+        )
         return DataLoader(train, batch_sampler=sampler, collate_fn=_as_is)
+
+    def _joins_single(self) -> bool:
+        """Whether there would be a training batch of one image, which the network cannot take.
+
+        Raises:
+            MisconfigurationException: If there is no batch to which the image could be added.
+        """
+        assert self.train is not None
+        share = -(-len(self.train) // getattr(self.trainer, "world_size", 1))
+        if self.batch_size > 1 and share % self.batch_size != 1:
+            return False
+        needs_two = getattr(getattr(self.trainer, "lightning_module", None), "needs_two_images", None)
+        if needs_two is None or not needs_two():
+            return False
+        if self.batch_size == 1 or share == 1:
+            raise MisconfigurationException(
+                "The network has batch normalization, which cannot train on batches of one image: give it more with "
+                f"--data.batch_size (now {self.batch_size}), or take another normalization."
+            )
+        note(
+            "The last training batch would be of one image, which batch normalization cannot take: it is added to the "
+            "batch before."
+        )
+        return True
 
     def val_dataloader(self) -> DataLoader[Batch]:
         """Validation batches, in order."""
@@ -332,13 +384,15 @@ class ImageDataModule(LightningDataModule):
     def _on_device(self, split: Split | None) -> Split:
         assert split is not None, "call setup() first"
         # batches are gathered, scaled and augmented where they are used
-        return split.to(self.trainer.strategy.root_device) if self.trainer else split
+        with memory_for(self.source):
+            return split.to(self.trainer.strategy.root_device) if self.trainer else split
 
     def _load(self, split: str) -> Any:
         """What :meth:`load` gives, as tensors that have the shape they should."""
         if split not in self._loaded:
-            loaded = self.load(split)
-            self._loaded[split] = None if loaded is None else self._as_tensors(split, *loaded)
+            with memory_for(self.source):
+                loaded = self.load(split)
+                self._loaded[split] = None if loaded is None else self._as_tensors(split, *loaded)
         return self._loaded[split]
 
     def _as_tensors(self, split: str, images: Any, labels: Any) -> Batch:
@@ -440,6 +494,49 @@ class MNISTDataModule(ImageDataModule):
                 f"{', '.join(MD5)}; null is the package's own copy."
             )
         return read_idx(path, header_only)
+
+
+def lacks(labels: Tensor, others: Tensor) -> int | None:
+    """Return the least of ``others`` that is not among ``labels``, or None."""
+    return min({*others.unique().tolist()} - {*labels.unique().tolist()}, default=None)
+
+
+def held_out_by_class(labels: Tensor, share: float) -> Tensor:
+    """Return which images are held out where each class gives a share from its end, but keeps one: a mask."""
+    counts = labels.bincount()
+    kept = (counts.double() * (1 - share)).long().clamp(min=1)
+    order = labels.argsort(stable=True)
+    places = torch.empty_like(order)
+    places[order] = torch.arange(len(labels)) - (counts.cumsum(0) - counts)[labels[order]]
+    return places >= kept[labels]
+
+
+@contextmanager
+def memory_for(what: str, size: int = 0) -> Iterator[None]:
+    """Say in a line what does not fit into memory; before anything is tried, where its size is known.
+
+    Args:
+        what: For the message.
+        size: Bytes that will be needed.
+
+    Raises:
+        MisconfigurationException: If there is not enough.
+    """
+    free = psutil.virtual_memory().available + psutil.swap_memory().free
+    try:
+        if size > free:
+            raise MemoryError(f"it takes {size / 2**30:.1f} GiB")
+        yield
+    except (MemoryError, RuntimeError) as error:
+        found = re.search(r"(?:it takes|unable to allocate|tried to allocate) [\d.]+ \w+", str(error), re.IGNORECASE)
+        if isinstance(error, RuntimeError) and not found:
+            raise
+        is_device = isinstance(error, torch.OutOfMemoryError)
+        where = "the device's memory" if is_device else f"memory, of which {free / 2**30:.1f} GiB are free"
+        reason = f" ({found[0].lower().replace('gib', 'GiB')})" if found else ""
+        raise MisconfigurationException(
+            f"{what} does not fit into {where}{reason}. Take fewer or smaller images."
+        ) from error
 
 
 def _statistics(images: Tensor) -> tuple[Tensor, Tensor]:

@@ -15,10 +15,12 @@ import torch
 from filelock import FileLock
 from jsonargparse.typing import NonNegativeInt, OpenUnitInterval, PositiveInt
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from numpy.typing import NDArray
 from PIL import Image, ImageChops, ImageOps
+from tqdm import tqdm
 
-from mnist_lightning.data import KINDS, ImageDataModule, MNISTDataModule
+from mnist_lightning.data import KINDS, ImageDataModule, MNISTDataModule, held_out_by_class, lacks, memory_for
 from mnist_lightning.idx import MD5, find_idx
 from mnist_lightning.pictures import PictureError, Placing, flatten, pictures_in, resized
 from mnist_lightning.runs import note
@@ -208,6 +210,9 @@ class CIFAR10(TorchvisionDataModule):
     files = "cifar-10-python.tar.gz, or the folder cifar-10-batches-py that is in it,"
 
 
+BAR_AFTER = 3.0
+"""Seconds of reading files after which a terminal shows how far it is."""
+
 GREY = ("1", "L", "LA")
 """Pillow's modes without colours."""
 
@@ -221,7 +226,8 @@ class ImageFolder(ImageDataModule):
     Args:
         size: Height and width to which images are scaled; by default those of the first, which all must have.
         channels: 1 for grey, 3 for colour; by default what the first image has, and no other may have more.
-        test_split: Share of the images that is held out to test, where ``data_dir`` has no folder ``test``.
+        test_split: Share of the images that is held out to test, where ``data_dir`` has no folder ``test``; of each
+            class, where that would leave none of a class to train with.
         split_seed: Shuffles images before they are held out, always alike.
     """
 
@@ -261,8 +267,16 @@ class ImageFolder(ImageDataModule):
             note(f"{self.source}: files left out, as Pillow reads none with such endings: {endings}")
             self._left_out.clear()
         channels, height, width = self.image_shape
-        images = np.empty((len(files), channels, height, width), np.uint8)
-        for index, (path, _) in enumerate(files):
+        with memory_for(self.source, len(files) * channels * height * width):
+            images = np.empty((len(files), channels, height, width), np.uint8)
+        bar = tqdm(
+            files,
+            f"Reading {split} images",
+            leave=False,
+            disable=getattr(rank_zero_only, "rank", 0) > 0 or None,  # None: where the output is no terminal
+            delay=BAR_AFTER,
+        )
+        for index, (path, _) in enumerate(bar):
             with self._open(path) as image:
                 if self.channels is None and channels == 1 and image.mode not in GREY:
                     raise MisconfigurationException(
@@ -314,7 +328,14 @@ class ImageFolder(ImageDataModule):
             order = torch.randperm(len(everything), generator=torch.Generator().manual_seed(self.split_seed or 0))
             shuffled = [everything[i] for i in order]
             count = max(1, int(len(shuffled) * self.test_split))
-            files = {"train": shuffled[count:], "test": shuffled[:count]}
+            labels = torch.tensor([label for _, label in shuffled])
+            is_test = torch.arange(len(shuffled)) < count
+            if lacks(labels[count:], labels) is not None:
+                is_test = held_out_by_class(labels, self.test_split)
+            files = {
+                name: [file for file, is_in in zip(shuffled, mask, strict=True) if is_in]
+                for name, mask in (("train", ~is_test), ("test", is_test))
+            }
         return classes, files
 
     def _open(self, path: str) -> Image.Image:

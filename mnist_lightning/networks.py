@@ -93,8 +93,8 @@ class MLP(nn.Sequential):
     def __init__(
         self,
         units: Sequence[int] = (128, 64),
-        dropout: Sequence[float] | float = (0.2, 0.2),
-        l2: Sequence[float] | float = (0.01, 0.01),
+        dropout: Sequence[float] | float = 0.2,
+        l2: Sequence[float] | float = 0.01,
         activation: str = "ReLU",
         in_features: int = 784,
         num_classes: int = 10,

@@ -6,6 +6,7 @@ enters, so importing the package changes nothing for others.
 
 import argparse
 import inspect
+import os
 import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -24,6 +25,7 @@ from lightning.pytorch.cli import LightningArgumentParser
 
 from mnist_lightning.classifier import TOTALS
 from mnist_lightning.data import ImageDataModule
+from mnist_lightning.runs import LOGS
 
 MAX_NODES = 10_000
 """Values in a config file; aliases in a few lines of YAML may stand for billions."""
@@ -57,6 +59,9 @@ HELP = {
 SHAPE = ("in_features", "in_channels", "num_classes")
 """Arguments of networks and augmentation that the data gives: numbers in an image, channels, classes."""
 
+MLRUNS = "./mlruns"
+"""MLFlowLogger's default place, which MLflow itself has come to refuse."""
+
 typed: set[str] = set()
 """Options on the command line while it is parsed, without their dashes."""
 
@@ -65,8 +70,10 @@ class Parser(LightningArgumentParser):
     """Says what is wrong in one line instead of a page of usage, and lets the data shape the network.
 
     Attributes:
-        is_shaped: Whether the :data:`SHAPE` arguments of classes are taken from the data, unless they are typed.
+        is_shaped: Whether the :data:`SHAPE` arguments of classes are taken from the data, unless they are typed, or a
+            config wants a network of more outputs than there are classes.
         sizes: Their values, by what the data is made from, which may take long to load: a search parses many configs.
+        remarks: From their keys to what became of values in a config.
     """
 
     is_shaped = True
@@ -74,6 +81,7 @@ class Parser(LightningArgumentParser):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.sizes: dict[str, dict[str, int]] = {}
+        self.remarks: dict[str, str] = {}
         self.folder = Path.cwd()  # jsonargparse reads a config in the config's own
 
     def parse_args(self, args: Any = None, *arguments: Any, **kwargs: Any) -> Namespace:  # type: ignore[override]
@@ -92,10 +100,13 @@ class Parser(LightningArgumentParser):
     def _parse_common(self, cfg: Namespace, *args: Any, **kwargs: Any) -> Namespace:
         if (
             self.is_shaped
+            and kwargs.get("defaults")  # not for a file alone, whose data may be exchanged
             and isinstance(cfg.get("data"), Namespace)
             and isinstance(cfg.get("model.network"), Namespace)
         ):
-            _shape(cfg, self.sizes, self.folder)
+            _shape(cfg, self.sizes, self.folder, self.remarks)
+        if isinstance(cfg.get("trainer"), Namespace):
+            _place_loggers(cfg.trainer)
         config: Namespace = super()._parse_common(cfg, *args, **kwargs)
         return config
 
@@ -144,8 +155,13 @@ class Parser(LightningArgumentParser):
         self.exit(2)
 
 
-def _shape(config: Namespace, sizes: dict[str, dict[str, int]], folder: Path) -> None:
-    """Give the network, and what augments, the size of the images and the number of classes."""
+def _shape(config: Namespace, sizes: dict[str, dict[str, int]], folder: Path, remarks: dict[str, str]) -> None:
+    """Give the network, and what augments, the size of the images and the number of classes.
+
+    A network may have more outputs than there are classes, and what augments has as many: a config that says more is
+    followed. That a config says what is the class's default cannot be seen.
+    """
+    outputs = 0
     given = vars(config.data.get("init_args", Namespace()))
     specs = [(f"data.augmentation.{index}", spec) for index, spec in enumerate(given.get("augmentation") or [])]
     arguments = {name: value for name, value in given.items() if name != "augmentation"}
@@ -167,10 +183,42 @@ def _shape(config: Namespace, sizes: dict[str, dict[str, int]], folder: Path) ->
         except (TypeError, KeyError, ValueError, AttributeError, ImportError):  # said where the config is validated
             return
         for name in names:
-            if not {f"{key}.{name}", f"{key}.init_args.{name}"} & typed:
-                spec["init_args"] = Namespace(
-                    {**vars(spec.get("init_args", Namespace())), name: sizes[made_from][name]}
-                )
+            values, value = vars(spec.get("init_args", Namespace())), sizes[made_from][name]
+            found, default = values.get(name), parameters[name].default
+            value = max(value, outputs) if name == "num_classes" else value
+            if {f"{key}.{name}", f"{key}.init_args.{name}"} & typed:
+                value = found
+            elif key == "model.network" and isinstance(found, int) and found not in (-1, default, value):
+                if name == "num_classes" and found > value:
+                    remarks[name] = f"{key}.{name} stays {found}, as in the config: the data has {value} classes"
+                    value = found
+                else:
+                    remarks[name] = f"{key}.{name} is {value}, as the data has it, not {found} as in the config"
+            if key == "model.network" and name == "num_classes" and isinstance(value, int):
+                outputs = value
+            spec["init_args"] = Namespace({**values, name: value})
+
+
+def _place_loggers(trainer: Namespace) -> None:
+    """Let loggers that were given no place for their files have one beside the runs."""
+    folder, loggers = Path(trainer.get("default_root_dir") or ".").expanduser() / LOGS, trainer.get("logger")
+    for logger in loggers if isinstance(loggers, list) else [loggers]:
+        if not isinstance(logger, Namespace):
+            continue
+        name, given = str(logger.get("class_path")).rpartition(".")[2], vars(logger.get("init_args", Namespace()))
+        place: dict[str, str] = {}
+        if name in ("CSVLogger", "TensorBoardLogger") and given.get("save_dir") is None:
+            label = given.get("name", LOGS)  # the default
+            place = {"save_dir": str(folder), "name": "" if label == LOGS else label}
+        elif name == "WandbLogger" and given.get("save_dir", ".") == "." and given.get("dir") is None:
+            place = {"save_dir": os.environ.get("WANDB_DIR", str(folder))}
+        elif name == "MLFlowLogger" and given.get("save_dir", MLRUNS) == MLRUNS:
+            if given.get("tracking_uri") or os.environ.get("MLFLOW_TRACKING_URI"):
+                continue
+            place = {"tracking_uri": f"sqlite:///{(folder / 'mlflow.db').as_posix()}"}
+            place["artifact_location"] = given.get("artifact_location") or (folder / "mlruns").as_posix()
+        if place:
+            logger["init_args"] = Namespace({**given, **place})
 
 
 def shorten(message: str) -> str:
@@ -183,7 +231,11 @@ def shorten(message: str) -> str:
         key = ".".join(re.findall(r'Parser key "([^"]*)"', keys))
         return f"{key}: {name.rpartition('.')[2]}: {reason}".removeprefix(": ")
     if text.startswith("Does not validate"):  # what a class said of its arguments, in a list or where null is allowed
-        return text.rpartition("Errors: - ")[2].partition(" - Expected a <class 'NoneType'>")[0]
+        text = text.rpartition("Errors: - ")[2].partition(" - Expected a <class 'NoneType'>")[0]
+        if "(implicit class_path) - " not in text:
+            return text
+        text = text.rpartition("(implicit class_path) - ")[2].partition(" - Expected a <class")[0]
+        return re.sub(r"Problem with given class_path '[^']*?(\w+)': ", r"\1: ", text)
     text = re.sub(r"- Expected a path but \S+ either not accessible or invalid - ", "", text)
     text = re.sub(  # of a class that may be null, what is said of the class
         r"Does not validate against any of the Union subtypes Subtypes: \[[^],]*, <class 'NoneType'>\] Errors: "

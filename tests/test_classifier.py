@@ -110,6 +110,64 @@ def test_clipping_holds_the_penalty_as_well(datamodule, optimizer):
     assert {group["weight_decay"] for group in trainer.optimizers[0].param_groups} == {own}
 
 
+@pytest.mark.parametrize("accumulated", [1, 3, 5])
+@pytest.mark.parametrize("is_coupled", [True, False])
+def test_a_step_has_the_penalty_once_whatever_it_accumulates(datamodule, accumulated, is_coupled):
+    """The last step of an epoch of 11 batches accumulates two of three, one of five."""
+    torch.manual_seed(0)
+    classifier = Classifier(MLP([16], dropout=0, l2=0.3).double(), partial(KerasSGD, lr=0.1))
+    explicit = copy.deepcopy(classifier.network)
+    trainer = Trainer(
+        max_epochs=1, accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False,
+        enable_model_summary=False, num_sanity_val_steps=0, limit_val_batches=0, precision="64-true",
+        accumulate_grad_batches=accumulated, gradient_clip_val=None if is_coupled else 1e9,
+    )  # fmt: skip
+    batches = []
+    original = classifier.training_step
+    classifier.training_step = lambda batch: (batches.append(batch), original(batch))[1]
+    trainer.fit(classifier, datamodule)
+    assert classifier.penalty_in_loss is not is_coupled
+    assert len(batches) == 11
+
+    optimizer = torch.optim.SGD(explicit.parameters(), lr=0.1)
+    for start in range(0, 11, accumulated):
+        loss = sum(F.cross_entropy(explicit(images), labels) for images, labels in batches[start : start + accumulated])
+        (loss / accumulated + 0.3 * explicit.dense_1.weight.square().sum()).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    for ours, expected in zip(classifier.network.parameters(), explicit.parameters(), strict=True):
+        torch.testing.assert_close(ours, expected, rtol=1e-9, atol=1e-12)
+
+
+def test_a_kernel_that_is_computed_has_its_penalty_in_the_loss(mnist):
+    network = MLP([16], dropout=0, l2=0.3).double()
+    nn.utils.parametrizations.weight_norm(network.dense_1)
+    classifier = Classifier(network, KerasSGD)
+    explicit = copy.deepcopy(network)
+    images, labels = batch(mnist)
+    stepper, reference = classifier.configure_optimizers(), KerasSGD(explicit.parameters())
+    for _ in range(2):
+        stepper.zero_grad()
+        classifier.training_step((images, labels)).backward()
+        stepper.step()
+        reference.zero_grad()
+        (F.cross_entropy(explicit(images), labels) + 0.3 * explicit.dense_1.weight.square().sum()).backward()
+        reference.step()
+    for ours, expected in zip(network.parameters(), explicit.parameters(), strict=True):
+        torch.testing.assert_close(ours, expected, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("optimizer", [KerasSGD, torch.optim.AdamW])
+def test_a_kernel_that_layers_share_has_one_penalty(optimizer):
+    """As in Keras, where a penalty is a variable's."""
+    network = MLP([16, 16, 16], dropout=0, l2=[0.0, 0.5, 0.5])
+    network.dense_3.weight = network.dense_2.weight
+    classifier = Classifier(network, optimizer)
+    assert classifier.penalty().item() == pytest.approx(0.5 * network.dense_2.weight.square().sum().item())
+    decays = [group["weight_decay"] for group in classifier.configure_optimizers().param_groups]
+    assert decays == ([0, 1.0] if optimizer is KerasSGD else [0.01])
+
+
 def test_penalty_at_the_start_is_keras_s():
     penalties = [Classifier(MLP()).penalty().item() for _ in range(5)]
     assert sum(penalties) / 5 == pytest.approx(3.057, abs=0.03)  # keras: 3.0566 ± 0.018 over five seeds

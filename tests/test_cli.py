@@ -17,6 +17,7 @@ import pytest
 import torch
 import yaml
 from conftest import ROOT, ROUNDING, in_process, posix, spelled_and_default
+from lightning.pytorch.loggers import CSVLogger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from mnist_lightning import checkpoints, cli, export, tune
@@ -265,6 +266,34 @@ def test_loggers_come_beside_the_run_s_folder(quick, tmp_path):
     assert sorted(table["epoch"].unique()) == [0, 1, 2]
 
 
+@pytest.mark.parametrize(
+    ("logger", "left"),
+    [
+        ("CSVLogger", ["version_0/hparams.yaml", "version_0/metrics.csv"]),
+        ("TensorBoardLogger --trainer.logger.name=other", ["other/version_0/events.*"]),
+        ("WandbLogger --trainer.logger.offline=true", ["wandb/offline-run-*/*.wandb"]),
+        ("MLFlowLogger", ["mlflow.db", "mlruns/**/predictions*"]),
+    ],
+)
+def test_a_logger_alone_leaves_its_files_beside_the_runs(quick, monkeypatch, tmp_path, logger, left):
+    pytest.importorskip({"Wandb": "wandb", "MLFlo": "mlflow"}.get(logger[:5], "os"))
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    quick(tmp_path, "fit", "--trainer.max_epochs=1", *f"--trainer.logger+={logger}".split())
+    assert [path.name for path in tmp_path.iterdir()] == ["lightning_logs"]
+    for pattern in left:
+        assert [*(tmp_path / "lightning_logs").glob(pattern)], pattern
+
+
+def test_a_logger_that_cannot_be_used_is_said_in_a_line(capfd, data_dir, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(CSVLogger, "experiment", property(lambda self: (_ for _ in ()).throw(OSError("no\nserver"))))
+    options = [f"--data.data_dir={data_dir}", "--trainer.logger+=CSVLogger"]
+    code, _, errors = in_process(capfd, "fit", *options)
+    assert code == 1
+    assert "error: CSVLogger cannot be used: no. Mend that, give it other arguments" in errors
+    assert not list(tmp_path.rglob("baseline"))
+
+
 @pytest.mark.slow
 def test_figures_go_to_mlflow(quick, tmp_path):
     mlflow = pytest.importorskip("mlflow")
@@ -293,7 +322,7 @@ def test_figures_go_to_wandb(command, quick, tmp_path):
     command(tmp_path, "fit", *options)  # what is not written yet when the process ends
     quick(tmp_path, "fit", *options)
     wandb.finish()
-    runs = list(tmp_path.glob("wandb/offline-run-*"))
+    runs = list(tmp_path.glob("lightning_logs/wandb/offline-run-*"))
     assert len(runs) == 2
     for run in runs:
         assert list(run.glob("files/media/images/predictions*"))
@@ -567,6 +596,50 @@ def test_a_schedule_lasts_as_long_as_the_training(quick, tmp_path, options, rate
     assert [float(row["lr"]) for row in table] == pytest.approx(rates)
 
 
+COSINE = ["--model.lr_scheduler=CosineAnnealingLR"]
+CYCLE = ["--model.lr_scheduler=OneCycleLR", "--model.lr_scheduler.max_lr=0.1"]
+
+
+@pytest.mark.parametrize(
+    ("options", "more", "rates", "line"),
+    [
+        (COSINE, [], schedule("CosineAnnealingLR", 4, T_max=4), "CosineAnnealingLR over 4 steps: the run had 2"),
+        (CYCLE, [], schedule("OneCycleLR", 64, max_lr=0.1, total_steps=64, cycle_momentum=False)[::16],
+         "OneCycleLR over 64 steps: the run had 32. For a learning rate that stays"),
+        (["--model.lr_scheduler=LinearLR", "--model.lr_scheduler.total_iters=-1"], [],
+         schedule("LinearLR", 4, total_iters=4), "LinearLR over 4 steps: the run had 2"),
+        (["--model.lr_scheduler=PolynomialLR", "--model.lr_scheduler.total_iters=-1"], [],
+         schedule("PolynomialLR", 4, total_iters=4), "PolynomialLR over 4 steps: the run had 2"),
+        (["--model.lr_scheduler=LinearLR"], [], schedule("LinearLR", 4), None),  # a warm-up
+        ([*COSINE, "--model.lr_scheduler.T_max=4"], [], schedule("CosineAnnealingLR", 4, T_max=4), None),
+        ([*COSINE, "--model.lr_scheduler.T_max=2"], [*COSINE, "--model.lr_scheduler.T_max=-1"],
+         schedule("CosineAnnealingLR", 4, T_max=4), "CosineAnnealingLR: the run had other options of it"),
+        ([*COSINE, "--model.lr_scheduler.T_max=3"], ["--model.lr_scheduler=null"],
+         [*schedule("CosineAnnealingLR", 3, T_max=3), 0.00025], "the learning rate 0.00025, which stays: the run had "),
+        (COSINE, CYCLE, schedule("OneCycleLR", 64, max_lr=0.1, total_steps=64, cycle_momentum=False)[::16],
+         "OneCycleLR: the run had CosineAnnealingLR"),
+        (CYCLE, [*COSINE, "--model.lr_interval=step"], schedule("CosineAnnealingLR", 64, T_max=64)[::16],
+         "CosineAnnealingLR: the run had OneCycleLR"),
+        ([], ["--model.lr_scheduler=StepLR", "--model.lr_scheduler.step_size=3"], [0.001, 0.001, 0.001, 0.0001],
+         "StepLR: the run had a constant rate"),
+        (COSINE, ["--model.lr_scheduler=ReduceLROnPlateau", "--model.lr_scheduler.monitor=val/loss"],
+         [0.0005, 0.0005, 0, 0], "ReduceLROnPlateau: the run had CosineAnnealingLR"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) and value and isinstance(value[0], str) else "",
+)  # fmt: skip
+def test_a_longer_training_has_the_schedule_that_it_would_have_had(quick, tmp_path, options, more, rates, line):
+    """Two epochs of 16 batches, then two more."""
+    quick(tmp_path, "fit", "--trainer.max_epochs=2", "--name=short", *options)
+    before = [float(row["lr"]) for row in rows(run_of(tmp_path, "short"))]
+    checkpoint = run_of(tmp_path, "short") / "checkpoints/last.ckpt"
+    output = quick(tmp_path, "fit", f"--ckpt_path={checkpoint}", "--trainer.max_epochs=4", "--name=long", *more).stdout
+    table = rows(run_of(tmp_path, "long"))
+    assert [float(row["lr"]) for row in table] == pytest.approx(before + rates[2:])
+    assert line is None or f"Continuing with {line}" in output
+    assert output.count("Continuing with") == 1 + bool(line)  # and max_epochs
+    assert "The checkpoint's model" not in output
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "options",
@@ -681,7 +754,10 @@ def damaged(path: Path, content: bytes) -> str:
         (["--num_threads=0"], "error: num_threads: "),
         (["--config=nope.yaml"], "nope.yaml"),
         (["--model.network=Nope"], "Nope"),
-        (["--model.network.units=[5]"], "dropout has 2 values for 1 hidden layers"),
+        (
+            ["--model.network.units=[5]", "--model.network.dropout=[0.2,0.2]"],
+            "dropout has 2 values for 1 hidden layers",
+        ),
         (["--model.network.activation=relu"], "activation 'relu' is no activation of torch.nn; try ReLU"),
         (["--model.optimizer=KerasSGD", "--model.optimizer.lr=-1"], "Invalid learning rate: -1"),
         (

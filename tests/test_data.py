@@ -8,12 +8,20 @@ import numpy as np
 import pytest
 import torch
 from conftest import write_idx
+from lightning.pytorch import Trainer
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch.utils.data import BatchSampler, RandomSampler
 from torchvision.datasets.mnist import read_image_file, read_label_file
 
+from mnist_lightning.classifier import Classifier
 from mnist_lightning.data import MNISTDataModule, TensorBatchSampler
 from mnist_lightning.idx import MD5, embedded, parse_idx
+from mnist_lightning.networks import CNN, MLP
+
+QUIET = {
+    "accelerator": "cpu", "logger": False, "enable_checkpointing": False, "enable_progress_bar": False,
+    "enable_model_summary": False, "num_sanity_val_steps": 0, "limit_val_batches": 0,
+}  # fmt: skip
 
 
 def test_the_split_is_keras_s_and_equals_what_torchvision_reads(mnist, tmp_path):
@@ -54,6 +62,46 @@ def test_an_epoch_has_every_image_once_in_another_order(data_dir):
         assert not torch.equal(epoch, expected)
         assert torch.equal(torch.unique(epoch, dim=0), torch.unique(expected, dim=0))
     assert not torch.equal(*whole)
+
+
+@pytest.mark.parametrize(
+    ("network", "sizes"),
+    [
+        (MLP([8], normalization="batch"), [333, 333, 334]),
+        (MLP([8], normalization="layer"), [333, 333, 333, 1]),
+        (CNN([4], 1), [333, 333, 333, 1]),  # which normalizes over pixels
+        (CNN([4] * 6, 1), [333, 333, 334]),  # as the last stages have one
+    ],
+    ids=["MLP batch", "MLP layer", "CNN", "deep CNN"],
+)
+def test_a_single_last_image_is_trained_on_with_the_batch_before(data_dir, capsys, network, sizes):
+    classifier = Classifier(network)
+    seen = []
+    original = classifier.training_step
+    classifier.training_step = lambda batch: (seen.append(len(batch[1])), original(batch))[1]
+    trainer = Trainer(max_epochs=1, **QUIET)
+    trainer.fit(classifier, MNISTDataModule(str(data_dir), batch_size=333))
+    assert seen == sizes
+    assert trainer.num_training_batches == len(sizes)
+    assert ("it is added to the batch before" in capsys.readouterr().out) == (sizes[-1] > 1)
+
+
+def test_batches_of_one_image_are_refused_where_they_cannot_be(data_dir):
+    data = MNISTDataModule(str(data_dir), batch_size=1)
+    with pytest.raises(MisconfigurationException, match=r"one image: give it more with --data\.batch_size \(now 1\)"):
+        Trainer(max_epochs=1, **QUIET).fit(Classifier(MLP([8], normalization="batch")), data)
+    trainer = Trainer(max_epochs=1, limit_train_batches=2, **QUIET)
+    trainer.fit(Classifier(MLP([8])), data)
+    assert trainer.global_step == 2
+
+
+def test_a_single_index_is_joined_as_each_device_has_it():
+    for count, sizes in ((7, [3, 4]), (8, [3, 3, 2]), (9, [3, 3, 3]), (1, [1]), (4, [4])):
+        sampler = TensorBatchSampler(range(count), 3, join_single=True)
+        batches = list(sampler)
+        assert [len(batch) for batch in batches] == sizes
+        assert len(sampler) == len(sizes)
+        assert torch.cat(batches).tolist() == [*range(count)]
 
 
 def test_batches_are_made_on_the_trainer_s_device(data_dir):

@@ -1,12 +1,15 @@
 """Data sets of any shape: read right, refused with reason, and known to network, figures, predictions and report."""
 
 import bz2
+import io
 import json
 import os
 import pickle
 import re
 import string
 import struct
+import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +22,8 @@ from conftest import in_process, load, write_idx
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from PIL import Image
 
+from mnist_lightning import datasets
+from mnist_lightning.cli import _describe
 from mnist_lightning.data import ImageDataModule, MNISTDataModule
 from mnist_lightning.datasets import CIFAR10, EMNIST, KMNIST, QMNIST, USPS, FashionMNIST, ImageFolder
 from mnist_lightning.pictures import find, read
@@ -182,11 +187,18 @@ def test_images_of_training_and_test_have_one_size(odd):
         both(MNISTDataModule(str(odd)))
 
 
-def test_images_sorted_by_class_are_not_split_in_their_order(tmp_path):
+def test_images_sorted_by_class_are_split_by_class_or_shuffled(tmp_path):
     labels = np.arange(300) // 30
-    write_pair(tmp_path, "train-{}", pixels(300, 8, 8), labels)
-    with pytest.raises(MisconfigurationException, match=r"of class 8 all images .* add --data\.split_seed 0"):
-        MNISTDataModule(str(tmp_path)).setup("fit")
+    images = pixels(300, 8, 8)
+    write_pair(tmp_path, "train-{}", images, labels)
+    data = MNISTDataModule(str(tmp_path))
+    data.setup("fit")
+    assert data.is_split_by_class
+    assert "0.2 of each class's training images held out for validation" in _describe(data)
+    is_held_out = np.arange(300) % 30 >= 24
+    assert np.array_equal(data.val.images[:, 0], images[is_held_out])
+    assert np.array_equal(data.train.images[:, 0], images[~is_held_out])
+    assert np.array_equal(data.train.labels, labels[~is_held_out])
     splits = []
     for _ in range(2):
         data = MNISTDataModule(str(tmp_path), split_seed=0)
@@ -258,6 +270,59 @@ def test_a_folder_of_classes_alone_is_shuffled_and_shared_out(tmp_path):
     numbers = torch.cat([split.images[:, 0, 0, 0] + 100 * split.labels for split in splits])
     assert len(numbers.unique()) == 150  # each image once
     assert torch.equal(both(ImageFolder(str(tmp_path))).test.labels, both(ImageFolder(str(tmp_path))).test.labels)
+
+
+def test_small_classes_keep_images_in_each_split(tmp_path):
+    """Of so many classes, some would be held out whole, whatever the seed."""
+    for name in range(300):
+        (tmp_path / f"{name:03}").mkdir()
+        for shade in range(5):
+            Image.new("L", (3, 3), shade + 1).save(tmp_path / f"{name:03}/{shade}.png")
+    data = both(ImageFolder(str(tmp_path), test_split=0.4))
+    assert data.is_split_by_class
+    assert "each class" in _describe(data)
+    assert [split.labels.bincount().unique().tolist() for split in (data.train, data.val, data.test)] == [[2], [1], [2]]
+    numbers = torch.cat([split.images[:, 0, 0, 0] + 100 * split.labels for split in (data.train, data.val, data.test)])
+    assert len(numbers.unique()) == 1500
+    (tmp_path / "000").rename(tmp_path / "alone")
+    for shade in range(1, 5):
+        (tmp_path / f"alone/{shade}.png").unlink()
+    data = both(ImageFolder(str(tmp_path), test_split=0.4))
+    assert [(split.labels == 299).sum() for split in (data.train, data.val, data.test)] == [1, 0, 0]
+
+
+def test_images_that_do_not_fit_into_memory_are_refused_in_a_line(tmp_path, monkeypatch):
+    write_files(tmp_path, 10)
+    with pytest.raises(MisconfigurationException, match=r"^ImageFolder .* GiB are free \(it takes .* GiB\)\. Take.*$"):
+        ImageFolder(str(tmp_path), size=(10**6, 10**6)).setup("fit")
+
+    class Large(ImageDataModule):
+        def load(self, split):
+            return np.zeros((10**9, 10**6), np.uint8), None
+
+    with pytest.raises(MisconfigurationException, match=r"^Large does not fit .* \(unable to allocate .*\)\. Take.*$"):
+        Large().setup("fit")
+    monkeypatch.setattr(Large, "load", lambda *_: torch.zeros(10**15))
+    with pytest.raises(MisconfigurationException, match=r"^Large does not fit .* \(tried to allocate .*\)\. Take.*$"):
+        Large().setup("fit")
+    monkeypatch.setattr(Large, "load", lambda *_: torch.zeros(2) @ torch.zeros(3))
+    with pytest.raises(RuntimeError, match="size"):
+        Large().setup("fit")
+
+
+@pytest.mark.parametrize("is_terminal", [True, False])
+def test_a_terminal_shows_how_many_files_are_read(tmp_path, monkeypatch, is_terminal):
+    write_files(tmp_path, 10)
+    errors = io.StringIO()
+    monkeypatch.setattr(errors, "isatty", lambda: is_terminal, raising=False)
+    monkeypatch.setattr(sys, "stderr", errors)
+    ImageFolder(str(tmp_path)).setup("fit")
+    assert not errors.getvalue()  # it was soon done
+    monkeypatch.setattr(datasets, "BAR_AFTER", 0.01)
+    original = ImageFolder._open
+    monkeypatch.setattr(ImageFolder, "_open", lambda *arguments: (time.sleep(0.02), original(*arguments))[1])
+    ImageFolder(str(tmp_path)).setup("fit")
+    assert ("Reading train images: " in errors.getvalue()) == is_terminal
 
 
 def test_a_folder_s_pictures_are_those_that_predict_takes(tmp_path, capsys):

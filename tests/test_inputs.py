@@ -206,7 +206,10 @@ def test_a_config_runs_no_code(refused, cwd, model):
                 *(f"model.network.init_args.units.{index}" for index in ("3", "-1", "00")),
             )
         ],
-        ({"model.network.init_args.units.2": INTEGER}, "dropout has 2 values for 3 hidden layers"),
+        (
+            {"model.network.init_args.units.2": INTEGER, "model.network.init_args.dropout.0": INTEGER},
+            "dropout has 2 values for 3 hidden layers",
+        ),
         ({5: INTEGER}, "have no key 5"),
         ({"model.network.init_args.units": INTEGER, UNITS: INTEGER}, "is a part of"),
         ({"trainer.max_epochs": spec("CategoricalDistribution", choices=[1, None])}, "max_epochs is None"),

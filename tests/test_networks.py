@@ -43,6 +43,9 @@ def test_one_value_serves_all_layers():
     network = MLP(units=[30, 20, 10], dropout=0.4, l2=0.1)
     assert [layer.p for layer in network if isinstance(layer, nn.Dropout)] == [0.4] * 3
     assert [layer.l2 for layer in network if isinstance(layer, Dense)] == [0.1] * 3 + [0]
+    network = MLP(units=[30])  # so do the defaults
+    assert [layer.p for layer in network if isinstance(layer, nn.Dropout)] == [0.2]
+    assert [layer.l2 for layer in network if isinstance(layer, Dense)] == [0.01, 0]
 
 
 def test_no_hidden_layer_is_a_linear_classifier():
@@ -76,8 +79,8 @@ def test_an_mlp_normalizes_before_the_activation_and_drops_pixels():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"units": [5]}, "dropout has 2 values for 1 hidden layers"),
-        ({"units": [5], "dropout": 0.1}, "l2 has 2 values"),
+        ({"units": [5], "dropout": [0.2, 0.2]}, "dropout has 2 values for 1 hidden layers"),
+        ({"units": [5], "l2": [0.1, 0.1]}, "l2 has 2 values"),
         ({"units": [5, 0]}, "at least one unit"),
         ({"l2": -0.1}, "a penalty is not negative"),
         ({"dropout": 1.5}, "dropout probability has to be between 0 and 1"),

@@ -10,6 +10,7 @@ from jsonargparse import _typehints
 
 from mnist_lightning.cli import RunCLI
 from mnist_lightning.parsing import corrected
+from mnist_lightning.runs import RUN_KEYS
 
 
 @pytest.fixture
@@ -53,7 +54,47 @@ def test_a_class_inside_another_can_be_exchanged(model, monkeypatch, tmp_path):
     )
     monkeypatch.syspath_prepend(str(tmp_path))
     network = model("--model.network=nested_classes.Outer.Net", "--model.network=MLP", "--print_config")["network"]
-    assert network["init_args"]["l2"] == [0.01, 0.01]
+    assert network["init_args"]["l2"] == 0.01
+
+
+@pytest.mark.parametrize(
+    ("network", "data", "options", "expected", "remark"),
+    [
+        ({"num_classes": 20}, None, [], 20, "num_classes stays 20, as in the config: the data has 10 classes"),
+        ({"num_classes": 20}, "EMNIST", [], 47, "num_classes is 47, as the data has it, not 20 as in the config"),
+        ({"num_classes": 50}, "FashionMNIST", ["--data=EMNIST"], 50, "num_classes stays 50"),
+        ({"num_classes": 10}, "FashionMNIST", ["--data=EMNIST"], 47, ""),  # the class's default
+        ({"num_classes": 5}, None, [], 10, "num_classes is 10, as the data has it, not 5 as in the config"),
+        ({"num_classes": 5}, None, ["--model.network.num_classes=30"], 30, ""),
+        ({"num_classes": 20}, None, ["--model.network=CNN"], 20, "num_classes stays 20"),
+        ({"in_features": 7}, None, [], 10, "in_features is 784, as the data has it, not 7 as in the config"),
+        ({}, "EMNIST", ["--data=MNISTDataModule"], 10, ""),
+    ],
+)
+def test_a_config_may_have_a_network_of_more_outputs(tmp_path, capfd, network, data, options, expected, remark):
+    mix = {"class_path": "torchvision.transforms.v2.MixUp"}
+    config = {
+        "model": {"network": {"class_path": "MLP", "init_args": network}},
+        "data": {**({"class_path": data} if data else {}), "init_args": {"augmentation": [mix]}},
+    }
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
+    with corrected():
+        run = RunCLI("fit", [f"--config={tmp_path / 'config.yaml'}", *options])
+        said = capfd.readouterr().out
+        again = RunCLI("execution", {key: run.plain_config()[key] for key in RUN_KEYS})  # as a search has it
+        assert not capfd.readouterr().out
+    for each in (run, again):
+        assert each.model.network[-1].out_features == expected
+        assert each.datamodule.augmentation[0].num_classes == expected
+        assert each.config.model.network.init_args.get("in_features", 784) == 784
+    assert said == "" if not remark else f"model.network.{remark}" in said and said.count("\n") == 1
+
+
+def test_a_number_of_classes_that_is_none_is_refused(tmp_path, capfd):
+    (tmp_path / "config.yaml").write_text("model: {network: {class_path: MLP, init_args: {num_classes: many}}}")
+    code, _, errors = in_process(capfd, "fit", f"--config={tmp_path / 'config.yaml'}")
+    assert code == 2
+    assert "num_classes: Expected a int. Got value: many" in errors
 
 
 def test_a_short_name_means_the_package_s_own_class(model):

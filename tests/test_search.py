@@ -468,7 +468,7 @@ def test_each_execution_is_a_run_of_each_tracking_server(tune, tmp_path):
     assert code == 0, errors
     assert "2 completed, 0 pruned, 0 failed" in output
     cwd = tmp_path / "here"
-    assert len([*cwd.glob("wandb/offline-run-*")]) == 4
+    assert len([*cwd.glob("lightning_logs/wandb/offline-run-*")]) == 4
     client = mlflow.MlflowClient(f"sqlite:///{cwd / 'm.db'}")
     runs = client.search_runs([experiment.experiment_id for experiment in client.search_experiments()])
     names = {f"tune_trial_{trial:03}_execution_{execution}" for trial in range(2) for execution in range(2)}
@@ -602,7 +602,7 @@ def test_no_trial_touches_the_test_images(data_dir, tune, tmp_path):
         ([choices(**{"model.network.init_args.unitz.0": [1]})], "no key model.network.init_args.unitz.0"),
         ([choices(**{"model.network.init_args.units.3": [1]})], "no key model.network.init_args.units.3"),
         (
-            [choices(**{"model.network.init_args.units.length": [2, 3]})],
+            [choices(**{"model.network.init_args.units.length": [2, 3]}), "--model.network.dropout=[0.2,0.2]"],
             "model.network.init_args.units.length cannot be 3. dropout has 2 values for 3 hidden layers",
         ),
         (

@@ -7,7 +7,16 @@ from optuna.samplers import BruteForceSampler, RandomSampler, TPESampler
 from optuna.trial import TrialState
 
 from mnist_lightning.tune import study as studies
-from mnist_lightning.tune.space import SearchSpace, config_with, describe, make_space, params_of, short_key, size
+from mnist_lightning.tune.space import (
+    SearchSpace,
+    config_with,
+    describe,
+    make_space,
+    params_of,
+    short_key,
+    size,
+    spread,
+)
 from mnist_lightning.tune.storage import open_storage
 from mnist_lightning.tune.study import TrialSampler, open_study, process_name
 
@@ -64,6 +73,16 @@ def test_a_config_has_what_was_drawn_and_nothing_else():
     assert model["optimizer"] == {"class_path": "torch.optim.SGD", "init_args": {"momentum": 0.9}}
     assert model["lr_scheduler"] == {"class_path": "OneCycleLR", "init_args": {"max_lr": 0.1}}
     assert BASE["model"]["network"]["init_args"]["units"] == [128, 64]
+
+
+def test_a_number_for_all_layers_is_a_list_where_an_item_is_searched():
+    keys = [f"{NETWORK}.l2.1", f"{NETWORK}.units.0", f"{NETWORK}.activation.0", "model.optimizer.init_args.lr.0", 5]
+    with_list = spread(BASE, keys)
+    assert with_list["model"]["network"]["init_args"] == {**BASE["model"]["network"]["init_args"], "l2": [0.01, 0.01]}
+    assert with_list["model"]["optimizer"] == BASE["model"]["optimizer"]
+    space = make_space({f"{NETWORK}.l2.1": choice(0.1, 1.0)}, with_list)
+    assert config_with(with_list, {f"{NETWORK}.l2.1": 0.1}, space)["model"]["network"]["init_args"]["l2"] == [0.01, 0.1]
+    assert spread({"model": "x"}, keys) == {"model": "x"}
 
 
 def test_a_choice_can_be_a_list():

@@ -137,6 +137,14 @@ def test_the_same_settings_continue_a_study(journal):
     assert again.best_value == 1.0
 
 
+def test_a_number_for_all_layers_is_what_a_list_of_it_was(journal):
+    """As the defaults of earlier versions were."""
+    make(journal, model={"dropout": [0.2, 0.2]})
+    make(journal, model={"dropout": 0.2})
+    with pytest.raises(MisconfigurationException, match="dropout is"):
+        make(journal, model={"dropout": 0.1})
+
+
 @pytest.mark.parametrize(
     ("settings", "space", "message"),
     [

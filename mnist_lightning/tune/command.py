@@ -56,6 +56,7 @@ from mnist_lightning.tune.space import (
     params_of,
     short_key,
     short_value,
+    spread,
 )
 from mnist_lightning.tune.storage import hide_password, open_storage
 from mnist_lightning.tune.study import (
@@ -223,6 +224,7 @@ def tune(run: SearchCLI, command: str, interrupt: Interrupt) -> None:
     options = Namespace(**{field.name: run.config[field.name] for field in fields(SearchOptions)})
     timeout = None if options.timeout is None else _seconds(options.timeout)
     base = {key: value for key, value in run.plain_config().items() if key in ("name", "origin", *RUN_KEYS)}
+    base = spread(base, options.search_space or {})
     space = make_space(options.search_space, base)
     check_values(space, base, run.parser)  # type: ignore[arg-type]
     first = _first_trials(run, space, base)
@@ -324,7 +326,7 @@ def _first_trials(run: SearchCLI, space: SearchSpace, base: dict[str, Any]) -> l
             given.append((source, item))
     trials = []
     for source, values in given:
-        found = {}
+        found, values = {}, spread(values, space)
         for key in space:
             with suppress(KeyError, TypeError, IndexError, ValueError):  # a config may lack what is not always drawn
                 found[key] = values[key] if key in values else get_value(values, full_key(key))

@@ -4,7 +4,7 @@ import copy
 import json
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from typing import Any
 
@@ -265,6 +265,24 @@ def config_with(base: dict[str, Any], params: Mapping[str, Any], space: SearchSp
             node = get_value(config, parent)
             if isinstance(node, list) and last != "length":
                 del node[int(last)]
+    return config
+
+
+def spread(config: dict[str, Any], keys: Iterable[str]) -> dict[str, Any]:
+    """Return a config in which a number that stands for all layers is a list, where one of its items is searched.
+
+    There are as many layers as the first list among the network's arguments has items.
+    """
+    config = copy.deepcopy(config)
+    for key in keys:
+        parent, _, index = full_key(key).rpartition(".")
+        parent, _, name = parent.rpartition(".")
+        # make_space says that there is no such key
+        with suppress(AttributeError, KeyError, TypeError, IndexError, ValueError):
+            arguments = get_value(config, parent)
+            layers = [len(value) for value in arguments.values() if isinstance(value, list)] if index.isdigit() else []
+            if layers and isinstance(arguments[name], int | float):
+                arguments[name] = [arguments[name]] * layers[0]
     return config
 
 

@@ -179,8 +179,14 @@ def _differences(found: dict[str, Any], own: dict[str, Any]) -> list[str]:
     return [
         f"{key} is {_describe(key, there)} in the study, {_describe(key, here)} in the command"
         for key in dict.fromkeys(keys)
-        if there.get(key) != here.get(key)
+        if there.get(key) != here.get(key) and not _is_one_for_all(there.get(key), here.get(key))
     ]
+
+
+def _is_one_for_all(one: Any, other: Any) -> bool:
+    """Whether one of two values is a list of nothing but the other, as where a number stands for all layers."""
+    values, value = (one, other) if isinstance(one, list) else (other, one)
+    return isinstance(values, list) and bool(values) and all(each == value for each in values)
 
 
 def _flat(settings: dict[str, Any]) -> dict[str, Any]:
