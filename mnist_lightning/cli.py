@@ -3,7 +3,9 @@
 import importlib
 import json
 import logging
+import math
 import re
+import secrets
 import shutil
 import sys
 import tempfile
@@ -13,6 +15,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import lightning.pytorch as pl
 import numpy as np
 import torch
 import yaml
@@ -20,7 +23,7 @@ from jsonargparse import ArgumentError, Namespace
 from jsonargparse.typing import restricted_number_type
 from lightning.fabric.plugins.environments import SLURMEnvironment
 from lightning.pytorch import Callback
-from lightning.pytorch.callbacks import BatchSizeFinder, Checkpoint, LearningRateFinder, ProgressBar
+from lightning.pytorch.callbacks import BatchSizeFinder, Checkpoint, LearningRateFinder, ProgressBar, Timer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.plugins import CheckpointIO as LightningCheckpointIO
@@ -45,7 +48,7 @@ from mnist_lightning.checkpoints import (
 from mnist_lightning.classifier import SCHEDULE, Classifier
 from mnist_lightning.data import ImageDataModule, Split
 from mnist_lightning.loops import FitLoop, NoProfiler
-from mnist_lightning.parsing import Parser, corrected, shorten
+from mnist_lightning.parsing import Parser, check_numbers, corrected, fill_nulls, shorten
 from mnist_lightning.pictures import PictureError, find, read
 from mnist_lightning.precision import Trainer, choose_precision, has_bf16
 from mnist_lightning.runs import (
@@ -136,7 +139,7 @@ class RunCLI(LightningCLI):
                 "--tensorboard", type=bool, default=True, help="Whether TensorBoard's events are written."
             )
         if self.command == "predict":
-            parser.add_argument("--output", default="predictions.csv", help="CSV file to write; must not exist yet.")
+            parser.add_argument("--output", type=str, default="predictions.csv", help="CSV file to write; must not exist yet.")
             parser.add_argument(
                 "--images",
                 type=str,
@@ -173,6 +176,11 @@ class RunCLI(LightningCLI):
         data = self.config.data.init_args
         if data.data_dir is not None:  # config and checkpoint may be used in another folder
             data.data_dir = str(Path(data.data_dir).expanduser().absolute())
+        if (
+            self.config.seed_everything is None or self.config.seed_everything is False
+        ):  # to Lightning, no seed: a run can be repeated all the same
+            self.config.seed_everything = secrets.randbelow(2**32)
+            note(f"Seed: --seed_everything {self.config.seed_everything}, drawn for this run")
         if not 0 <= self.config.seed_everything < 2**32:
             raise MisconfigurationException(f"seed_everything {self.config.seed_everything} is not from 0 to 2^32 - 1.")
         is_job = self.command == "fit" and isinstance(args, list) and SLURMEnvironment.detect()
@@ -323,10 +331,36 @@ class RunCLI(LightningCLI):
                 note(f"{kind.__name__} found {option} {found:.4g}, with which the run goes on.")
                 self.config[key] = found
 
-    @staticmethod
-    def _settle(config: Namespace) -> None:
-        """Let a config say what ``auto`` and ``~`` mean here, so that whatever is made from it is alike."""
+    def _settle(self, config: Namespace) -> None:
+        """Let a config say what ``auto``, ``~`` and null mean here, so that whatever is made from it is alike.
+
+        Raises:
+            MisconfigurationException: If a value has no sense.
+        """
         trainer = config.trainer
+        for group, made in (("trainer", pl.Trainer), ("model", Classifier)):
+            fill_nulls(config[group], made)
+        fill_nulls(Namespace(data=config.data), ImageDataModule)
+        for group in ("model", "data"):
+            check_numbers(config[group], group)
+        defaults = self.parser.get_defaults()
+        for name in ("name", "num_threads", "tensorboard", "output"):
+            if name in config and config[name] is None:
+                config[name] = defaults[name]
+        if "ckpt_path" in config and config.ckpt_path == "":
+            config.ckpt_path = None
+        for name in ("val_check_interval", "check_val_every_n_epoch", "accumulate_grad_batches"):
+            if isinstance(value := trainer[name], int) and value < 1:
+                raise MisconfigurationException(f"--trainer.{name} {value} must be at least 1.")
+        for name in ("max_time", "val_check_interval"):
+            if isinstance(trainer[name], str | dict):
+                try:
+                    Timer(trainer[name])
+                except (MisconfigurationException, TypeError) as error:
+                    raise MisconfigurationException(
+                        f"--trainer.{name} {trainer[name]} must be days:hours:minutes:seconds, such as 00:00:10:00, or "
+                        "a mapping such as {minutes: 10}."
+                    ) from error
         trainer.precision = choose_precision(trainer.precision, trainer.accelerator)
         if trainer.default_root_dir is not None:
             if "://" in str(trainer.default_root_dir):
@@ -358,7 +392,7 @@ class RunCLI(LightningCLI):
         except Exception as error:
             if isinstance(error, MisconfigurationException | ModuleNotFoundError | OSError):
                 raise
-            if isinstance(error, TypeError | ValueError | RuntimeError):
+            if isinstance(error, TypeError | ValueError):  # a class says what it does not take
                 reason = shorten(str(error)) if str(error).startswith("Does not validate") else str(error)
             elif is_from_user_code(error):
                 raise
@@ -616,6 +650,8 @@ def _test(run: RunCLI, run_dir: Path | None) -> None:
         return
     if run_dir is not None:
         write_csv(run_dir / "test.csv", [{"weights": name, **metrics} for name, metrics in rows.items()])
+    if not all(math.isfinite(value) for metrics in rows.values() for value in metrics.values()):
+        note("The training has diverged: some of its weights are no numbers. A smaller learning rate may help.")
     titles = ["weights after the", *(name.replace("/", " ").replace("_", " ") for name in results)]
     cells = [[weights, *(f"{value:.4f}" for value in metrics.values())] for weights, metrics in rows.items()]
     print(f"\n{format_table([titles, *cells])}")
@@ -631,6 +667,8 @@ def predict(run: RunCLI) -> None:
 
     run.datamodule.setup("predict")
     note(_describe(run.datamodule))
+    if run.trainer.limit_predict_batches == 0:
+        raise MisconfigurationException("--trainer.limit_predict_batches 0 leaves nothing to predict.")
     batches: Any = run.trainer.predict(run.model, datamodule=run.datamodule, ckpt_path=run.config.ckpt_path)
     probabilities = torch.cat(batches).numpy()
     names = np.array(run.datamodule.names(probabilities.shape[1]))

@@ -108,6 +108,7 @@ class MLP(nn.Sequential):
         layers = "hidden layers (units)"
         rates, factors = _each("dropout", dropout, len(units), layers), _each("l2", l2, len(units), layers)
         _check_l2(factors)
+        _check_shares(dropout=rates, input_dropout=[input_dropout])
         self.add_module("flatten", nn.Flatten())
         if input_dropout:
             self.add_module("input_dropout", Dropout(input_dropout))
@@ -168,6 +169,7 @@ class CNN(nn.Sequential):
         if min(per_stage["kernel_size"]) < 1 or not all(size % 2 for size in per_stage["kernel_size"]):
             raise ValueError(f"kernel_size {per_stage['kernel_size']}: only an odd one keeps the size of an image")
         _check_l2(per_stage["l2"])
+        _check_shares(dropout=per_stage["dropout"])
         make_activation = _activation(activation)
         for stage, (width, count, size, rate, factor) in enumerate(zip(channels, *per_stage.values(), strict=True), 1):
             layers, is_last = nn.Sequential(), stage == len(channels)
@@ -268,6 +270,12 @@ def _each(name: str, values: Any, count: int, what: str) -> Sequence[Any]:
             "for all"
         )
     return values
+
+
+def _check_shares(**shares: Sequence[float]) -> None:
+    for name, values in shares.items():
+        if not all(0 <= value <= 1 for value in values):
+            raise ValueError(f"{name} {', '.join(map(str, values))}: a share is between 0 and 1")
 
 
 def _check_l2(factors: Sequence[float]) -> None:

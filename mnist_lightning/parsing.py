@@ -6,15 +6,17 @@ enters, so importing the package changes nothing for others.
 
 import argparse
 import inspect
+import math
 import os
 import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from enum import Enum
 from numbers import Number
 from pathlib import Path
-from typing import Any, NoReturn
+from types import NoneType
+from typing import Any, NoReturn, get_args, get_type_hints
 
 import torch
 import yaml
@@ -22,6 +24,7 @@ from jsonargparse import Namespace, _typehints, set_parsing_settings
 from jsonargparse._common import parsing_settings
 from jsonargparse.typing import register_type
 from lightning.pytorch.cli import LightningArgumentParser
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from mnist_lightning.classifier import TOTALS
 from mnist_lightning.data import ImageDataModule
@@ -142,6 +145,9 @@ class Parser(LightningArgumentParser):
                 nodes += node.values() if isinstance(node, dict) else node if isinstance(node, list) else []
                 if count > MAX_NODES:
                     raise ValueError("it has too many values")
+            images = nodes[0].get("images") if isinstance(nodes[0], dict) else None
+            if images is not None and not (isinstance(images, list) and all(isinstance(each, str) for each in images)):
+                raise ValueError(f"images is {images}, and must be a list of files, folders and patterns")
         except (yaml.YAMLError, ValueError, RecursionError) as error:
             self.error(f"{cfg_path} is no config: {error}", error)
         config: Namespace = super().parse_path(cfg_path, **kwargs)
@@ -219,6 +225,43 @@ def _place_loggers(trainer: Namespace) -> None:
             place["artifact_location"] = given.get("artifact_location") or (folder / "mlruns").as_posix()
         if place:
             logger["init_args"] = Namespace({**given, **place})
+
+
+def fill_nulls(arguments: Namespace, made: type) -> None:
+    """Give the arguments of a class their defaults where they are null and may not be; the same within them.
+
+    jsonargparse lets null pass for every type.
+    """
+    with suppress(NameError, TypeError):  # of annotations that nobody can resolve
+        hints = get_type_hints(made.__init__)  # type: ignore[misc]
+        for name, parameter in inspect.signature(made).parameters.items():
+            may_be_null = parameter.default in (None, parameter.empty) or hints.get(name, Any) is Any
+            if name in arguments and arguments[name] is None and not may_be_null:
+                default = parameter.default
+                if isinstance(default, type):
+                    default = Namespace(class_path=f"{default.__module__}.{default.__qualname__}")
+                if NoneType not in get_args(hints[name]):
+                    arguments[name] = default
+    for value in vars(arguments).values():
+        for spec in value if isinstance(value, list) else [value]:
+            if isinstance(spec, Namespace) and "class_path" in spec and isinstance(spec.get("init_args"), Namespace):
+                fill_nulls(spec.init_args, _typehints.import_object(spec.class_path))
+
+
+def check_numbers(config: Any, key: str) -> None:
+    """See that the numbers in a config are such.
+
+    Raises:
+        MisconfigurationException: If one is NaN or infinite.
+    """
+    if isinstance(config, Namespace | dict):
+        for name, value in (vars(config) if isinstance(config, Namespace) else config).items():
+            check_numbers(value, key if name == "init_args" else f"{key}.{name}")
+    elif isinstance(config, list | tuple):
+        for value in config:
+            check_numbers(value, key)
+    elif isinstance(config, float) and not math.isfinite(config):
+        raise MisconfigurationException(f"--{key} is {config}, which is not a number to compute with.")
 
 
 def shorten(message: str) -> str:

@@ -83,7 +83,7 @@ def test_an_mlp_normalizes_before_the_activation_and_drops_pixels():
         ({"units": [5], "l2": [0.1, 0.1]}, "l2 has 2 values"),
         ({"units": [5, 0]}, "at least one unit"),
         ({"l2": -0.1}, "a penalty is not negative"),
-        ({"dropout": 1.5}, "dropout probability has to be between 0 and 1"),
+        ({"dropout": 1.5}, "dropout 1.5, 1.5: a share is between 0 and 1"),
         ({"activation": "Linear"}, "no activation of torch.nn"),
     ],
 )
