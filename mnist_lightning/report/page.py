@@ -29,7 +29,7 @@ from mnist_lightning.report.evaluation import COLORS, Model, have_same, load_run
 from mnist_lightning.runs import newest_complete_run
 from mnist_lightning.tune.space import bounds, short_key, short_value
 from mnist_lightning.tune.storage import hide_password
-from mnist_lightning.tune.study import best_trial, check_trials, find_study, metrics_of, results
+from mnist_lightning.tune.study import best_trial, find_study, metrics_of, results
 
 TIME = "training time, s"
 TRIALS = 100
@@ -246,7 +246,6 @@ def load_study(name: str | None, storage: str | None, logs: Path, models: Sequen
         raise MisconfigurationException(f"There is no study {found} in {source}.")
     if not study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,)):
         return None
-    check_trials(study)
     return study
 
 
