@@ -32,6 +32,7 @@ from mnist_lightning.checkpoints import (
     CheckpointConnector,
     CheckpointIO,
     RunCheckpoint,
+    check_finite,
     checkpoint_errors,
     load_checkpoint,
 )
@@ -449,6 +450,7 @@ def predict(run: RunCLI) -> None:
     run.datamodule.setup("predict")
     note(_describe(run.datamodule))
     batches: Any = run.trainer.predict(run.model, datamodule=run.datamodule, ckpt_path=run.config.ckpt_path)
+    check_finite(torch.cat(batches), run.config.ckpt_path)
     probabilities = torch.cat(batches).numpy()
     names = np.array(run.datamodule.names(probabilities.shape[1]))
     table = pd.DataFrame(probabilities, columns=names).add_prefix("probability_")
@@ -495,6 +497,7 @@ def predict_pictures(run: RunCLI) -> None:
     data.test = Split(stacked, torch.zeros(len(stacked), dtype=torch.long), statistics=statistics)
     batches: Any = run.trainer.predict(run.model, datamodule=data, ckpt_path=checkpoint)
     probabilities = torch.cat(batches).float()
+    check_finite(probabilities, checkpoint)
     names = data.names(probabilities.shape[1])
     best = probabilities.topk(2)
     rows = []
