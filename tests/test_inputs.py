@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import dataclasses
 import functools
 import gzip
 import json
@@ -29,7 +30,7 @@ from mnist_lightning import idx
 from mnist_lightning.__main__ import main
 from mnist_lightning.data import MNISTDataModule
 from mnist_lightning.report import page
-from mnist_lightning.tune.command import Workers
+from mnist_lightning.tune.command import SearchOptions, Workers
 from mnist_lightning.tune.storage import open_storage
 
 save = page.save
@@ -225,6 +226,75 @@ def test_a_config_runs_no_code(refused, cwd, model):
 def test_a_malformed_search_space_is_refused(refused, cwd, space, message):
     (cwd / "space.yaml").write_text(yaml.safe_dump({"search_space": space}))
     refused(message, *TUNE, "--study_name=other")
+
+
+# --- options of tune ----------------------------------------------------------------------------------------
+
+OPTIONS = {field.name: field.default for field in dataclasses.fields(SearchOptions) if field.name != "search_space"}
+
+
+@pytest.fixture
+def tune_with(run, cwd, monkeypatch):
+    """Runs ``tune`` with a value of an option and without training; gives code, message and the number of workers."""
+    counts = []
+
+    def search(workers, interrupt):
+        counts.append(len(workers.devices))
+        return one_trial(workers, interrupt)
+
+    monkeypatch.setattr(Workers, "run", search)
+
+    def command(**options):
+        space = {"search_space": {UNITS: INTEGER}, "trainer": {"max_epochs": 1}, "refit": False}
+        (cwd / "c.yaml").write_text(yaml.safe_dump({"study_name": f"study {len(counts)}", **space, **options}))
+        return (*run("tune", "--config=c.yaml"), counts[-1:])
+
+    return command
+
+
+def test_null_is_the_default_of_an_option(tune_with, cwd):
+    for path in (cwd / "lightning_logs").glob("tune"):
+        shutil.rmtree(path)
+    code, error, _ = tune_with(**dict.fromkeys(OPTIONS) | {"refit": False})
+    assert code == 0, error
+    assert (cwd / JOURNAL).is_file()
+
+
+@pytest.mark.parametrize(
+    ("options", "count"),
+    [
+        ({"workers": 1000, "n_trials": 1, "executions_per_trial": 3}, 3),
+        ({"workers": 2, "n_trials": 9}, 2),
+    ],
+)
+def test_there_are_no_more_workers_than_executions(tune_with, options, count):
+    code, error, counts = tune_with(**options)
+    assert (code, counts) == (0, [count]), error
+
+
+@pytest.mark.parametrize("option", ["workers", "executions_per_trial", "n_trials"])
+def test_a_number_that_would_fill_the_memory_is_refused(tune_with, option):
+    code, error, _ = tune_with(**{option: 10**12})
+    assert code == 2
+    assert error.startswith(f"error: {option}: ")
+
+
+@pytest.mark.parametrize("limit", [math.nan, math.inf])
+def test_a_limit_that_limits_nothing_is_refused(tune_with, limit):
+    options = {"metric": ["val/loss", "parameters"], "limits": {"parameters": limit}}
+    assert tune_with(**options)[:2] == (1, "error: limits: that of parameters must be a finite number.")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("option", OPTIONS)
+def test_an_option_has_a_value_or_is_refused(tune_with, option):
+    """Whatever it is given; of all that is odd a part, drawn with a seed."""
+    for value in random.Random(option).sample([None, 0, -1, 0.5, math.nan, math.inf, 10**12, "", "x", [], [1], {}], 6):
+        code, error, _ = tune_with(**{option: value})
+        assert code in (0, 1, 2)
+        assert code == 0 or error.startswith("error: "), (value, error)
+        assert len(error.removesuffix("\nOptions: add --help\n").splitlines()) <= 1, (value, error)
+        assert code != 2 or option in error, (value, error)
 
 
 # --- data ---------------------------------------------------------------------------------------------------

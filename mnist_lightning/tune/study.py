@@ -267,13 +267,15 @@ def signs(study: Study) -> list[int]:
 
 
 def check_limits(limits: dict[str, float], metrics: Sequence[str]) -> None:
-    """See that each limit is one of a metric.
+    """See that each limit is one of a metric, and a number.
 
     Raises:
         MisconfigurationException: One is not.
     """
     if unknown := limits.keys() - {*metrics}:
         raise MisconfigurationException(f"limits: {', '.join(unknown)} is not among the metrics, {', '.join(metrics)}.")
+    if unlimited := [name for name, limit in limits.items() if not math.isfinite(limit)]:
+        raise MisconfigurationException(f"limits: that of {', '.join(unlimited)} must be a finite number.")
 
 
 def best_trial(study: Study, limits: dict[str, float] | None = None) -> FrozenTrial:
