@@ -245,6 +245,7 @@ def tune(run: SearchCLI, command: str, interrupt: Interrupt) -> None:
 
     folder = run.logs / options.study_name
     search = Search(options, base, space, options.storage or str(folder / "journal.log"), folder, process_name())
+    search.check_sampler()
     storage = open_storage(search.storage)
     folder.mkdir(parents=True, exist_ok=True)
     settings = _settings(search, run.datamodule.digest())
