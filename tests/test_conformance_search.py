@@ -65,8 +65,8 @@ NESTED = {
 }
 """Samplers that draw with another."""
 ROWS = {**{name: (name, arguments) for name, arguments in DRAWN.items()}, **NESTED}
-COUNTS = {"GPSampler": 24}
-"""Trials where the usual 200 would take long."""
+COUNTS = {"GPSampler": 24, "CmaEsSampler": 24}
+"""Trials where the usual 200 would take long, or are a walk: two of the sampler alone differ as much."""
 
 
 def skip_without_package(sampler):
