@@ -66,6 +66,19 @@ def load_checkpoint(path: Any, map_location: Any = "cpu") -> dict[str, Any]:
     return checkpoint
 
 
+def check_finite(probabilities: torch.Tensor, path: Any) -> None:
+    """See that what the network of a checkpoint says are numbers.
+
+    Raises:
+        MisconfigurationException: If one is not, as after a training that diverged.
+    """
+    if not probabilities.isfinite().all():
+        raise MisconfigurationException(
+            f"{path} has diverged: its probabilities are not numbers, so nothing is written. Train with a lower "
+            "learning rate, or take the best.ckpt of an epoch before."
+        )
+
+
 def read_history(state: dict[str, Any]) -> list[dict[str, float]]:
     """The rows of all epochs in the state of a :class:`RunCheckpoint`; one without any raises an error."""
     rows = state["history"]

@@ -42,6 +42,7 @@ from mnist_lightning.checkpoints import (
     CheckpointConnector,
     CheckpointIO,
     RunCheckpoint,
+    check_finite,
     checkpoint_errors,
     load_checkpoint,
 )
@@ -139,7 +140,9 @@ class RunCLI(LightningCLI):
                 "--tensorboard", type=bool, default=True, help="Whether TensorBoard's events are written."
             )
         if self.command == "predict":
-            parser.add_argument("--output", type=str, default="predictions.csv", help="CSV file to write; must not exist yet.")
+            parser.add_argument(
+                "--output", type=str, default="predictions.csv", help="CSV file to write; must not exist yet."
+            )
             parser.add_argument(
                 "--images",
                 type=str,
@@ -670,6 +673,7 @@ def predict(run: RunCLI) -> None:
     if run.trainer.limit_predict_batches == 0:
         raise MisconfigurationException("--trainer.limit_predict_batches 0 leaves nothing to predict.")
     batches: Any = run.trainer.predict(run.model, datamodule=run.datamodule, ckpt_path=run.config.ckpt_path)
+    check_finite(torch.cat(batches), run.config.ckpt_path)
     probabilities = torch.cat(batches).numpy()
     names = np.array(run.datamodule.names(probabilities.shape[1]))
     table = pd.DataFrame(probabilities, columns=names).add_prefix("probability_")
@@ -716,6 +720,7 @@ def predict_pictures(run: RunCLI) -> None:
     data.test = Split(stacked, torch.zeros(len(stacked), dtype=torch.long), statistics=statistics)
     batches: Any = run.trainer.predict(run.model, datamodule=data, ckpt_path=checkpoint)
     probabilities = torch.cat(batches).float()
+    check_finite(probabilities, checkpoint)
     names = data.names(probabilities.shape[1])
     best = probabilities.topk(2)
     rows = []

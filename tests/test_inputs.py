@@ -1,8 +1,13 @@
 """What comes from outside: configs, search spaces, data, checkpoints and studies, damaged, odd or malicious."""
 
 import contextlib
+import copy
+import dataclasses
+import functools
 import gzip
 import json
+import math
+import operator
 import os
 import pickle
 import random
@@ -12,19 +17,23 @@ import struct
 import sys
 import tracemalloc
 
+import optuna
 import pytest
 import torch
 import yaml
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from optuna.distributions import IntDistribution
+from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
 from optuna.storages.journal._storage import JournalOperation
+from optuna.trial import TrialState
 
 from mnist_lightning import idx
 from mnist_lightning.__main__ import main
 from mnist_lightning.data import MNISTDataModule
 from mnist_lightning.report import page
-from mnist_lightning.tune.command import Workers
+from mnist_lightning.tune.command import SearchOptions, Workers
+from mnist_lightning.tune.storage import open_storage
 
+save = page.save
 LAST = "lightning_logs/baseline/version_0/checkpoints/last.ckpt"
 JOURNAL = "lightning_logs/tune/journal.log"
 UNITS, RATE = "model.network.init_args.units.0", "model.optimizer.init_args.lr"
@@ -220,6 +229,75 @@ def test_a_config_runs_no_code(refused, cwd, model):
 def test_a_malformed_search_space_is_refused(refused, cwd, space, message):
     (cwd / "space.yaml").write_text(yaml.safe_dump({"search_space": space}))
     refused(message, *TUNE, "--study_name=other")
+
+
+# --- options of tune ----------------------------------------------------------------------------------------
+
+OPTIONS = {field.name: field.default for field in dataclasses.fields(SearchOptions) if field.name != "search_space"}
+
+
+@pytest.fixture
+def tune_with(run, cwd, monkeypatch):
+    """Runs ``tune`` with a value of an option and without training; gives code, message and the number of workers."""
+    counts = []
+
+    def search(workers, interrupt):
+        counts.append(len(workers.devices))
+        return one_trial(workers, interrupt)
+
+    monkeypatch.setattr(Workers, "run", search)
+
+    def command(**options):
+        space = {"search_space": {UNITS: INTEGER}, "trainer": {"max_epochs": 1}, "refit": False}
+        (cwd / "c.yaml").write_text(yaml.safe_dump({"study_name": f"study {len(counts)}", **space, **options}))
+        return (*run("tune", "--config=c.yaml"), counts[-1:])
+
+    return command
+
+
+def test_null_is_the_default_of_an_option(tune_with, cwd):
+    for path in (cwd / "lightning_logs").glob("tune"):
+        shutil.rmtree(path)
+    code, error, _ = tune_with(**dict.fromkeys(OPTIONS) | {"refit": False})
+    assert code == 0, error
+    assert (cwd / JOURNAL).is_file()
+
+
+@pytest.mark.parametrize(
+    ("options", "count"),
+    [
+        ({"workers": 1000, "n_trials": 1, "executions_per_trial": 3}, 3),
+        ({"workers": 2, "n_trials": 9}, 2),
+    ],
+)
+def test_there_are_no_more_workers_than_executions(tune_with, options, count):
+    code, error, counts = tune_with(**options)
+    assert (code, counts) == (0, [count]), error
+
+
+@pytest.mark.parametrize("option", ["workers", "executions_per_trial", "n_trials"])
+def test_a_number_that_would_fill_the_memory_is_refused(tune_with, option):
+    code, error, _ = tune_with(**{option: 10**12})
+    assert code == 2
+    assert error.startswith(f"error: {option}: ")
+
+
+@pytest.mark.parametrize("limit", [math.nan, math.inf])
+def test_a_limit_that_limits_nothing_is_refused(tune_with, limit):
+    options = {"metric": ["val/loss", "parameters"], "limits": {"parameters": limit}}
+    assert tune_with(**options)[:2] == (1, "error: limits: that of parameters must be a finite number.")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("option", OPTIONS)
+def test_an_option_has_a_value_or_is_refused(tune_with, option):
+    """Whatever it is given; of all that is odd a part, drawn with a seed."""
+    for value in random.Random(option).sample([None, 0, -1, 0.5, math.nan, math.inf, 10**12, "", "x", [], [1], {}], 6):
+        code, error, _ = tune_with(**{option: value})
+        assert code in (0, 1, 2)
+        assert code == 0 or error.startswith("error: "), (value, error)
+        assert len(error.removesuffix("\nOptions: add --help\n").splitlines()) <= 1, (value, error)
+        assert code != 2 or option in error, (value, error)
 
 
 # --- data ---------------------------------------------------------------------------------------------------
@@ -488,3 +566,103 @@ def test_a_checkpoint_from_elsewhere_writes_nowhere_else(run, cwd, options, key)
     assert not (cwd / "elsewhere").exists()
     typed = options.replace("+=", "=").split()
     assert run("fit", "--ckpt_path=mailed.ckpt", "--trainer.max_epochs=2", *typed)[0] == 0
+
+
+@pytest.fixture
+def studied(cwd):
+    """The journal of a study of six trials, one of which waits, one has failed and one is running, in this folder."""
+    journal = cwd / "lightning_logs/odd/journal.log"
+    study = optuna.create_study(
+        storage=open_storage(str(journal)), study_name="odd", directions=["maximize", "minimize"]
+    )
+    study.set_user_attr("settings", {"metric": ["val/accuracy", "parameters"], "search_space": {}})
+    study.set_user_attr("limits", {"parameters": 1e5})
+    study.set_user_attr("deadline", 1e9)
+    study.enqueue_trial({UNITS: 9})
+    space = {UNITS: IntDistribution(8, 32), RATE: FloatDistribution(1e-4, 1.0, log=True)}
+    space["model.optimizer.class_path"] = CategoricalDistribution(["KerasAdam", "KerasSGD"])
+    for number in range(5):
+        trial = study.ask(space)
+        study._storage.set_trial_intermediate_value(trial._trial_id, 0, number / 10)
+        trial.set_user_attr("owner", "another machine:1:2")
+        trial.set_user_attr("workers", {"1": "another worker:1:2"})
+        values = [[0, number / 10], [1, number / 8]]
+        trial.set_user_attr("executions", [{"execution": 0, "score": number / 8, "scores": [1, 2], "values": values}])
+        if number < 3:
+            study.tell(trial, [number / 8, 100 - number])
+        elif number == 3:
+            trial.set_user_attr("error", "it diverged")
+            study.tell(trial, state=TrialState.FAIL)
+    study.enqueue_trial({UNITS: 9})
+    return journal
+
+
+DELETED = object()
+READ = {"show": ["tune", "--show", "--study_name=odd"], "report": ["report", "--study=odd"]}
+ODD = [None, math.nan, math.inf, -1, 0.5, 10**12, 10**400, "", "x", [], [None], {}, {"x": None}, True, 2, DELETED]
+
+
+def paths(tree, path=()):
+    """The path of everything in a tree of mappings and lists."""
+    for key, value in tree.items() if isinstance(tree, dict) else enumerate(tree) if isinstance(tree, list) else ():
+        yield (*path, key)
+        yield from paths(value, (*path, key))
+
+
+def odd_journal(records, number, path, value):
+    """The text of a journal in one record of which another value is at a path, or nothing is."""
+    records = copy.deepcopy(records)
+    *parts, last = path
+    node = functools.reduce(operator.getitem, parts, records[number])
+    if value is DELETED:
+        del node[last]
+    else:
+        node[last] = value
+    return "".join(f"{json.dumps(record)}\n" for record in records)
+
+
+@pytest.mark.parametrize("reader", READ)
+@pytest.mark.parametrize(
+    ("op_code", "path", "value", "message"),
+    [
+        (6, ["values", 0], math.nan, "Trial 0 of the study odd is damaged .*: nan stands for a finite number"),
+        (6, ["values", 1], math.inf, "Trial 0 of the study odd is damaged .*: inf stands for"),
+        (6, ["values"], [0.5], "Trial 0 of the study odd is damaged .*: it has 1 values of 2 metrics"),
+        (6, ["values"], None, "Trial 0 of the study odd is damaged"),
+        (5, ["param_value_internal"], 99, "Trial 0 of the study odd is damaged .*: its .*units.0 is 99, not 8 to 32"),
+        (5, ["param_name"], 5, "Trial 0 of the study odd is damaged"),
+        (7, ["intermediate_value"], "x", "Trial 0 of the study odd is damaged"),
+        (7, ["step"], "x", "Trial 0 of the study odd is damaged"),
+        (4, ["system_attrs"], "x", "Trial 0 of the study odd is damaged"),
+        (2, ["user_attr", "limits"], "x", "The study odd is damaged"),
+        (2, ["user_attr", "limits"], {"parameters": "x"}, "The study odd is damaged"),
+        (2, ["user_attr", "deadline"], "x", "The study odd is damaged"),
+        (0, ["directions"], [], "The study odd is damaged .*: it has no direction"),
+    ],
+)
+def test_a_study_that_was_edited_is_refused(refused, studied, reader, op_code, path, value, message):
+    records = [json.loads(line) for line in studied.read_bytes().splitlines()]
+    number = next(
+        number
+        for number, record in enumerate(records)
+        if record["op_code"] == op_code and tuple(path) in paths(record) and (op_code != 6 or record["values"])
+    )
+    studied.write_text(odd_journal(records, number, path, value))
+    refused(message, *READ[reader])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("reader", READ)
+def test_a_record_of_a_study_is_read_or_refused(run, studied, monkeypatch, reader):
+    """In each record, each field in turn is something odd, or missing; a part of them, drawn with a seed."""
+    monkeypatch.setattr(page, "save", save)  # all of the report
+    records = [json.loads(line) for line in studied.read_bytes().splitlines()]
+    places = [(number, path) for number, record in enumerate(records) for path in paths(record)]
+    generator = random.Random(0)
+    for _ in range({"show": 80, "report": 20}[reader]):
+        number, path = generator.choice(places)
+        value = generator.choice(ODD)
+        studied.write_text(odd_journal(records, number, path, value))
+        shutil.rmtree("lightning_logs/report", ignore_errors=True)
+        code, error = run(*READ[reader])
+        assert code == 0 or (code == 1 and error.startswith("error: ") and len(error.splitlines()) == 1), (path, value)

@@ -4,6 +4,7 @@ import contextlib
 import csv
 import io
 import json
+import math
 import re
 import shutil
 import sys
@@ -783,3 +784,73 @@ def test_wilson_s_interval_by_hand():
     # Newcombe 1998, Table I, for 81 of 263
     low, high = accuracy_interval(np.arange(263) < 81)
     assert (round(low, 4), round(high, 4)) == (0.2553, 0.3662)
+
+
+@pytest.fixture
+def diverged(fitted, tmp_path, monkeypatch):
+    """A folder with the run ``ok`` and, with weights that are not numbers, the run ``diverged``."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("ok", "diverged"):
+        shutil.copytree(fitted[0], f"lightning_logs/{name}/version_0")
+    path = Path("lightning_logs/diverged/version_0/checkpoints/last.ckpt")
+    checkpoint = torch.load(path, weights_only=True)
+    for values in checkpoint["state_dict"].values():
+        values.fill_(math.nan)
+    for row in checkpoint["callbacks"]["RunCheckpoint"]["history"]:
+        row["val/loss"] = math.inf
+    torch.save(checkpoint, path)
+    return path
+
+
+@pytest.mark.parametrize(
+    "models",
+    [
+        ["ok", "diverged"],
+        *[
+            pytest.param(models, marks=pytest.mark.slow)
+            for models in (
+                ["diverged", "ok"],
+                ["diverged"],
+                ["diverged", "other=lightning_logs/diverged/version_0"],
+                ["seeds=lightning_logs/ok/version_0,lightning_logs/diverged/version_0", "diverged"],
+            )
+        ],
+    ],
+)
+@pytest.mark.usefixtures("diverged")
+def test_a_model_that_has_diverged_is_one_like_others(capfd, models):
+    code, output, errors = in_process(capfd, "report", *models)
+    assert code == 0, errors
+    assert "diverged has diverged: where probabilities are not numbers, the first class, 0, is predicted" in output
+    assert ("1 of 2 runs of seeds have diverged" in output) == models[0].startswith("seeds")
+    assert "nan%" not in output
+    folder = Path("lightning_logs/report")
+    found = json.loads((folder / "report.json").read_text(), parse_constant=pytest.fail)["models"]
+    assert found["diverged"]["calibration_error"] is None
+    assert found["diverged"]["metrics"]["test/loss (last epoch)"] == [None]
+    assert "ok" not in found or found["ok"]["calibration_error"] > 0
+    page = (folder / "report.html").read_text(encoding="utf-8")
+    data = re.search(r'<script type="application/json" id="data">(.*?)</script>', page, re.DOTALL)[1]
+    content = json.loads(data, parse_constant=pytest.fail)  # a browser reads no NaN
+    model = next(model for model in content["models"] if model["name"] == "diverged")
+    assert {*model["confidence"]} == {0}
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["export", "--output=n.pt2"],
+        ["export", "--page=n.html"],
+        ["predict"],
+        ["predict", "--images=1.png", "--explain"],
+    ],
+)
+def test_nothing_is_said_by_a_network_that_has_diverged(diverged, capfd, data_dir, options):
+    picture = Image.new("L", (60, 60), 255)
+    picture.paste(0, (27, 10, 33, 50))
+    picture.save("1.png")
+    before = {*Path().rglob("*")}
+    code, _, errors = in_process(capfd, *options, f"--ckpt_path={diverged}", f"--data.data_dir={data_dir}")
+    assert code == 1
+    assert f"error: {diverged} has diverged: its probabilities are not numbers, so nothing is written." in errors
+    assert {*Path().rglob("*")} == before

@@ -15,6 +15,7 @@ from collections import Counter
 from contextlib import suppress
 from pathlib import Path
 
+import optuna
 import pandas as pd
 import pytest
 import yaml
@@ -27,11 +28,15 @@ from conftest import (
     spelled_and_default,
     wait_for,
 )
+from jsonargparse import Namespace
+from optuna.distributions import CategoricalDistribution
 from optuna.trial import TrialState
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from mnist_lightning.classifier import Classifier
-from mnist_lightning.tune.space import NOTEBOOK_SPACE
+from mnist_lightning.tune.search import Search
+from mnist_lightning.tune.space import NOTEBOOK_SPACE, SearchSpace
+from mnist_lightning.tune.study import ask
 
 
 def test_a_study_is_shown_and_kept(whole):
@@ -628,6 +633,10 @@ def test_no_trial_touches_the_test_images(data_dir, tune, tmp_path):
             "data.batch_size has no valid distribution",
         ),
         (["--sampler=NoSampler"], "NoSampler"),
+        (
+            ["--sampler=GridSampler", '--sampler.search_space={"x": [1]}'],
+            "GridSampler cannot draw. The parameter name, ",
+        ),
         (["--metric=val/loss", "--metric=parameters", "--pruner=MedianPruner"], "A pruner knows one metric only"),
         (["--metric=val/loss", "--metric=flops", "--direction=minimize"], "Each metric needs one direction"),
         (["--metric=parameters", "--metric=val/loss"], "parameters cannot"),
@@ -737,3 +746,37 @@ def test_numbers_of_a_json_file_are_numbers(tune, tmp_path):
     code, _, errors = tune(f"--search_space={json.dumps(space)}", *options, epochs=1)
     assert code == 0, errors
     assert load(tmp_path / "here").trials[0].params == {key: 1e-05}
+
+
+@pytest.mark.parametrize(
+    "sampler",
+    [
+        Namespace(class_path="optuna.samplers.QMCSampler", init_args=Namespace(seed=None)),
+        Namespace(
+            class_path="optuna.samplers.PartialFixedSampler",
+            init_args=Namespace(
+                fixed_params={},
+                base_sampler=Namespace(class_path="optuna.samplers.RandomSampler", init_args=Namespace(seed=None)),
+            ),
+        ),
+        Namespace(
+            class_path="optuna.samplers.GPSampler",
+            init_args=Namespace(
+                independent_sampler=Namespace(class_path="optuna.samplers.TPESampler", init_args=Namespace(seed=None))
+            ),
+        ),
+    ],
+    ids=lambda sampler: sampler.class_path,
+)
+def test_a_sampler_within_a_sampler_draws_anew_in_each_trial(sampler):
+    space = SearchSpace({"a": CategoricalDistribution([*range(50)])})  # which QMCSampler leaves to another
+    drawn = []
+    for seed in (1, 1, 2):
+        search = Search(Namespace(sampler=sampler), {"seed_everything": seed}, space, "", Path(), "owner")
+        study = optuna.create_study()
+        search.use_sampler(study)
+        for _ in range(9):
+            study.tell(ask(study, space, 9, "owner"), 0.0)
+        drawn.append([trial.params["a"] for trial in study.trials])
+    assert len({*drawn[0]}) > 5
+    assert drawn[0] == drawn[1] != drawn[2]

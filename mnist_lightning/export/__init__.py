@@ -9,7 +9,7 @@ import torch
 from lightning.pytorch.cli import LightningArgumentParser
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-from mnist_lightning.checkpoints import checkpoint_errors, load_checkpoint
+from mnist_lightning.checkpoints import check_finite, checkpoint_errors, load_checkpoint
 from mnist_lightning.cli import RunCLI, quieten_lightning
 from mnist_lightning.export import formats
 from mnist_lightning.export.page import write_page
@@ -53,6 +53,7 @@ def export(run: RunCLI) -> None:
     note(f"Exporting {checkpoint}: {type(classifier.network).__name__} for {data.source}")
     with torch.no_grad():
         expected = torch.cat([classifier.predict_step(batch) for batch in data.test_dataloader()])
+    check_finite(expected, checkpoint)
     if output is not None and form is not None:
         with _new_file(output) as partial:
             program = formats.exported(classifier.network, data)

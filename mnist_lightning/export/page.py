@@ -118,6 +118,8 @@ def _network(model: Contestant, outputs: int, supported: set[str], integers: boo
     probabilities = formats.Deployed(model.network, data.test.statistics)(samples)
     if probabilities.shape[1] != outputs:
         raise MisconfigurationException(f"it has {probabilities.shape[1]} outputs, and the page {outputs} bars.")
+    if not probabilities.isfinite().all():
+        raise MisconfigurationException("it has diverged.")
     content = graph(formats.exported(network, data, batch=1), supported, integers) | {
         "name": model.name,
         "samples": [

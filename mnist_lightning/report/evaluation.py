@@ -35,6 +35,8 @@ class Evaluation:
         classes: Names of the classes.
         metrics: Means of :meth:`Classifier.metrics`, by their names.
         mistakes: Indices of the images that it gets wrong.
+        confidence: Probability of the predicted class, of shape (n,); 0 where it is not a number.
+        has_diverged: Whether a probability is not a number, as after a training that diverged.
     """
 
     split: Split
@@ -48,18 +50,19 @@ class Evaluation:
         self._classes = range(self.probabilities.shape[1])  # of which the labels may lack one
         self.correct = self.predicted == self.labels
         self.mistakes = np.flatnonzero(~self.correct)
+        self.confidence = np.nan_to_num(self.probabilities.max(axis=1))
+        self.has_diverged = not np.isfinite(self.probabilities).all()
         self.accuracy = float(self.correct.mean(dtype=np.float32))  # rounds as the metric does
 
     @property
     def confident_mistakes(self) -> NDArray[np.intp]:
         """The mistakes, those of the highest confidence first."""
-        confidence = self.probabilities[self.mistakes].max(axis=1)
-        return self.mistakes[np.argsort(-confidence, kind="stable")]
+        return self.mistakes[np.argsort(-self.confidence[self.mistakes], kind="stable")]
 
     @property
-    def calibration_error(self) -> float:
-        """The expected calibration error."""
-        return calibration_error(self.probabilities, self.labels)
+    def calibration_error(self) -> float | None:
+        """The expected calibration error, which a classifier that has diverged has not."""
+        return None if self.has_diverged else calibration_error(self.probabilities, self.labels)
 
     @property
     def confusion_matrix(self) -> NDArray[np.int64]:

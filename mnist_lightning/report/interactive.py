@@ -2,6 +2,7 @@
 
 import base64
 import io
+import math
 import statistics
 from collections.abc import Sequence
 from typing import Any
@@ -60,7 +61,8 @@ def charts(models: Sequence[Model]) -> list[dict[str, Any]]:
 
 def _line(model: Model, key: str, epochs: range) -> dict[str, Any]:
     rows = [{row["epoch"]: row[key] for row in run.history if key in row} for run in model.runs]
-    values = [[row[epoch] for row in rows if epoch in row] for epoch in epochs]
+    # JSON has neither infinity nor what is not a number: there, a curve has a gap
+    values = [[row[epoch] for row in rows if math.isfinite(row.get(epoch, math.nan))] for epoch in epochs]
     functions: dict[str, Any] = {"mean": statistics.mean}
     if len(rows) > 1:
         functions |= {"low": min, "high": max}
@@ -88,7 +90,7 @@ def mistakes(models: Sequence[Model]) -> tuple[dict[str, Any], list[dict[str, An
         {
             "mistakes": len(model.test.mistakes),
             "predicted": model.test.predicted[indices].tolist(),
-            "confidence": (10_000 * model.test.probabilities[indices].max(axis=1)).round().astype(int).tolist(),
+            "confidence": (10_000 * model.test.confidence[indices]).round().astype(int).tolist(),
             "explained": explanations(model, EXPLAINED // len(models)),
         }
         for model in models
@@ -107,7 +109,8 @@ def explanations(model: Model, count: int) -> dict[str, Any]:
         ``indices`` of the images, ``height`` and ``width`` of an explanation, and ``base64`` of all their pixels, one
         after the other: bytes from -127 (for the true class) to 127 (for the predicted one).
     """
-    test, run, indices = model.test, model.runs[0], model.test.confident_mistakes[:count]
+    test, run = model.test, model.runs[0]
+    indices = test.confident_mistakes[: 0 if test.has_diverged else count]
     predicted, labels = (torch.from_numpy(values[indices]) for values in (test.predicted, test.labels))
     attributions = torch.zeros(0, 1, 1)
     if len(indices):

@@ -1,6 +1,7 @@
 """The page: gathers its sections, and writes them as HTML, JSON, CSV, PNG and for TensorBoard."""
 
 import json
+import math
 import re
 import shutil
 import statistics
@@ -29,7 +30,7 @@ from mnist_lightning.report.evaluation import COLORS, Model, have_same, load_run
 from mnist_lightning.runs import newest_complete_run
 from mnist_lightning.tune.space import bounds, short_key, short_value
 from mnist_lightning.tune.storage import hide_password
-from mnist_lightning.tune.study import best_trial, check_trials, find_study, metrics_of, results
+from mnist_lightning.tune.study import best_trial, find_study, metrics_of, results
 
 TIME = "training time, s"
 TRIALS = 100
@@ -86,6 +87,7 @@ class Report:
             lines = [verdict(name, first.name, one, count, len(models)) for name, one in self.comparisons.items()] or [
                 _describe(first)
             ]
+            lines += filter(None, map(_describe_divergence, models))
         self.verdict = " ".join(lines)
         self.lines = [*lines, *filter(None, [self.edges])]
         self.quantities = quantities(models, self.comparisons)
@@ -146,6 +148,20 @@ def _describe(model: Model) -> str:
         return text
     means = f"{statistics.mean(model.accuracies):.4f} ± {statistics.stdev(model.accuracies):.4f}"
     return f"{model.name} has a mean test accuracy of {means} over {len(model.runs)} seeds. Its first run: {text}"
+
+
+def _describe_divergence(model: Model) -> str:
+    """Say that runs of a model have diverged, if any has."""
+    diverged = [run for run in model.runs if run.evaluations[model.weights, "test"].has_diverged]
+    who = (
+        f"{model.name} has"
+        if len(model.runs) == 1
+        else f"{len(diverged)} of {len(model.runs)} runs of {model.name} have"
+    )
+    text = (
+        f"{who} diverged: where probabilities are not numbers, the first class, {model.test.classes[0]}, is predicted."
+    )
+    return text if diverged else ""
 
 
 def write(
@@ -246,7 +262,6 @@ def load_study(name: str | None, storage: str | None, logs: Path, models: Sequen
         raise MisconfigurationException(f"There is no study {found} in {source}.")
     if not study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,)):
         return None
-    check_trials(study)
     return study
 
 
@@ -282,13 +297,14 @@ def quantities(models: Sequence[Model], comparisons: dict[str, Comparison]) -> p
 
 
 def _quantities(model: Model) -> dict[str, Sequence[float]]:
+    error = model.test.calibration_error
     return {
         **model.metrics,
         "parameters": [model.runs[0].parameters],
         TIME: [run.seconds for run in model.runs],
         "epochs": [len(run.history) for run in model.runs],
         "best epoch": [run.best_epoch for run in model.runs],
-        f"calibration error ({model.weights} epoch)": [model.test.calibration_error],
+        f"calibration error ({model.weights} epoch)": [] if error is None else [error],
     }
 
 
@@ -299,7 +315,9 @@ def _format(name: str, values: Sequence[float]) -> str:
     if all(isinstance(value, int) for value in values) and len({*values}) == 1:
         return f"{values[0]:,}"
     digits = _digits(name, values)
-    spread = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
+    spread = ""
+    if len(values) > 1:  # Python's function takes none but finite numbers
+        spread = f" ± {statistics.stdev(values) if all(map(math.isfinite, values)) else math.nan:.{digits}f}"
     return f"{statistics.mean(values):.{digits}f}{spread}"
 
 
@@ -307,6 +325,8 @@ def _format_difference(name: str, first: Sequence[float], second: Sequence[float
     if not first or not second:
         return "-"
     difference = statistics.mean(second) - statistics.mean(first)
+    if not math.isfinite(difference):
+        return "-"
     return f"{difference:+,}" if isinstance(difference, int) else f"{difference:+.{_digits(name, first)}f}"
 
 
@@ -462,7 +482,9 @@ def save(report: Report, sections: Sequence[Section], output: Path) -> None:
     with tempfile.TemporaryDirectory(prefix=".report-", dir=output.parent) as temporary:
         new = Path(temporary, "new")
         (new / "figures").mkdir(parents=True)
-        (new / "report.json").write_text(json.dumps(report.to_json(), indent=2) + "\n", encoding="utf-8")
+        (new / "report.json").write_text(
+            json.dumps(_plain(report.to_json()), indent=2, allow_nan=False) + "\n", encoding="utf-8"
+        )
         if report.models:
             report.quantities.to_csv(new / "comparison.csv")
         if report.trials is not None:
@@ -479,6 +501,15 @@ def save(report: Report, sections: Sequence[Section], output: Path) -> None:
             _keep_others(output, new)
             output.rename(Path(temporary, "old"))
         new.rename(output)
+
+
+def _plain(content: Any) -> Any:
+    """Content for JSON, which has no numbers but finite ones: null stands for others."""
+    if isinstance(content, dict):
+        return {key: _plain(value) for key, value in content.items()}
+    if isinstance(content, list | tuple):
+        return [*map(_plain, content)]
+    return None if isinstance(content, float) and not math.isfinite(content) else content
 
 
 def _keep_others(old: Path, new: Path) -> None:

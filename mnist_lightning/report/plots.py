@@ -147,12 +147,13 @@ def reliability_diagram(models: Sequence[Model]) -> Picture:
     figure = Figure(figsize=(5, 4.5), layout="constrained")
     axes = figure.add_subplot(xlabel="confidence", ylabel="accuracy")
     axes.plot([0, 1], [0, 1], color="gray", linestyle=":", label="perfectly calibrated")
-    for model in models:
+    calibrated = [model for model in models if not model.test.has_diverged]
+    for model in calibrated:
         confidence, accuracy, share = reliability(model.test.probabilities, model.test.labels)
         axes.plot(confidence, accuracy, color=model.color, label=model.name)
         axes.scatter(confidence, accuracy, 10 + 400 * share, color=model.color, alpha=0.6)
     _add_grid_and_legend(axes)
-    errors = ", ".join(f"{model.name} {model.test.calibration_error:.4f}" for model in models)
+    errors = ", ".join(f"{model.name} {model.test.calibration_error:.4f}" for model in calibrated)
     return Picture("reliability", figure, f"reliability diagram; calibration error: {errors}")
 
 

@@ -18,7 +18,7 @@ import optuna
 import torch
 import yaml
 from jsonargparse import Namespace, get_loader, lazy_instance
-from jsonargparse.typing import NonNegativeInt, PositiveFloat, PositiveInt
+from jsonargparse.typing import NonNegativeInt, PositiveFloat, restricted_number_type
 from lightning.pytorch.cli import LightningArgumentParser
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from optuna.exceptions import UpdateFinishedTrialError
@@ -83,6 +83,10 @@ from mnist_lightning.tune.study import (
 )
 from mnist_lightning.tune.worker import Worker
 
+# without a bound, what is made for each of them would fill the memory
+Count: Any = restricted_number_type("Count", int, [(">", 0), ("<=", 10**6)])
+Processes: Any = restricted_number_type("Processes", int, [(">", 0), ("<=", 1000)])
+
 
 @dataclass
 class SearchOptions:
@@ -124,13 +128,13 @@ class SearchOptions:
     limits: dict[str, float] = field(default_factory=dict)
     sampler: BaseSampler = lazy_instance(RandomSampler)  # noqa: RUF009
     pruner: BasePruner = lazy_instance(NopPruner)  # noqa: RUF009
-    n_trials: PositiveInt = 10
+    n_trials: Count = 10
     timeout: PositiveFloat | str | None = None
     finish_trials: bool = True
-    executions_per_trial: PositiveInt = 2
+    executions_per_trial: Count = 2
     study_name: str = "tune"
     storage: str | None = None
-    workers: PositiveInt | None = None
+    workers: Processes | None = None
     grace_period: PositiveFloat = 60.0
     enqueue_baseline: bool = False
     enqueue: str | None = None
@@ -138,7 +142,7 @@ class SearchOptions:
     keep_checkpoints: Literal["none", "best"] = "none"
     trial: NonNegativeInt | None = None
     refit: bool = True
-    refit_epochs: PositiveInt = 20
+    refit_epochs: Count = 20
 
 
 class SearchCLI(RunCLI):
@@ -153,6 +157,13 @@ class SearchCLI(RunCLI):
 
     def before_instantiate_classes(self) -> None:
         super().before_instantiate_classes()
+        defaults = self.parser.get_defaults()
+        for option in fields(SearchOptions):  # null is the default, but a search of nothing is a mistake
+            value = self.config[option.name]
+            if value is None and option.name != "search_space":
+                self.config[option.name] = defaults[option.name]
+            elif isinstance(value, int) and not isinstance(value, bool):
+                self.config[option.name] = int(value)  # processes that start know no type of this parser
         metric, direction = self.config.metric, self.config.direction
         metrics = [metric] if isinstance(metric, str) else metric
         directions = [direction] if isinstance(direction, str) else direction or [*map(_direction, metrics)]
@@ -236,6 +247,7 @@ def tune(run: SearchCLI, command: str, interrupt: Interrupt) -> None:
 
     folder = run.logs / options.study_name
     search = Search(options, base, space, options.storage or str(folder / "journal.log"), folder, process_name())
+    search.check_sampler()
     storage = open_storage(search.storage)
     folder.mkdir(parents=True, exist_ok=True)
     settings = _settings(search, run.datamodule.digest())
@@ -260,7 +272,7 @@ def tune(run: SearchCLI, command: str, interrupt: Interrupt) -> None:
         if not search.storage.startswith("grpc://"):  # the dashboard reads journals and databases
             print(f"  optuna-dashboard {shlex.quote(search.storage)}")
         renew_deadline(study, timeout)
-    interrupted = took_part and Workers(search, study, _devices(run.config)).run(interrupt)
+    interrupted = took_part and Workers(search, study, _devices(run.config, study)).run(interrupt)
     _print_results(study, options.limits)
     if took_part and not interrupted and is_over(study) and not is_complete(study, options.n_trials):
         print(f"\nThe time is over. Continue: {command}")
@@ -310,7 +322,7 @@ def _first_trials(run: SearchCLI, space: SearchSpace, base: dict[str, Any]) -> l
         if left := sorted(best.keys() - values.keys()):
             print(f"like {options.like}: {', '.join(map(short_key, left))} not taken, which this space does not have")
         given.append((f"like {options.like}", values))
-    if options.enqueue is not None:
+    if options.enqueue:
         try:
             # as configs are read: to YAML 1.1 alone, 1e-5 is no number, but to json.dump it is
             items = get_loader("yaml")(Path(options.enqueue).read_text(encoding="utf-8"))
@@ -357,9 +369,10 @@ def _write_config(trial: FrozenTrial, run: SearchCLI, search: Search) -> tuple[P
 
 def _seconds(timeout: float | str) -> float:
     match = re.fullmatch(r"(\d+(?:\.\d+)?)([smhd]?)", str(timeout))
-    if not match or not float(match[1]):
+    seconds = float(match[1]) * {"m": 60, "h": 3600, "d": 86400}.get(match[2], 1) if match else 0
+    if not 0 < seconds < math.inf:
         raise MisconfigurationException(f"timeout {timeout} is no time: give seconds, or 30m, 2h, 1d.")
-    return float(match[1]) * {"m": 60, "h": 3600, "d": 86400}.get(match[2], 1)
+    return seconds
 
 
 def _check_training(run: SearchCLI) -> None:
@@ -404,14 +417,16 @@ def _settings(search: Search, digest: str) -> dict[str, Any]:
     return {**settings, "metric": metric, "executions_per_trial": search.options.executions_per_trial, "version": 2}
 
 
-def _devices(options: Any) -> list[str | None]:
-    """For each worker the GPU that it may see, or None."""
+def _devices(options: Any, study: Study) -> list[str | None]:
+    """For each worker the GPU that it may see, or None; there are no more than executions that are left."""
     gpus: list[str] = []
     if options.trainer.devices == 1 and options.trainer.accelerator in ("auto", "gpu", "cuda"):
         visible = os.environ.get("CUDA_VISIBLE_DEVICES")
         gpus = visible.split(",") if visible else [str(i) for i in range(torch.cuda.device_count())]
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    count = options.workers or len(gpus) or cores
+    finished = sum(is_counted(trial) for trial in study.get_trials(deepcopy=False) if trial.state.is_finished())
+    left = max(1, options.n_trials - finished) * options.executions_per_trial
+    count = min(options.workers or len(gpus) or cores, left)
     return [gpus[i % len(gpus)] if gpus else None for i in range(count)]
 
 

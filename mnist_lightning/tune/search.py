@@ -12,8 +12,8 @@ import shutil
 import time
 from contextlib import suppress
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
+from pkgutil import resolve_name
 from statistics import mean
 from typing import Any
 
@@ -112,6 +112,23 @@ class Search:
             if number < len(trials) and trials[number].state.is_finished() and trials[number] != best:
                 shutil.rmtree(folder, ignore_errors=True)
 
+    def check_sampler(self) -> None:
+        """See that two trials can be drawn, before anything is trained.
+
+        Raises:
+            MisconfigurationException: If the sampler lacks a package, or does not suit the space or the metrics.
+        """
+        study = optuna.create_study(directions=self.options.direction)
+        self.use_sampler(study)
+        try:
+            for _ in range(2):
+                number = ask(study, self.space, 2, self.owner)
+                if number is not None:
+                    study.tell(number, [0.0] * len(study.directions))
+        except Exception as error:  # a sampler may be anybody's
+            name = self.options.sampler.class_path.rpartition(".")[2]
+            raise MisconfigurationException(f"sampler: {name} cannot draw. {' '.join(str(error).split())}") from error
+
     def use_sampler(self, study: Study) -> None:
         """Let the study draw as this search does."""
         sampler_class, combinations = type(instantiate(BaseSampler, self.options.sampler)), math.inf
@@ -121,19 +138,31 @@ class Search:
             combinations = math.prod(map(len, self.options.sampler.init_args.search_space.values()))
         elif sampler_class is BruteForceSampler:
             combinations = size(self.space)
-        study.sampler = TrialSampler(study, partial(self._make_sampler, sampler_class), combinations)
+        study.sampler = TrialSampler(study, self._make_sampler, combinations)
 
-    def _make_sampler(self, sampler_class: type, number: int) -> BaseSampler:
+    def _make_sampler(self, number: int) -> BaseSampler:
         config = copy.deepcopy(self.options.sampler)
-        if "seed" in inspect.signature(sampler_class).parameters:
-            seed = config.init_args.get("seed")
-            seed = self.base["seed_everything"] if seed is None else seed
-            if sampler_class in (GridSampler, QMCSampler):  # the points of a grid or sequence belong together
-                config.init_args["seed"] = int(seed)
-            elif seed is not False:
-                config.init_args["seed"] = int(np.random.SeedSequence([seed, number]).generate_state(1)[0])
+        self._seed_sampler(config, number)
         sampler: BaseSampler = instantiate(BaseSampler, config)
         return sampler
+
+    def _seed_sampler(self, config: Namespace, number: int) -> None:
+        """Seed a sampler, and those that it draws with, for the trial of a number."""
+        sampler_class = resolve_name(config.class_path)
+        arguments = config["init_args"] = config.get("init_args") or Namespace()
+        if sampler_class is QMCSampler and arguments.get("independent_sampler") is None:
+            # its own would have the seed of the sequence, and draw the same in every trial
+            arguments["independent_sampler"] = Namespace(class_path="optuna.samplers.RandomSampler")
+        for inner in vars(arguments).values():
+            if isinstance(inner, Namespace) and "class_path" in inner:
+                self._seed_sampler(inner, number)
+        if "seed" in inspect.signature(sampler_class).parameters:
+            seed = arguments.get("seed")
+            seed = self.base["seed_everything"] if seed is None else seed
+            if sampler_class in (GridSampler, QMCSampler):  # the points of a grid or sequence belong together
+                arguments["seed"] = int(seed)
+            elif seed is not False:
+                arguments["seed"] = int(np.random.SeedSequence([seed, number]).generate_state(1)[0])
 
 
 class TrialRunner:

@@ -6,8 +6,8 @@ import os
 import socket
 import time
 import warnings
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from operator import index
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -22,8 +22,16 @@ from optuna.storages import BaseStorage
 from optuna.study import Study, StudyDirection
 from optuna.trial import FrozenTrial, TrialState
 
+from mnist_lightning.parsing import shorten
 from mnist_lightning.runs import flatten
-from mnist_lightning.tune.space import SearchSpace, describe, describe_conditions, short_key, short_value
+from mnist_lightning.tune.space import (
+    SearchSpace,
+    describe,
+    describe_conditions,
+    in_distribution,
+    short_key,
+    short_value,
+)
 from mnist_lightning.tune.storage import open_storage
 
 if TYPE_CHECKING:
@@ -134,42 +142,86 @@ def open_study(
             f"The study {name} has other settings: {'; '.join(differences)}. "
             "Give those to continue it, or take another --study_name."
         )
-    check_trials(study, space)
+    check_study(study, space)
     return study, False
 
 
 def find_study(name: str, source: str) -> Study | None:
-    """Load a study from a journal's path or a storage's URL; None if there is none, and nothing is made."""
+    """Load a study from a journal's path or a storage's URL; None if there is none, and nothing is made.
+
+    Raises:
+        MisconfigurationException: If it is damaged.
+    """
     if "://" not in source and not Path(source).is_file():
         return None
     try:
-        return optuna.load_study(storage=open_storage(source), study_name=name)
+        study = optuna.load_study(storage=open_storage(source), study_name=name)
     except KeyError:
         return None
+    check_study(study)
+    return study
 
 
-def check_trials(study: Study, space: SearchSpace | None = None) -> None:
-    """See that the trials have what ``tune`` gives them, and values of the whole space if it is known.
+def check_study(study: Study, space: SearchSpace | None = None) -> None:
+    """See that a study holds what is read of it: anybody can edit a journal, and Optuna takes much of what is there.
+
+    Args:
+        study: The study, which need not be of ``tune``: what it lacks is not looked at.
+        space: Its search space, if it is known: complete trials have values of the whole of it.
 
     Raises:
-        MisconfigurationException: One has not.
+        MisconfigurationException: If something of it is not what ``tune`` writes.
     """
+    of_study = f"the study {study.study_name}"
+    with _damage(f"The{of_study[3:]}"):
+        _check_numbers(study.user_attrs.get("limits", {}).values())
+        _check_numbers([study.user_attrs.get("deadline") or 0])
+        if not study.directions:
+            raise ValueError("it has no direction")
     for trial in study.get_trials(deepcopy=False):
-        attributes = trial.user_attrs
-        try:
+        with _damage(f"Trial {trial.number} of {of_study}"):
+            _check_trial(trial, len(study.directions))
             if trial.state == TrialState.COMPLETE and space is not None and not space.has_all(trial.params):
                 raise ValueError("it has other parameters")
-            for execution in attributes.get("executions", []):
-                math.fsum([execution["score"], *(index(epoch) + value for epoch, value in execution["values"])])
-                index(execution["execution"])
-            index(attributes.get("attempts", 0))
-            attributes.get("owner", "").partition(":")
-            [int(execution) for execution in attributes.get("workers", {})]
-        except (AttributeError, KeyError, TypeError, ValueError) as error:
-            raise MisconfigurationException(
-                f"Trial {trial.number} of the study {study.study_name} is damaged or was not made by tune: {error!r}. "
-                "Take another study."
-            ) from error
+
+
+@contextmanager
+def _damage(what: str) -> Iterator[None]:
+    try:
+        yield
+    except (AttributeError, KeyError, OverflowError, TypeError, ValueError) as error:
+        reason = shorten(str(error) if isinstance(error, ValueError) else repr(error))
+        raise MisconfigurationException(
+            f"{what} is damaged or was not made by tune: {reason}. Take another study."
+        ) from error
+
+
+def _check_trial(trial: FrozenTrial, n_values: int) -> None:
+    if trial.state == TrialState.COMPLETE:
+        _check_numbers(trial.values)
+        if len(trial.values) != n_values:
+            raise ValueError(f"it has {len(trial.values)} values of {n_values} metrics")
+    for step, value in trial.intermediate_values.items():
+        index(step)
+        value + 0.0
+    for key, value in trial.params.items():
+        if not in_distribution(value, trial.distributions[key]):
+            raise ValueError(f"its {key} is {value!r}, not {describe(trial.distributions[key])}")
+        short_key(key)
+    trial.system_attrs.keys()
+    attributes = trial.user_attrs
+    for execution in attributes.get("executions", []):
+        _check_numbers([execution["score"], *execution.get("scores", []), *dict(execution["values"]).values()])
+        [*map(index, [execution["execution"], *dict(execution["values"])])]
+    index(attributes.get("attempts", 0))
+    attributes.get("owner", "").partition(":")
+    [int(execution) for execution in attributes.get("workers", {})]
+
+
+def _check_numbers(values: Iterable[Any]) -> None:
+    for value in values:
+        if isinstance(value, bool) or not math.isfinite(value):
+            raise ValueError(f"{value} stands for a finite number")
 
 
 def _differences(found: dict[str, Any], own: dict[str, Any]) -> list[str]:
@@ -221,13 +273,15 @@ def signs(study: Study) -> list[int]:
 
 
 def check_limits(limits: dict[str, float], metrics: Sequence[str]) -> None:
-    """See that each limit is one of a metric.
+    """See that each limit is one of a metric, and a number.
 
     Raises:
         MisconfigurationException: One is not.
     """
     if unknown := limits.keys() - {*metrics}:
         raise MisconfigurationException(f"limits: {', '.join(unknown)} is not among the metrics, {', '.join(metrics)}.")
+    if unlimited := [name for name, limit in limits.items() if not math.isfinite(limit)]:
+        raise MisconfigurationException(f"limits: that of {', '.join(unlimited)} must be a finite number.")
 
 
 def best_trial(study: Study, limits: dict[str, float] | None = None) -> FrozenTrial:
@@ -445,8 +499,8 @@ def sweep(study: Study, heartbeats: dict[int, tuple[float | None, int]]) -> list
         before, silent = heartbeats.get(trial.number, (heartbeat, -1))
         heartbeats[trial.number] = heartbeat, silent + 1 if heartbeat == before else 0
         if machine == _machine():
-            pid, start = process.split(":")
-            is_dead = _start_time(int(pid)) not in (start, "")
+            pid, _, start = process.partition(":")
+            is_dead = not pid.isdecimal() or _start_time(int(pid)) not in (start, "")
         else:  # or without an owner: it is about to write its name, or died before
             is_dead = heartbeats[trial.number][1] >= SWEEPS
         if is_dead:

@@ -1,0 +1,268 @@
+"""Whether each sampler and pruner that Optuna has does in ``tune`` what it does by itself."""
+
+import importlib.util
+import json
+import math
+import warnings
+from collections import Counter
+
+import numpy as np
+import optuna
+import pandas as pd
+import pytest
+from conftest import in_process, load
+from jsonargparse import Namespace
+from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
+from optuna.pruners import BasePruner
+from optuna.samplers import BaseSampler
+from optuna.testing import pytest_samplers, pytest_storages
+from optuna.trial import TrialState
+from scipy import stats
+
+from mnist_lightning.parsing import corrected
+from mnist_lightning.tune.command import SearchCLI
+from mnist_lightning.tune.search import Search
+from mnist_lightning.tune.space import SearchSpace
+from mnist_lightning.tune.storage import open_storage
+from mnist_lightning.tune.study import TrialSampler, ask
+
+pytestmark = pytest.mark.slow
+
+
+def members(module, base):
+    """The classes of a module that it says to have, by their names."""
+    found = {name: getattr(module, name) for name in module.__all__}
+    return {name: each for name, each in found.items() if isinstance(each, type) and issubclass(each, base)}
+
+
+SAMPLERS, PRUNERS = members(optuna.samplers, BaseSampler), members(optuna.pruners, BasePruner)
+CONTINUOUS = {"x": FloatDistribution(-1.0, 1.0), "y": FloatDistribution(1e-4, 1.0, log=True)}
+MIXED = {**CONTINUOUS, "n": IntDistribution(1, 100), "c": CategoricalDistribution(["a", "b", "c"])}
+FINITE = {"n": IntDistribution(1, 4), "c": CategoricalDistribution(["a", "b", "c"])}
+NEEDS = {"CmaEsSampler": "cmaes"}
+"""Samplers and what they need that Optuna does not install."""
+ABSTRACT = {name for name, each in {**SAMPLERS, **PRUNERS}.items() if each.__abstractmethods__}
+OF_FINITE_SPACES = {"GridSampler": {"search_space": {"n": [1, 2, 3, 4], "c": ["a", "b", "c"]}}, "BruteForceSampler": {}}
+DRAWN = {
+    **{name: {} for name in SAMPLERS if name not in {*ABSTRACT, *OF_FINITE_SPACES, "PartialFixedSampler"}},
+    "PartialFixedSampler": {"fixed_params": {"n": 7}, "base_sampler": "RandomSampler"},
+}
+"""Samplers of infinite spaces, and the arguments that they must have."""
+NESTED = {
+    "PartialFixedSampler of TPESampler": (
+        "PartialFixedSampler",
+        {"fixed_params": {"n": 7}, "base_sampler": "TPESampler"},
+    ),
+    "PartialFixedSampler of QMCSampler": (
+        "PartialFixedSampler",
+        {"fixed_params": {"n": 7}, "base_sampler": "QMCSampler"},
+    ),
+    **{
+        f"{name} with RandomSampler": (name, {"independent_sampler": "RandomSampler"})
+        for name in ("QMCSampler", "GPSampler", "CmaEsSampler")
+        if name in SAMPLERS
+    },
+}
+"""Samplers that draw with another."""
+ROWS = {**{name: (name, arguments) for name, arguments in DRAWN.items()}, **NESTED}
+COUNTS = {"GPSampler": 24, "CmaEsSampler": 24}
+"""Trials where the usual 200 would take long, or are a walk: two of the sampler alone differ as much."""
+
+
+def skip_without_package(sampler):
+    package = NEEDS.get(sampler)
+    if package is not None and importlib.util.find_spec(package) is None:
+        pytest.skip(f"{sampler} needs the package {package}")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _quiet():
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+
+
+@pytest.fixture
+def options(data_dir):
+    """Gives the option ``sampler`` as the command parses it."""
+
+    def parse(name, arguments):
+        given = [f"--sampler.{key}={v if isinstance(v, str) else json.dumps(v)}" for key, v in arguments.items()]
+        with corrected():
+            return SearchCLI("tune", [f"--data.data_dir={data_dir}", f"--sampler={name}", *given]).config.sampler
+
+    return parse
+
+
+def searched(sampler, space, count, seed=42, directions=("minimize",), base=None):
+    """The study of a search with a sampler, whose trials are drawn as the workers do, but not trained."""
+    study = optuna.create_study(directions=directions)
+    search = Search(Namespace(sampler=sampler), {"seed_everything": seed}, SearchSpace(space), "", base, "owner")
+    search.use_sampler(study)
+    for _ in range(count):
+        number = ask(study, search.space, count, "owner")
+        if number is None:
+            break
+        study.tell(
+            number, [value(study.trials[number].params), study.trials[number].params.get("x", 0)][: len(directions)]
+        )
+    return study
+
+
+def value(params):
+    """What is minimized: lowest where x is 0.5, y is 0.01, n is 1 and c is a."""
+    distance = (params.get("x", 0.5) - 0.5) ** 2 + (math.log10(params.get("y", 0.01)) + 2) ** 2 / 4
+    return distance + params.get("n", 1) / 100 + "abc".index(params.get("c", "a")) / 3
+
+
+def drawn(study):
+    return [trial.params for trial in study.get_trials(deepcopy=False)]
+
+
+@pytest.mark.parametrize("row", ROWS)
+def test_no_two_trials_are_alike(options, row):
+    name, arguments = ROWS[row]
+    skip_without_package(name)
+    params = drawn(searched(options(name, arguments), MIXED, 24))
+    assert len(params) == 24
+    assert len({(each["x"], each["y"]) for each in params}) == 24
+    assert len({each["c"] for each in params}) > 1
+    assert len({each["n"] for each in params}) > 1 or "fixed_params" in arguments
+
+
+@pytest.mark.parametrize("row", ROWS)
+def test_draws_follow_the_seed(options, row):
+    name, arguments = ROWS[row]
+    skip_without_package(name)
+    sampler = options(name, arguments)
+    one, again, other = (drawn(searched(sampler, MIXED, 12, seed)) for seed in (1, 1, 2))
+    assert one == again
+    assert one != other
+
+
+@pytest.mark.parametrize("name", OF_FINITE_SPACES)
+def test_a_finite_space_is_drawn_once(options, name):
+    sampler = options(name, OF_FINITE_SPACES[name])
+    one, again, other = (drawn(searched(sampler, FINITE, 99, seed)) for seed in (1, 1, 2))
+    assert Counter(map(str, one)) == Counter(str({"n": n, "c": c}) for n in (1, 2, 3, 4) for c in "abc")
+    assert one == again
+    assert one != other
+
+
+@pytest.mark.parametrize("name", DRAWN)
+def test_trials_are_distributed_as_by_the_sampler_alone(options, name):
+    """The Kolmogorov-Smirnov distance of two samples exceeds the bound once in 10,000 times."""
+    skip_without_package(name)
+    count = COUNTS.get(name, 200)
+    arguments = DRAWN[name]
+    inner = (
+        {"base_sampler": SAMPLERS[arguments["base_sampler"]](seed=7)} if "base_sampler" in arguments else {"seed": 7}
+    )
+    alone = optuna.create_study(sampler=SAMPLERS[name](**arguments | inner))
+    for _ in range(count):
+        trial = alone.ask(MIXED)
+        alone.tell(trial, value(trial.params))
+    study = searched(options(name, arguments), MIXED, count)
+    ours, theirs = (pd.DataFrame(drawn(each)) for each in (study, alone))
+    # genetic samplers hand values on: such a copy is no draw of its own
+    sizes = [each["x"].nunique() for each in (ours, theirs)]
+    bound = math.sqrt(-math.log(1e-4 / 2) / 2 * sum(sizes) / math.prod(sizes))
+    for key in ("x", "y", "n"):
+        assert stats.ks_2samp(ours[key], theirs[key]).statistic <= bound, key
+    counts = [each["c"].value_counts() * size / count for each, size in zip((ours, theirs), sizes, strict=True)]
+    table = pd.DataFrame(counts).fillna(0) + 1
+    assert stats.chi2_contingency(table).pvalue > 1e-4
+
+
+@pytest.mark.parametrize("name", [name for name in DRAWN if name.startswith("NSGA")])
+def test_genetic_samplers_learn_from_several_metrics(options, name):
+    sampler = options(name, {"population_size": 10})
+    study = searched(sampler, MIXED, 60, directions=("minimize", "maximize"))
+    first, *_, last = [np.mean([trial.values[0] for trial in study.trials[i : i + 10]]) for i in range(0, 60, 10)]
+    assert last < first
+    assert drawn(study) == drawn(searched(sampler, MIXED, 60, directions=("minimize", "maximize")))
+    assert len({(each["x"], each["y"], each["n"], each["c"]) for each in drawn(study)}) > 30
+
+
+# --- the command --------------------------------------------------------------------------------------------
+
+REFUSED = {
+    **{f"sampler={name}": f"{name} is abstract" for name in sorted(ABSTRACT & SAMPLERS.keys())},
+    **{f"pruner={name}": f"{name} is abstract" for name in sorted(ABSTRACT & PRUNERS.keys())},
+    **{
+        f"sampler={name}": f"{name} cannot draw. No module named '{package}'"
+        for name, package in NEEDS.items()
+        if importlib.util.find_spec(package) is None
+    },
+    "sampler=GridSampler": "the following arguments are required: search_space",
+    'sampler=GridSampler --sampler.search_space={"x":[1]}': "GridSampler cannot draw. The parameter name, ",
+    "sampler=PartialFixedSampler": "the following arguments are required: fixed_params, base_sampler",
+    "sampler=NSGAIISampler --sampler.population_size=1": "`population_size` must be greater than or equal to 2",
+    "sampler=GPSampler --metric=val/loss --metric=val/accuracy --pruner=MedianPruner": "A pruner knows one metric only",
+    "pruner=PatientPruner": "the following arguments are required: patience",
+    "pruner=PercentilePruner": "the following arguments are required: percentile",
+    "pruner=ThresholdPruner": "Either lower or upper must be specified",
+}
+SMALL = ["--n_trials=3", "--executions_per_trial=1", "--workers=1", "--trainer.limit_train_batches=4"]
+PRUNER_ARGUMENTS = {
+    "PatientPruner": ["--pruner.patience=0", "--pruner.wrapped_pruner=MedianPruner"],
+    "PercentilePruner": ["--pruner.percentile=50", "--pruner.n_startup_trials=1"],
+    "ThresholdPruner": ["--pruner.lower=0.0"],
+    "HyperbandPruner": ["--pruner.max_resource=2"],
+}
+
+
+@pytest.mark.parametrize("row", REFUSED)
+def test_what_cannot_be_is_refused_in_a_line(tune, tmp_path, row):
+    code, _, errors = tune(*f"--{row}".split())
+    assert code in (1, 2)
+    errors = errors[errors.index("error: ") :].removesuffix("Options: add --help\n")
+    assert REFUSED[row] in errors
+    assert len(errors.splitlines()) == 1
+    assert not (tmp_path / "here/lightning_logs").exists()
+
+
+@pytest.mark.parametrize("name", sorted(PRUNERS.keys() - ABSTRACT))
+def test_each_pruner_ends_a_search(tune, tmp_path, name):
+    code, output, errors = tune(*SMALL, f"--pruner={name}", *PRUNER_ARGUMENTS.get(name, []))
+    assert code == 0, errors
+    states = Counter(trial.state for trial in load(tmp_path / "here").trials)
+    assert states[TrialState.COMPLETE] + states[TrialState.PRUNED] == 3, output
+
+
+@pytest.mark.parametrize("name", ["TPESampler", "QMCSampler", "NSGAIISampler"])
+def test_a_trial_of_a_search_is_what_fit_makes_of_its_config(tune, capfd, tmp_path, name):
+    augmentation = ["--data.augmentation+=Distortion"] if name == "TPESampler" else []
+    code, _, errors = tune(*SMALL, f"--sampler={name}", *augmentation)
+    assert code == 0, errors
+    trials = load(tmp_path / "here").trials
+    assert [trial.state for trial in trials] == [TrialState.COMPLETE] * 3
+    folder = "lightning_logs/tune/trial_002/execution_0"
+    code, _, errors = in_process(capfd, "fit", f"--config={folder}/config.yaml", "--name=again")
+    assert code == 0, errors
+    table = pd.read_csv("lightning_logs/again/version_0/metrics.csv", float_precision="round_trip")
+    assert table["val/accuracy"].max() == trials[2].value
+
+
+# --- Optuna's own tests of storages and samplers ------------------------------------------------------------
+
+
+class TestStorage(pytest_storages.StorageTestCase):
+    """Of what :func:`open_storage` gives."""
+
+    test_pickle_storage = None  # processes open it by its path
+
+    @pytest.fixture
+    def storage(self, tmp_path):
+        """Open a journal."""
+        return open_storage(str(tmp_path / "journal.log"))
+
+
+class TestTrialSampler(pytest_samplers.BasicSamplerTestCase):
+    """Of what is put around a sampler."""
+
+    @pytest.fixture(params=["RandomSampler", "TPESampler"])
+    def sampler(self, request):
+        """Make samplers of trials."""
+        return lambda: TrialSampler(None, lambda number: SAMPLERS[request.param](seed=number))
