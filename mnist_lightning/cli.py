@@ -395,13 +395,11 @@ class RunCLI(LightningCLI):
         except Exception as error:
             if isinstance(error, MisconfigurationException | ModuleNotFoundError | OSError):
                 raise
-            if isinstance(error, TypeError | ValueError):  # a class says what it does not take
-                reason = shorten(str(error)) if str(error).startswith("Does not validate") else str(error)
-            elif is_from_user_code(error):
+            if not isinstance(error, TypeError | ValueError) and is_from_user_code(error):
                 raise
-            else:
-                reason = ""
-            reason = reason or explain(error, self.options)
+            reason = explain(error, self.options)
+            if str(error).startswith("Does not validate"):
+                reason = shorten(str(error))
             path = self.config.get("ckpt_path")
             raise MisconfigurationException(f"{path} cannot be used: {reason}" if path else reason) from error
         # only a model made from a config has hyper-parameters that can be stored as plain types
@@ -420,8 +418,8 @@ class RunCLI(LightningCLI):
                 images, labels = augment(images, labels)
                 if images.shape != (2, *shape):
                     raise MisconfigurationException(
-                        f"--data.augmentation {type(augment).__name__} makes images of shape {tuple(images.shape[1:])} "
-                        f"(channels, height, width) of those of shape {shape}."
+                        f"--data.augmentation {type(augment).__name__} makes images of shape {tuple(images.shape)} "
+                        f"(batch, channels, height, width) of a batch of shape {(2, *shape)}."
                     )
 
     def _check_monitors(self, optimizers: Any) -> None:
@@ -587,7 +585,8 @@ def fit(run: RunCLI) -> None:
                 run.job.watch(trainer, run_dir)
     try:
         with library_errors(run_dir, run.options):
-            _start_loggers(trainer.loggers)
+            with isolate_rng():  # MLflow draws the name of a run
+                _start_loggers(trainer.loggers)
             trainer.fit(model, datamodule=data, ckpt_path=config.ckpt_path)
     except MisconfigurationException:
         is_refused = run_dir is not None and not (run_dir / "checkpoints/last.ckpt").is_file()
@@ -637,9 +636,10 @@ def _describe(data: ImageDataModule) -> str:
 
 def _test(run: RunCLI, run_dir: Path | None) -> None:
     """Evaluate what was trained, in the run's folder and as a table."""
-    trainer, checkpoint = run.trainer, run.checkpoint
+    checkpoint, trainer = run.checkpoint, run.trainer
     epochs = checkpoint.history[-1]["epoch"] + 1 if checkpoint and checkpoint.history else trainer.current_epoch
     loggers, trainer.loggers = trainer.loggers, []
+    trainer.profiler = NoProfiler()  # type: ignore[attr-defined] # PyTorch's is used up by the training
     (results,) = trainer.test(run.model, datamodule=run.datamodule, verbose=False)
     for logger in loggers:
         logger.log_metrics(dict(results), step=trainer.global_step)

@@ -259,12 +259,14 @@ def is_from_user_code(error: BaseException) -> bool:
 
 
 def explain(error: BaseException, options: Mapping[type, str] = MappingProxyType({})) -> str:
-    """Return an error of a library in a line: what raised it, the reason, and its type."""
+    """Return an error of a library in a line: what raised it, the reason, and its type if the value is not at fault."""
     raised_in = [frame.f_locals.get("self") for frame, _ in traceback.walk_tb(error.__traceback__)]
     places = [f"--{options[type(each)]} {type(each).__name__}" for each in raised_in if type(each) in options]
     reason = one_line(error)
     place = f"{places[-1]}: " if places else ""
-    return f"{place}{reason} ({type(error).__name__})" if reason else f"{place}{type(error).__name__}"
+    if not reason:
+        return f"{place}{type(error).__name__}"
+    return f"{place}{reason}" if isinstance(error, ValueError) else f"{place}{reason} ({type(error).__name__})"
 
 
 def one_line(error: BaseException) -> str:

@@ -59,9 +59,12 @@ def write_idx(path: Path, array: np.ndarray) -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Begin with the files that take longest, so that none of them is what all wait for at the end."""
-    longest = ["test_faults.py", "test_search.py", "test_cli.py", "test_report.py"]
+    """Begin with the files that take longest, so that none is waited for at the end; one worker has a file or a group."""
+    longest = ["test_conformance.py", "test_faults.py", "test_search.py", "test_cli.py", "test_report.py"]
     items.sort(key=lambda item: longest.index(item.path.name) if item.path.name in longest else len(longest))
+    for item in items:
+        if item.get_closest_marker("xdist_group") is None:
+            item.add_marker(pytest.mark.xdist_group(item.path.name))
 
 
 @pytest.fixture(scope="session", autouse=True)
