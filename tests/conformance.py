@@ -55,15 +55,14 @@ from torchvision.transforms import v2
 import mnist_lightning.augmentation
 import mnist_lightning.datasets
 import mnist_lightning.optimizers
+from mnist_lightning import runs
 from mnist_lightning.__main__ import main as command
 from mnist_lightning.callbacks import Figures
 from mnist_lightning.checkpoints import RunCheckpoint, load_checkpoint
 from mnist_lightning.classifier import Classifier
 from mnist_lightning.data import ImageDataModule, MNISTDataModule
-from mnist_lightning.runs import LIBRARIES
 
 ROOT = Path(__file__).parents[1]
-LIBRARIES.append(ROOT / "tests")  # what is patched here is not a user's
 EPOCHS = 3
 SMALL = (f"--trainer.max_epochs={EPOCHS}", "--data.batch_size=16", "--data.eval_batch_size=8")
 """64 training images in four batches, 16 to validate, 30 to test."""
@@ -197,6 +196,9 @@ WITH: dict[str, tuple[str, ...]] = {
 KILLED = "continued/lightning_logs/killed/version_0/checkpoints"
 """A checkpoint is trusted where the runs are."""
 
+PLAIN = ("optimizers", "schedules", "profilers", "plugins")
+"""Kinds that no figure can depend on."""
+
 NOT_HERE = "if it is not here"
 """Ends a refusal that depends on the machine: its hardware, or packages that need not be installed."""
 
@@ -310,7 +312,8 @@ def trainer_rows() -> Iterator[Row]:
         if name in ("callbacks", "plugins"):  # of kinds of their own
             continue
         is_flag = "bool" in str(parameter.annotation) and name not in VALUES
-        for value in lists.get(name) or VALUES.get(name) or (["true", "false"] if is_flag else []):
+        flags = [value for value in ("true", "false") if is_flag and value != str(parameter.default).lower()]
+        for value in lists.get(name) or VALUES.get(name) or flags:
             yield make_row("Trainer", f"{name}={value}", (f"--trainer.{name}={value}",))
         if not (lists.get(name) or VALUES.get(name) or is_flag):
             yield Row("Trainer", name, (), "a value of it must be given in VALUES")
@@ -345,7 +348,8 @@ def rows() -> list[Row]:
     for path in sorted((ROOT / "configs").glob("*.yaml")):
         if "search_space" not in path.read_text(encoding="utf-8"):
             data = "FashionMNIST" if "FashionMNIST" in path.read_text(encoding="utf-8") else "MNISTDataModule"
-            options = (f"--config={path}", f"--data.data_dir={{data}}/{data}", "--data.val_split=0.2", *SMALL)
+            few = ("--trainer.max_epochs=2", "--trainer.limit_train_batches=1", "--data.batch_size=16")
+            options = (f"--config={path}", f"--data.data_dir={{data}}/{data}", "--data.val_split=0.2", *few)
             found.append(make_row("configs", path.name, options))
     return found
 
@@ -461,6 +465,7 @@ def observed(result: list[str], killed: Path | None, stop: bool, is_drawn: bool)
         (Classifier, "training_step", training_step),
         (RunCheckpoint, "on_train_epoch_end", on_train_epoch_end),
         (torchvision.datasets.cifar, "check_integrity", lambda *_: True),  # its few images are not CIFAR's
+        (runs, "LIBRARIES", [*runs.LIBRARIES, ROOT / "tests"]),  # the functions here are not a user's
         (sys, "unraisablehook", lambda _: None),  # of profilers that could not be made
     ]
     if not is_drawn:
@@ -586,7 +591,7 @@ def check(row: Row, folder: Path, data: Path) -> str:
     if row.kind in ("data sets", "configs"):
         defaults = ("--trainer.accelerator=cpu",)
     options = (*defaults, *(each.replace("{data}", str(data)) for each in row.options))
-    first = run(folder / "first", "fit", *options, killed=folder / KILLED, is_drawn=True)
+    first = run(folder / "first", "fit", *options, killed=folder / KILLED, is_drawn=row.kind not in PLAIN)
 
     def fail(reason: str, *arguments: str, where: str = "first") -> typing.NoReturn:
         raise FailedError(f"{shown(folder / where, arguments or ('fit', *options))}\n  {reason}")

@@ -59,7 +59,7 @@ def write_idx(path: Path, array: np.ndarray) -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Begin with the files that take longest, so that none is waited for at the end; one worker has a file or a group."""
+    """Begin with the files that take longest, lest all wait for one at the end; a worker has a file or a group."""
     longest = ["test_conformance.py", "test_faults.py", "test_search.py", "test_cli.py", "test_report.py"]
     items.sort(key=lambda item: longest.index(item.path.name) if item.path.name in longest else len(longest))
     for item in items:

@@ -274,7 +274,9 @@ def test_a_missing_compiler_is_said_in_a_line(trainer, datamodule, monkeypatch):
 
 def test_the_layer_table_has_the_images_of_the_data():
     classifier = Classifier(CNN([4], in_channels=3))
-    classifier._trainer = SimpleNamespace(global_rank=0, datamodule=SimpleNamespace(image_shape=(3, 20, 24)))
+    classifier._trainer = SimpleNamespace(
+        global_rank=0, precision_plugin=None, datamodule=SimpleNamespace(image_shape=(3, 20, 24))
+    )
     classifier.setup("fit")
     assert classifier.example_input_array.shape == (1, 3, 20, 24)
 

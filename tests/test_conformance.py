@@ -2,9 +2,11 @@
 
 import random
 import shutil
+import subprocess
+import sys
 
 import pytest
-from conformance import ROOT, check, is_expected, rows, run, run_folder, write_data
+from conformance import ROOT, SMALL, check, differences, is_expected, rows, run, run_folder, write_data
 from keys import VALUES, cases, options_of, try_key, without
 
 ROWS = rows()
@@ -32,6 +34,23 @@ def test_a_row_works_or_is_refused_as_expected(row, data, tmp_path):
     assert is_expected(row, verdict), verdict
 
 
+@pytest.mark.slow
+def test_a_process_of_its_own_gives_the_run_of_this_one(data, tmp_path):
+    """The rows run in one process: one of each kind, together, as a user would."""
+    options = [
+        "fit", f"--data.data_dir={data}/MNISTDataModule", *SMALL, "--trainer.accelerator=cpu",
+        "--trainer.callbacks+=EarlyStopping", "--trainer.callbacks.monitor=val/loss", "--trainer.logger+=CSVLogger",
+        "--trainer.profiler=simple", "--model.optimizer=torch.optim.AdamW", "--model.lr_scheduler=CosineAnnealingLR",
+        "--data.augmentation+=torchvision.transforms.v2.RandomRotation", "--data.augmentation.degrees=10",
+        "--trainer.accumulate_grad_batches=2",
+    ]  # fmt: skip
+    here = run_folder(run(tmp_path / "here", *options), tmp_path / "here")
+    command = [sys.executable, "-m", "mnist_lightning", *options]
+    (tmp_path / "there").mkdir()
+    subprocess.run(command, cwd=tmp_path / "there", check=True, capture_output=True, timeout=300)
+    assert differences(here, tmp_path / "there" / here.relative_to(tmp_path / "here")) == ""
+
+
 def test_the_table_in_the_docs_has_all_that_is_refused():
     text = (ROOT / "docs/conformance.md").read_text(encoding="utf-8")
     assert [row.name for row in ROWS if (row.refusal or row.remark) and f"`{row.name}`" not in text] == []
@@ -47,12 +66,12 @@ def test_the_table_in_the_docs_has_all_that_is_refused():
     ],
 )
 def test_no_value_of_a_key_ends_in_a_traceback(command, share, tmp_path):
-    """All cases of fit, and a quarter of those of predict, which has the same options but for its own."""
+    """A third of all cases of fit and a twelfth of those of predict; ``python tests/keys.py fit`` tries them all."""
     found = cases(command)
     random.Random(0).shuffle(found)
     options = options_of(command, tmp_path)
     problems = []
-    for number, (key, kind) in enumerate(found[share::SHARES]):
+    for number, (key, kind) in enumerate(found[share::12]):
         problem = try_key(command, key, VALUES[kind], tmp_path / str(number), *without(options, key))
         problems += [f"{key}: {kind}: {problem}"] if problem else []
     assert not problems
@@ -102,7 +121,7 @@ READERS = {
 @pytest.mark.slow
 @pytest.mark.parametrize("reader", [pytest.param(name, marks=pytest.mark.xdist_group("files")) for name in READERS])
 def test_no_damaged_file_ends_in_a_traceback(reader, kept, tmp_path):
-    """Each file of a run and a study, damaged in each way: a third of the cases, drawn."""
+    """Each file of a run and a study, damaged in each way: a quarter of the cases, few of report's, which is slow."""
     files = [path.relative_to(kept) for path in kept.rglob("lightning_logs/**/*") if path.is_file()]
     files = sorted(path for path in files if path.suffix in (".ckpt", ".yaml", ".csv", ".log"))
     generator = random.Random(reader)
