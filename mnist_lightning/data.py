@@ -295,6 +295,21 @@ class ImageDataModule(LightningDataModule):
             self.test = Split(*self._labelled("test"), statistics=self.train.statistics if self.train else None)
         self._loaded.clear()
 
+    def take_images(self, other: "ImageDataModule") -> None:
+        """Take the images that another data module has loaded, if it would load and split them alike."""
+        names = ("data_dir", "val_split", "split_seed", "standardize")
+        own, others = ({**each.hparams, **{n: getattr(each, n) for n in names}} for each in (self, other))
+        for settings in (own, others):
+            for name in ("batch_size", "eval_batch_size", "augmentation"):
+                settings.pop(name, None)
+        if type(self) is not type(other) or own != others:
+            return
+        for name in ("train", "val", "test"):
+            if (split := getattr(other, name)) is not None:
+                augmentation = self.augmentation if name == "train" else []
+                setattr(self, name, Split(split.images, split.labels, augmentation, split.statistics))
+        self.has_own_val, self.is_split_by_class = other.has_own_val, other.is_split_by_class
+
     def state_dict(self) -> dict[str, Any]:
         """The names of the classes, to be stored in a checkpoint."""
         return {"classes": self.classes}

@@ -29,8 +29,8 @@ from optuna.trial import TrialState
 
 from mnist_lightning.__main__ import main
 from mnist_lightning.data import MNISTDataModule
+from mnist_lightning.tune.record import is_counted
 from mnist_lightning.tune.storage import open_storage
-from mnist_lightning.tune.study import is_counted
 
 ROOT = Path(__file__).parents[1]
 SPACE = {
@@ -302,7 +302,7 @@ def wait_for(condition, seconds=240):
 def reported(cwd):
     """Whether a trial is running that has had its first epoch, after one that is complete."""
     journal = cwd / "lightning_logs/tune/journal.log"
-    if not journal.exists() or b'"workers"' not in journal.read_bytes():  # the study may not be there yet
+    if not journal.exists() or b'"owner"' not in journal.read_bytes():  # the study may not be there yet
         return False
     states = [trial.state for trial in load(cwd).trials if trial.intermediate_values]
     return TrialState.COMPLETE in states and TrialState.RUNNING in states
@@ -325,18 +325,26 @@ def session(leader):
 @contextmanager
 def stopped_worker(cwd, execution):
     """Stop a worker while it is at an execution with this number; gives its process and the number of the trial."""
+
+    def is_at(trial):
+        return len(trial.user_attrs.get("executions", [])) == execution and len(trial.params) == len(SPACE)
+
     deadline = time.monotonic() + 240
     while time.monotonic() < deadline:
         journal = cwd / "lightning_logs/tune/journal.log"
-        for trial in load(cwd).trials if journal.exists() and b'"workers"' in journal.read_bytes() else []:
-            name = trial.user_attrs.get("workers", {}).get(str(execution))
-            if name and trial.state == TrialState.RUNNING:
+        for trial in load(cwd).trials if journal.exists() and b'"owner"' in journal.read_bytes() else []:
+            name = trial.user_attrs.get("owner")
+            if name and trial.state == TrialState.RUNNING and is_at(trial):
                 pid = int(name.split(":")[-2])
                 os.kill(pid, signal.SIGSTOP)
                 try:
                     now = load(cwd).trials[trial.number]
-                    is_at_it = now.state == TrialState.RUNNING and name in now.user_attrs["workers"].values()
-                    if is_at_it and not journal.with_name("journal.log.lock").exists():
+                    if (
+                        now.state == TrialState.RUNNING
+                        and now.user_attrs["owner"] == name
+                        and is_at(now)
+                        and not journal.with_name("journal.log.lock").exists()
+                    ):
                         yield pid, trial.number
                         return
                 finally:

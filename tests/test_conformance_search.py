@@ -11,7 +11,6 @@ import optuna
 import pandas as pd
 import pytest
 from conftest import in_process, load
-from jsonargparse import Namespace
 from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
 from optuna.pruners import BasePruner
 from optuna.samplers import BaseSampler
@@ -21,10 +20,9 @@ from scipy import stats
 
 from mnist_lightning.parsing import corrected
 from mnist_lightning.tune.command import SearchCLI
-from mnist_lightning.tune.search import Search
+from mnist_lightning.tune.sampler import TrialSampler, draw, make_sampler
 from mnist_lightning.tune.space import SearchSpace
 from mnist_lightning.tune.storage import open_storage
-from mnist_lightning.tune.study import TrialSampler, ask
 
 pytestmark = pytest.mark.slow
 
@@ -95,18 +93,16 @@ def options(data_dir):
     return parse
 
 
-def searched(sampler, space, count, seed=42, directions=("minimize",), base=None):
+def searched(sampler, space, count, seed=42, directions=("minimize",)):
     """The study of a search with a sampler, whose trials are drawn as the workers do, but not trained."""
-    study = optuna.create_study(directions=directions)
-    search = Search(Namespace(sampler=sampler), {"seed_everything": seed}, SearchSpace(space), "", base, "owner")
-    search.use_sampler(study)
-    for _ in range(count):
-        number = ask(study, search.space, count, "owner")
-        if number is None:
-            break
-        study.tell(
-            number, [value(study.trials[number].params), study.trials[number].params.get("x", 0)][: len(directions)]
-        )
+    study, space = optuna.create_study(directions=directions), SearchSpace(space)
+    study.sampler = make_sampler(study, sampler, seed, space)
+
+    def objective(trial):
+        draw(trial, space)
+        return [value(trial.params), trial.params.get("x", 0)][: len(directions)]
+
+    study.optimize(objective, n_trials=count)
     return study
 
 
@@ -265,4 +261,4 @@ class TestTrialSampler(pytest_samplers.BasicSamplerTestCase):
     @pytest.fixture(params=["RandomSampler", "TPESampler"])
     def sampler(self, request):
         """Make samplers of trials."""
-        return lambda: TrialSampler(None, lambda number: SAMPLERS[request.param](seed=number))
+        return lambda: TrialSampler(optuna.create_study(), lambda number: SAMPLERS[request.param](seed=number))

@@ -12,8 +12,9 @@ import pytest
 from conftest import choices, load, outcome, reported, session, start, stopped_worker, wait_for
 from optuna.trial import TrialState
 
+from mnist_lightning.tune.record import is_counted
+from mnist_lightning.tune.recovery import Recovery, process_name
 from mnist_lightning.tune.storage import open_storage
-from mnist_lightning.tune.study import give_back, is_counted, process_name, set_attributes
 
 pytestmark = pytest.mark.slow
 
@@ -100,7 +101,6 @@ def test_machines_share_a_database_that_is_restarted_while_one_of_them_vanishes(
     url = postgresql("status")
     more = [f"--storage={url}", "--n_trials=14", "--workers=1", "--grace_period=3", "--refit=true", "--refit_epochs=1"]
     parents = [start(data_dir, tmp_path, *more, epochs=10) for _ in range(3)]
-    name = process_name(parents[0].pid)
     storage = open_storage(url)  # once: that takes longer than a look, and a trial may be over meanwhile
 
     def running():
@@ -113,13 +113,15 @@ def test_machines_share_a_database_that_is_restarted_while_one_of_them_vanishes(
     def all_are_at_it():
         workers.clear()
         for attributes in [trial.user_attrs for trial in running()]:
-            if attributes.get("workers"):
-                workers[attributes["owner"]] = attributes["workers"].values()
+            owner = psutil.Process(int(attributes["owner"].split(":")[-2])) if attributes.get("owner") else None
+            if owner is not None:  # a worker is a child of the server, that of the command
+                workers[owner.parent().ppid()] = attributes["owner"]
         return len(workers) == 3
 
     wait_for(all_are_at_it)
     parents[0].kill()
-    wait_for(lambda: not any(process_name(int(each.split(":")[1])) == each for each in workers[name]))  # they follow
+    name = workers[parents[0].pid]
+    wait_for(lambda: process_name(int(name.split(":")[-2])) != name)  # it follows
     killed = [trial.number for trial in running() if trial.user_attrs.get("owner") == name]
     postgresql("restart", "-m", "immediate")
     outputs = [parent.communicate(timeout=300)[0] for parent in parents]
@@ -147,12 +149,14 @@ def test_a_trial_that_others_have_taken_is_left_to_them(whole, tune_beside, tmp_
 
     def take():
         with stopped_worker(cwd, execution=0) as (_, number):
-            study = load(cwd)
-            set_attributes(study, study.trials[number], owner="another command")
+            storage = open_storage(str(cwd / "lightning_logs/tune/journal.log"))
+            study_id = storage.get_study_id_from_name("tune")
+            trial_id = storage.get_trial_id_from_study_id_trial_number(study_id, number)
+            storage.set_trial_user_attr(trial_id, "owner", "another machine:1:2")
         wait_for(lambda: sum(trial.state == TrialState.COMPLETE for trial in load(cwd).trials) == 4)
         study = load(cwd)
         assert study.trials[number].state == TrialState.RUNNING
-        give_back(study, study.trials[number], attempts=1)
+        Recovery(study, storage).put_back(number, died=True)
 
     (code, _, errors), _ = tune_beside(take, "--n_trials=5", "--workers=1")
     assert code == 0, errors

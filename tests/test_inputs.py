@@ -5,6 +5,7 @@ import copy
 import dataclasses
 import functools
 import gzip
+import itertools
 import json
 import math
 import operator
@@ -30,7 +31,8 @@ from mnist_lightning import idx
 from mnist_lightning.__main__ import main
 from mnist_lightning.data import MNISTDataModule
 from mnist_lightning.report import page
-from mnist_lightning.tune.command import SearchOptions, Workers
+from mnist_lightning.tune.command import SearchOptions
+from mnist_lightning.tune.pool import Pool
 from mnist_lightning.tune.storage import open_storage
 
 save = page.save
@@ -59,15 +61,15 @@ def run_command(*arguments):
     return 0
 
 
-def one_trial(workers, _):
+def one_trial(pool, _):
     """Stand in for the search: a finished trial without the time that workers take."""
-    trial = workers.study.ask({UNITS: IntDistribution(8, 32)})
-    trial.set_user_attr("owner", workers.search.owner)
-    trial.set_user_attr("workers", {})
+    trial = pool.study.ask({UNITS: IntDistribution(8, 32)})
+    pool.names.add("worker")
+    trial.set_user_attr("owner", "worker")
     trial.set_user_attr(
         "executions", [{"execution": 0, "seed": 42, "score": 0.5, "seconds": 1.0, "values": [[0, 0.5]]}]
     )
-    workers.study.tell(trial, 0.5)
+    pool.study.tell(trial, 0.5)
 
 
 @pytest.fixture(scope="module")
@@ -76,7 +78,7 @@ def made(data_dir, tmp_path_factory):
     cwd = tmp_path_factory.mktemp("made")
     (cwd / "space.yaml").write_text(yaml.safe_dump({"search_space": {UNITS: INTEGER}}))
     with contextlib.chdir(cwd), pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Workers, "run", one_trial)
+        patch.setattr(Pool, "run", one_trial)
         assert run_command("fit", f"--data.data_dir={data_dir}", "--trainer.max_epochs=1") == 0
         assert run_command(*TUNE, f"--data.data_dir={data_dir}") == 0
     return cwd
@@ -238,19 +240,14 @@ OPTIONS = {field.name: field.default for field in dataclasses.fields(SearchOptio
 
 @pytest.fixture
 def tune_with(run, cwd, monkeypatch):
-    """Runs ``tune`` with a value of an option and without training; gives code, message and the number of workers."""
-    counts = []
-
-    def search(workers, interrupt):
-        counts.append(len(workers.devices))
-        return one_trial(workers, interrupt)
-
-    monkeypatch.setattr(Workers, "run", search)
+    """Runs ``tune`` with a value of an option and without training; gives code and message."""
+    monkeypatch.setattr(Pool, "run", one_trial)
+    names = itertools.count()
 
     def command(**options):
         space = {"search_space": {UNITS: INTEGER}, "trainer": {"max_epochs": 1}, "refit": False}
-        (cwd / "c.yaml").write_text(yaml.safe_dump({"study_name": f"study {len(counts)}", **space, **options}))
-        return (*run("tune", "--config=c.yaml"), counts[-1:])
+        (cwd / "c.yaml").write_text(yaml.safe_dump({"study_name": f"study {next(names)}", **space, **options}))
+        return run("tune", "--config=c.yaml")
 
     return command
 
@@ -258,26 +255,14 @@ def tune_with(run, cwd, monkeypatch):
 def test_null_is_the_default_of_an_option(tune_with, cwd):
     for path in (cwd / "lightning_logs").glob("tune"):
         shutil.rmtree(path)
-    code, error, _ = tune_with(**dict.fromkeys(OPTIONS) | {"refit": False})
+    code, error = tune_with(**dict.fromkeys(OPTIONS) | {"refit": False})
     assert code == 0, error
     assert (cwd / JOURNAL).is_file()
 
 
-@pytest.mark.parametrize(
-    ("options", "count"),
-    [
-        ({"workers": 1000, "n_trials": 1, "executions_per_trial": 3}, 3),
-        ({"workers": 2, "n_trials": 9}, 2),
-    ],
-)
-def test_there_are_no_more_workers_than_executions(tune_with, options, count):
-    code, error, counts = tune_with(**options)
-    assert (code, counts) == (0, [count]), error
-
-
 @pytest.mark.parametrize("option", ["workers", "executions_per_trial", "n_trials"])
 def test_a_number_that_would_fill_the_memory_is_refused(tune_with, option):
-    code, error, _ = tune_with(**{option: 10**12})
+    code, error = tune_with(**{option: 10**12})
     assert code == 2
     assert error.startswith(f"error: {option}: ")
 
@@ -285,7 +270,7 @@ def test_a_number_that_would_fill_the_memory_is_refused(tune_with, option):
 @pytest.mark.parametrize("limit", [math.nan, math.inf])
 def test_a_limit_that_limits_nothing_is_refused(tune_with, limit):
     options = {"metric": ["val/loss", "parameters"], "limits": {"parameters": limit}}
-    assert tune_with(**options)[:2] == (1, "error: limits: that of parameters must be a finite number.")
+    assert tune_with(**options) == (1, "error: limits: that of parameters must be a finite number.")
 
 
 @pytest.mark.slow
@@ -293,7 +278,7 @@ def test_a_limit_that_limits_nothing_is_refused(tune_with, limit):
 def test_an_option_has_a_value_or_is_refused(tune_with, option):
     """Whatever it is given; of all that is odd a part, drawn with a seed."""
     for value in random.Random(option).sample([None, 0, -1, 0.5, math.nan, math.inf, 10**12, "", "x", [], [1], {}], 6):
-        code, error, _ = tune_with(**{option: value})
+        code, error = tune_with(**{option: value})
         assert code in (0, 1, 2)
         assert code == 0 or error.startswith("error: "), (value, error)
         assert len(error.removesuffix("\nOptions: add --help\n").splitlines()) <= 1, (value, error)

@@ -34,9 +34,9 @@ from optuna.trial import TrialState
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from mnist_lightning.classifier import Classifier
-from mnist_lightning.tune.search import Search
+from mnist_lightning.tune.sampler import draw, make_sampler
 from mnist_lightning.tune.space import NOTEBOOK_SPACE, SearchSpace
-from mnist_lightning.tune.study import ask
+from mnist_lightning.tune.study import pareto_front
 
 
 def test_a_study_is_shown_and_kept(whole):
@@ -124,26 +124,6 @@ def test_the_refit_is_a_run_beside_the_baseline(tune, quick, tmp_path):
     _, output, _ = tune(*arguments)
     assert "it is there already" in output
     assert not run.with_name("version_1").exists()
-
-
-@pytest.mark.slow
-def test_the_executions_of_the_last_trials_are_shared_out(tune_beside, tmp_path):
-    cwd = tmp_path / "here"
-
-    def are_together():
-        journal = cwd / "lightning_logs/tune/journal.log"
-        if not journal.exists() or b'"workers"' not in journal.read_bytes():
-            return False
-        (trial,) = load(cwd).trials
-        assert trial.state == TrialState.RUNNING
-        return len(set(trial.user_attrs.get("workers", {}).values())) == 2
-
-    (code, _, errors), _ = tune_beside(lambda: wait_for(are_together), "--n_trials=1", "--workers=2", epochs=20)
-    assert code == 0, errors
-    (trial,) = load(cwd).trials
-    assert [execution["seed"] for execution in trial.user_attrs["executions"]] == [42, 43]
-    assert sorted(trial.intermediate_values) == [*range(40)]
-    assert trial.intermediate_values[39] == trial.value
 
 
 @pytest.mark.slow
@@ -289,7 +269,7 @@ def test_several_metrics_have_a_pareto_front(tune, capfd, tmp_path):
     assert code == 0, errors
     report = json.loads(Path("lightning_logs/report/report.json").read_text(encoding="utf-8"))["study"]
     assert report["best_trial"] == small.number
-    assert report["pareto_front"] == {str(trial.number): trial.values for trial in study.best_trials}
+    assert report["pareto_front"] == {str(trial.number): trial.values for trial in pareto_front(study)}
     assert Path("lightning_logs/report/figures/study_front_parameters.png").is_file()
     code, _, errors = tune(*options, "--limits.parameters=3")
     assert code == 1
@@ -640,7 +620,7 @@ def test_no_trial_touches_the_test_images(data_dir, tune, tmp_path):
         (["--metric=val/loss", "--metric=parameters", "--pruner=MedianPruner"], "A pruner knows one metric only"),
         (["--metric=val/loss", "--metric=flops", "--direction=minimize"], "Each metric needs one direction"),
         (["--metric=parameters", "--metric=val/loss"], "parameters cannot"),
-        (["--limits.parameters=3"], "parameters is not among the metrics"),
+        (["--limits.parametres=3"], "The metric parametres is not logged"),
         (["--like=other"], "there is no study other in lightning_logs/other/journal.log"),
         (["--metric=test/accuracy"], "These are: val/loss, val/penalized_loss, val/accuracy"),
         (["--trainer.accelerator=cpu", "--trainer.devices=2"], "leave --trainer.devices at 1"),
@@ -772,11 +752,12 @@ def test_a_sampler_within_a_sampler_draws_anew_in_each_trial(sampler):
     space = SearchSpace({"a": CategoricalDistribution([*range(50)])})  # which QMCSampler leaves to another
     drawn = []
     for seed in (1, 1, 2):
-        search = Search(Namespace(sampler=sampler), {"seed_everything": seed}, space, "", Path(), "owner")
         study = optuna.create_study()
-        search.use_sampler(study)
+        study.sampler = make_sampler(study, sampler, seed, space)
         for _ in range(9):
-            study.tell(ask(study, space, 9, "owner"), 0.0)
+            trial = study.ask()
+            draw(trial, space)
+            study.tell(trial, 0.0)
         drawn.append([trial.params["a"] for trial in study.trials])
     assert len({*drawn[0]}) > 5
     assert drawn[0] == drawn[1] != drawn[2]

@@ -4,21 +4,19 @@ import pytest
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
 from optuna.samplers import BruteForceSampler, RandomSampler, TPESampler
-from optuna.trial import TrialState
 
-from mnist_lightning.tune import study as studies
+from mnist_lightning.tune.record import Metric, is_counted
+from mnist_lightning.tune.sampler import TrialSampler, draw
 from mnist_lightning.tune.space import (
-    SearchSpace,
     config_with,
     describe,
     make_space,
     params_of,
     short_key,
-    size,
     spread,
 )
 from mnist_lightning.tune.storage import open_storage
-from mnist_lightning.tune.study import TrialSampler, open_study, process_name
+from mnist_lightning.tune.study import open_study
 
 BASE = {
     "trainer": {"max_epochs": 2},
@@ -111,36 +109,41 @@ def test_conditions_that_cannot_be_are_refused(space, message):
         make_space(space, BASE)
 
 
+def opened(tmp_path, space):
+    return open_study(open_storage(str(tmp_path / "journal.log")), "study", [Metric("value", "maximize")], {}, space)
+
+
 @pytest.mark.parametrize("make", [RandomSampler, lambda seed: TPESampler(multivariate=True, group=True, seed=seed)])
 def test_samplers_draw_a_key_only_where_it_has_a_sense(tmp_path, make):
     space = make_space(DEEP, BASE)
-    study, _ = open_study(open_storage(str(tmp_path / "journal.log")), "study", ["maximize"], {}, space)
+    study = opened(tmp_path, space)
     study.sampler = TrialSampler(study, make)
     for _ in range(30):
-        number = studies.ask(study, space, 30, process_name())
-        study.tell(number, len(study.trials[number].params))
+        trial = study.ask()
+        draw(trial, space)
+        study.tell(trial, len(trial.params))
     assert all(space.has_all(trial.params) for trial in study.trials)
     assert {trial.params[LENGTH] for trial in study.trials} == {1, 2, 3}
-    same, _ = open_study(open_storage(str(tmp_path / "journal.log")), "study", ["maximize"], {}, make_space(DEEP, BASE))
-    assert same.trials == study.trials
+    assert opened(tmp_path, make_space(DEEP, BASE)).trials == study.trials
     other = make_space({**DEEP, f"{NETWORK}.units.2": integer(16, 32, when={LENGTH: [2, 3]})}, BASE)
     with pytest.raises(MisconfigurationException, match=r"units\.2 is 16 to 32, step 1, when units.length is 3 in the"):
-        open_study(open_storage(str(tmp_path / "journal.log")), "study", ["maximize"], {}, other)
+        opened(tmp_path, other)
 
 
 def test_a_tree_of_values_is_searched_whole(tmp_path):
-    space = make_space(DEEP, BASE)
-    # depth 1, 2 (with two rates) and 3 (with four, and seventeen widths); SGD with two momenta; a schedule or none
-    assert size(space) == (1 + 2 + 2 * 2 * 17) * (1 + 2) * 2
-    small = {key: value for key, value in DEEP.items() if "units.2" not in key}
-    space = make_space(small, BASE)
-    assert size(space) == (1 + 2 + 4) * 3 * 2
-    study, _ = open_study(open_storage(str(tmp_path / "journal.log")), "study", ["maximize"], {}, space)
-    study.sampler = TrialSampler(study, lambda _: BruteForceSampler(seed=0), size(space))
-    while (number := studies.ask(study, space, 1000, process_name())) is not None:
-        study.tell(number, 0.0)
-    complete = study.get_trials(states=(TrialState.COMPLETE,))
-    assert len({tuple(sorted(trial.params.items(), key=str)) for trial in complete}) == len(complete) == size(space)
+    space = make_space({key: value for key, value in DEEP.items() if "units.2" not in key}, BASE)
+    study = opened(tmp_path, space)
+    study.sampler = TrialSampler(study, lambda _: BruteForceSampler(seed=0))
+
+    def objective(trial):
+        draw(trial, space)
+        return 0.0
+
+    study.optimize(objective)
+    # depth 1, 2 (with two rates) and 3 (with four); SGD with two momenta or another; a schedule or none
+    size = (1 + 2 + 4) * 3 * 2
+    complete = [trial for trial in study.trials if is_counted(trial)]
+    assert len({tuple(sorted(trial.params.items(), key=str)) for trial in complete}) == len(complete) == size
 
 
 def test_distributions_in_words():
@@ -154,10 +157,3 @@ def test_short_keys_are_what_the_config_s_nesting_leaves():
     assert list(map(short_key, keys)) == ["units.0", "optimizer", "batch_size", "optimizer"]
     assert short_key("model.network.class_path") == "network"
     assert short_key("model.optimizer.init_args.lr") == "optimizer.lr"
-
-
-def test_the_size_of_a_space():
-    space = {"a": IntDistribution(32, 512, step=32), "b": CategoricalDistribution([1, 2, 3])}
-    assert size(SearchSpace(space)) == 16 * 3
-    assert size(SearchSpace({**space, "c": FloatDistribution(0.1, 0.5, step=0.1)})) == 16 * 3 * 5
-    assert size(SearchSpace({**space, "c": FloatDistribution(0.1, 0.5)})) == float("inf")

@@ -5,31 +5,28 @@ import multiprocessing
 import os
 import time
 from collections import Counter
+from pathlib import Path
 
 import numpy as np
 import optuna
 import pytest
 from conftest import posix
+from jsonargparse import Namespace
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
 from optuna.pruners import HyperbandPruner
-from optuna.samplers import BruteForceSampler, GridSampler, RandomSampler, TPESampler
+from optuna.samplers import RandomSampler, TPESampler
 from optuna.trial import TrialState
 
+from mnist_lightning.tune import recovery, trial
 from mnist_lightning.tune import study as studies
+from mnist_lightning.tune.record import Metric, is_counted
+from mnist_lightning.tune.recovery import ATTEMPTS, SWEEPS, Recovery, process_name
+from mnist_lightning.tune.sampler import TrialSampler
 from mnist_lightning.tune.space import SearchSpace
 from mnist_lightning.tune.storage import open_storage
-from mnist_lightning.tune.study import (
-    SWEEPS,
-    TrialSampler,
-    give_back,
-    is_complete,
-    is_counted,
-    open_study,
-    process_name,
-    set_attributes,
-    sweep,
-)
+from mnist_lightning.tune.study import is_complete, open_study
+from mnist_lightning.tune.trial import FailedTrialError, Objective, Search, run_trials
 
 SPACE = SearchSpace({"a": IntDistribution(1, 1000), "b": CategoricalDistribution(["x", "y"])})
 
@@ -43,20 +40,53 @@ def seeded(number):
     return RandomSampler(int(np.random.SeedSequence([42, number]).generate_state(1)[0]))
 
 
-def make(journal, space=SPACE, sampler=seeded, name="study", combinations=math.inf, **settings):
-    study, _ = open_study(open_storage(journal), name, ["maximize"], settings, space)
-    study.sampler = TrialSampler(study, sampler, combinations)
+def make(journal, space=SPACE, sampler=seeded, name="study", **settings):
+    study = open_study(open_storage(journal), name, [Metric("value", "maximize")], settings, space)
+    study.sampler = TrialSampler(study, sampler)
     return study
 
 
-def ask(study, space, n_trials):
-    """Take a trial as a command of its own."""
-    number = studies.ask(study, space, n_trials, process_name())
-    return None if number is None else study.trials[number]
+def search(journal, n_trials, space=SPACE, sampler="RandomSampler", executions=1, **arguments):
+    """A search of the study ``study``."""
+    options = Namespace(
+        n_trials=n_trials, executions_per_trial=executions, study_name="study", limits={}, keep_checkpoints="none",
+        sampler=Namespace(class_path=f"optuna.samplers.{sampler}", init_args=Namespace(**arguments)),
+        pruner=Namespace(class_path="optuna.pruners.NopPruner"),
+    )  # fmt: skip
+    base = {"seed_everything": 42, "trainer": {"max_epochs": 1}}
+    return Search(options, [Metric("value", "maximize")], base, space, journal, Path(journal).parent)
 
 
-def set_attribute(study, number, **attributes):
-    set_attributes(study, study.trials[number], **attributes)
+def trained(objective, trial, number, executions):
+    """What an execution gives, without any training."""
+    return {"execution": number, "seed": 0, "score": float(trial.params["a"]), "values": [[0, trial.params["a"]]]}
+
+
+@pytest.fixture(autouse=True)
+def _without_training(monkeypatch):
+    monkeypatch.setattr(Objective, "train", trained)
+
+
+def work(journal, n_trials, **options):
+    """Do what a worker does."""
+    make(journal, options.get("space", SPACE))
+    run_trials(search(journal, n_trials, **options), open_storage(journal))
+    return make(journal, options.get("space", SPACE))
+
+
+def work_and_die(journal, n_trials, executions=1, after=0):
+    """Do what a worker does that is killed while it trains its first trial, after some executions."""
+
+    def train(objective, trial, number, done):
+        if number == after:
+            os._exit(0)
+        return trained(objective, trial, number, done)
+
+    def run():
+        Objective.train = train
+        work(journal, n_trials, executions=executions)
+
+    in_process(run).join(30)
 
 
 def in_process(target, *args):
@@ -109,31 +139,35 @@ def test_a_sampler_that_learns_sees_the_trials_before(journal, sampler):
     assert (late > 700) == (sampler is not seeded)
 
 
-@pytest.mark.parametrize("sampler", [lambda grid: GridSampler(grid, seed=0), lambda _: BruteForceSampler(seed=0)])
-def test_a_finite_space_is_known_to_be_exhausted_by_all_who_draw(journal, sampler):
-    grid = {"a": [1, 2], "b": ["x", "y"]}
-    space = SearchSpace({"a": IntDistribution(1, 2), "b": SPACE["b"]})
-    first, second = (make(journal, space, lambda number: sampler(grid), combinations=4) for _ in range(2))
-    assert not is_complete(first, 99)
-    trials = [ask(study, space, 99) for study in (first, second, first)]
-    assert trials[2] is not None
-    first.tell(trials[0].number, 0.0)
-    last = ask(second, space, 99)
-    assert [ask(study, space, 99) for study in (first, second)] == [None, None]
-    assert len(first.trials) == 4
-    assert not is_complete(first, 99)  # some are at work
-    for trial in (*trials[1:], last):
-        second.tell(trial.number, 0.0)
-    assert is_complete(first, 99)
-    counted = [trial for trial in first.trials if is_counted(trial)]
-    assert len({tuple(trial.params.values()) for trial in counted}) == len(counted) == 4
+FINITE = SearchSpace({"a": IntDistribution(1, 2), "b": SPACE["b"]})
+
+
+@pytest.mark.parametrize(
+    "sampler",
+    [{"sampler": "GridSampler", "search_space": {"a": [1, 2], "b": ["x", "y"]}}, {"sampler": "BruteForceSampler"}],
+)
+@posix
+def test_a_finite_space_is_drawn_once_by_all_who_draw(journal, sampler):
+    make(journal, FINITE)
+
+    def run():
+        time.sleep(0.01)
+        work(journal, 99, space=FINITE, **sampler)
+
+    processes = [in_process(run) for _ in range(3)]
+    for process in processes:
+        process.join(60)
+    for _ in range(2):  # the second time, nothing is left
+        study = work(journal, 99, space=FINITE, **sampler)
+        counted = [trial for trial in study.trials if is_counted(trial)]
+        assert len({tuple(trial.params.values()) for trial in counted}) == len(counted) == 4
+        assert {trial.state for trial in counted} == {TrialState.COMPLETE}
 
 
 def test_the_same_settings_continue_a_study(journal):
     study = make(journal, epochs=3)
     study.tell(study.ask(SPACE), 1.0)
-    again, is_new = open_study(open_storage(journal), "study", ["maximize"], {"epochs": 3}, SPACE)
-    assert not is_new
+    again = open_study(open_storage(journal), "study", [Metric("value", "maximize")], {"epochs": 3}, SPACE)
     assert again.best_value == 1.0
 
 
@@ -171,106 +205,122 @@ def test_a_study_of_someone_else_is_left_alone(journal):
         make(journal)
 
 
-def test_the_total_counts_every_process(journal):
+def test_a_setting_that_a_study_lacks_has_its_default(journal):
+    make(journal, model={"lr": 0.1})
+    metrics = [Metric("value", "maximize")]
+    newer = {"model": {"lr": 0.1, "lr_interval": "step"}}
+    for default, is_refused in (("step", False), ("epoch", True)):
+        try:
+            open_study(open_storage(journal), "study", metrics, newer, SPACE, {"model.lr_interval": default})
+        except MisconfigurationException as error:
+            assert is_refused
+            assert "model.lr_interval is epoch in the study, step in the command" in str(error)  # noqa: PT017
+        else:
+            assert not is_refused
+
+
+def test_the_total_counts_every_trial_but_those_too_many(journal):
+    study = work(journal, 3)
+    assert [trial.number for trial in study.trials] == [0, 1, 2]
+    assert is_complete(study, 3)
+    pruned = study.ask(SPACE)
+    study.tell(pruned, state=TrialState.PRUNED)
+    failed = study.ask(SPACE)
+    failed.set_user_attr("error", "it diverged")
+    study.tell(failed, state=TrialState.FAIL)
+    study.tell(study.ask(), state=TrialState.FAIL)  # two processes asked at once
+    assert len(work(journal, 5).trials) == 6
+    assert len(work(journal, 6).trials) == 7
+
+
+def test_a_trial_too_many_shifts_no_draw(journal):
+    study = work(journal, 2)
+    study.tell(study.ask(), state=TrialState.FAIL)
+    study, whole = work(journal, 4), make(journal, name="whole")
+    for _ in range(4):
+        whole.ask(SPACE)
+    assert [trial.params for trial in study.trials if is_counted(trial)] == values(whole)
+
+
+def test_the_last_place_is_taken_once(journal):
     study = make(journal)
-    trials = [ask(study, SPACE, 3) for _ in range(3)]
-    assert [trial.number for trial in trials] == [0, 1, 2]
-    assert ask(make(journal), SPACE, 3) is None
-    study.tell(0, state=TrialState.PRUNED)
-    set_attribute(study, 1, error="it diverged")
-    study.tell(1, state=TrialState.FAIL)
-    assert ask(study, SPACE, 3) is None  # pruned and failed trials count
-    assert ask(study, SPACE, 4).number == 3
-
-
-def test_the_last_place_is_taken_once(journal, monkeypatch):
-    first, second = make(journal), make(journal)
-    ask(first, SPACE, 2)
-    stale = second.get_trials()
-    ask(first, SPACE, 2)
-    answers = iter([stale])  # what the second saw before it asked
-    real = second.get_trials
-    monkeypatch.setattr(second, "get_trials", lambda **options: next(answers, None) or real(**options))
-    assert ask(second, SPACE, 2) is None
-    monkeypatch.undo()
-    assert [is_counted(trial) for trial in second.trials] == [True, True, False]
+    first, second, third = (study.ask() for _ in range(3))
+    objective = Objective(search(journal, 2), study, process_name())
+    with pytest.raises(FailedTrialError):
+        objective(third)
+    study.tell(third, state=TrialState.FAIL)
+    for each in (second, first):
+        study.tell(each, objective(each))
+    assert [is_counted(trial) for trial in study.trials] == [True, True, False]
 
 
 @posix
 def test_processes_share_a_study_exactly(journal):
     make(journal)
-
-    def run():
-        study = make(journal)
-        while (trial := ask(study, SPACE, 25)) is not None:
-            time.sleep(0.002)
-            study.tell(trial.number, trial.params["a"])
-
-    processes = [in_process(run) for _ in range(4)]
+    processes = [in_process(work, journal, 25) for _ in range(4)]
     for process in processes:
         process.join(60)
     study = make(journal)
     counted = [trial for trial in study.trials if is_counted(trial)]
     assert [trial.state for trial in counted] == [TrialState.COMPLETE] * 25
     assert len({trial.user_attrs["owner"] for trial in counted}) > 1
-    drawn = Counter(trial.params["a"] for trial in study.trials)
+    drawn = Counter(trial.params["a"] for trial in counted)
     assert len(drawn) > 20  # no process repeats what another has drawn
+    alone = make(journal, name="alone")
+    for _ in range(25):
+        alone.ask(SPACE)
+    assert sorted(map(str, values(alone))) == sorted(str(trial.params) for trial in counted)
 
 
 @posix
 def test_a_trial_of_a_dead_process_waits_for_another_with_what_it_has(journal):
     study = make(journal)
-    own = ask(study, SPACE, 3)
-
-    def die():
-        other = make(journal)
-        trial = ask(other, SPACE, 3)
-        set_attribute(other, trial.number, executions=[{"score": 0.5}], workers={"1": "worker"})
-
-    in_process(die).join(30)
-    (dead,) = [trial for trial in study.trials if trial.number != own.number]
-    assert sweep(study, {}) == [dead.number]
-    assert sweep(study, {}) == []  # the second time there is nothing to do
+    own = study.ask(SPACE)
+    own.set_user_attr("owner", process_name())
+    work_and_die(journal, 3, executions=2, after=1)
+    recovery = Recovery(study, open_storage(journal))
+    assert recovery.sweep() == [1]
+    assert recovery.sweep() == []  # the second time there is nothing to do
     assert [trial.state.name for trial in study.trials] == ["RUNNING", "WAITING"]
-    again = ask(study, SPACE, 3)
-    assert (again.number, again.params) == (dead.number, dead.params)
-    assert again.user_attrs == {
-        "executions": [{"score": 0.5}], "attempts": 1, "workers": {}, "owner": process_name(),
-    }  # fmt: skip
-    assert ask(study, SPACE, 3).number == 2
-    assert ask(study, SPACE, 3) is None
+    dead = study.trials[1]
+    assert dead.user_attrs["attempts"] == 1
+    assert [execution["execution"] for execution in dead.user_attrs["executions"]] == [0]
+    trials = work(journal, 3, executions=2).trials
+    assert (trials[1].params, trials[1].value) == (dead.params, dead.params["a"])
+    assert [execution["execution"] for execution in trials[1].user_attrs["executions"]] == [0, 1]
+    assert trials[1].user_attrs["attempts"] == 0  # it got on
+    assert [trial.state.name for trial in trials] == ["RUNNING", "COMPLETE", "COMPLETE"]
+
+
+@posix
+def test_a_trial_that_kills_its_processes_has_failed(journal):
+    study = make(journal)
+    for _ in range(ATTEMPTS):
+        work_and_die(journal, 1)
+        assert Recovery(study, open_storage(journal)).sweep() == [0]
+    (trial,) = work(journal, 1).trials
+    assert (trial.state, trial.user_attrs["error"]) == (TrialState.FAIL, "3 processes died that ran it")
 
 
 @posix
 def test_a_trial_whose_process_died_when_its_error_was_known_has_failed(journal):
     study = make(journal)
 
-    def die():
-        other = make(journal)
-        set_attribute(other, ask(other, SPACE, 1).number, error="it diverged")
+    def run():
+        trial = make(journal).ask(SPACE)
+        trial.set_user_attr("owner", process_name())
+        trial.set_user_attr("error", "it diverged")
 
-    in_process(die).join(30)
-    sweep(study, {})
-    assert [(trial.state.name, is_counted(trial)) for trial in study.trials] == [("FAIL", True)]
-
-
-@pytest.mark.parametrize("sampler", [seeded, lambda _: GridSampler({"a": [1, 2, 3], "b": ["x"]}, seed=0)])
-@posix
-def test_dead_trials_shift_no_draw(journal, sampler):
-    study, whole = make(journal, sampler=sampler), make(journal, sampler=sampler, name="whole")
-    in_process(lambda: ask(make(journal, sampler=sampler), SPACE, 3)).join(30)
-    sweep(study, {})
-    for expected in range(3):
-        assert ask(study, SPACE, 3).number == expected
-        whole.ask(SPACE)
-    assert ask(study, SPACE, 3) is None
-    assert values(study) == values(whole)
+    in_process(run).join(30)
+    Recovery(study, open_storage(journal)).sweep()
+    (trial,) = work(journal, 1).trials
+    assert (trial.state.name, trial.user_attrs["error"]) == ("FAIL", "it diverged")
 
 
 @pytest.mark.parametrize("has_owner", [True, False])
 @posix
 def test_a_trial_whose_process_died_while_drawing_is_drawn_to_its_end(journal, has_owner):
-    study, whole, heartbeats = make(journal), make(journal, name="whole"), {}
+    study, whole = make(journal), make(journal, name="whole")
 
     def die():
         trial = make(journal).ask({"a": SPACE["a"]})
@@ -278,51 +328,75 @@ def test_a_trial_whose_process_died_while_drawing_is_drawn_to_its_end(journal, h
             trial.set_user_attr("owner", process_name())
 
     in_process(die).join(30)
+    recovery = Recovery(study, open_storage(journal))
     for _ in range(0 if has_owner else SWEEPS):
-        sweep(study, heartbeats)
+        recovery.sweep()
         assert study.trials[0].state == TrialState.RUNNING  # it may still be at it
-    sweep(study, heartbeats)
+    recovery.sweep()
     assert study.trials[0].state == TrialState.WAITING
-    for expected in range(2):
-        assert ask(study, SPACE, 2).number == expected
+    for _ in range(2):
         whole.ask(SPACE)
-    assert ask(study, SPACE, 2) is None
-    assert values(study) == values(whole)
+    assert values(work(journal, 2)) == values(whole)
 
 
-def test_a_trial_that_was_finished_meanwhile_is_not_given_back(journal):
+def test_a_trial_that_was_finished_meanwhile_is_not_put_back(journal):
     study, other = make(journal), make(journal)
-    trial = ask(study, SPACE, 2)
-    other.tell(trial.number, 1.0)
-    give_back(study, trial, attempts=1)
+    number = study.ask(SPACE).number
+    other.tell(number, 1.0)
+    Recovery(study, open_storage(journal)).put_back(number, died=True)
     assert study.trials[0].state == TrialState.COMPLETE
     assert "attempts" not in study.trials[0].user_attrs
 
 
+def test_a_trial_that_others_have_is_left_to_them(journal, monkeypatch):
+    study = make(journal)
+    other = Recovery(study, open_storage(journal))
+
+    def train(objective, trial, number, executions):
+        if trial.number == 0 and not taken:
+            taken.append(trial.number)
+            other.put_back(0, died=True)
+            again = make(journal).ask()
+            again.set_user_attr("owner", "another")
+            raise RuntimeError("which is not the trial's")
+        return trained(objective, trial, number, executions)
+
+    def body(objective, trial, number, executions):  # as Objective.train does
+        try:
+            return train(objective, trial, number, executions)
+        except RuntimeError:
+            assert not objective.owns(trial)
+            raise AbandonedTrial from None
+
+    taken = []
+    AbandonedTrial = trial.AbandonedTrial  # noqa: N806
+    monkeypatch.setattr(Objective, "train", body)
+    trials = work(journal, 3).trials
+    assert [each.state.name for each in trials] == ["RUNNING", "COMPLETE", "COMPLETE"]
+    assert trials[0].user_attrs["owner"] == "another"
+
+
 def test_a_machine_that_is_silent_for_the_grace_period_has_vanished(journal, monkeypatch):
     study, other = make(journal), make(journal)
-    with monkeypatch.context() as patch:
-        patch.setattr(studies.socket, "gethostname", lambda: "elsewhere")
-        silent, alive = ask(other, SPACE, 2), ask(other, SPACE, 2)
-    heartbeats = {}
-    for beat in range(SWEEPS + 1):
-        assert study.trials[silent.number].state == TrialState.RUNNING
-        set_attribute(other, alive.number, heartbeat=-beat)  # whatever its clock says
-        sweep(study, heartbeats)
+    elsewhere, alive = Recovery(study, open_storage(journal)), Recovery(other, open_storage(journal))
+    for name in ("silent", "alive"):
+        other.ask(SPACE).set_user_attr("owner", f"{name}:1:2")
+    for _ in range(SWEEPS + 1):
+        assert study.trials[0].state == TrialState.RUNNING
+        alive.beat(["alive:1:2"])
+        elsewhere.sweep()
     assert [trial.state.name for trial in study.trials] == ["WAITING", "RUNNING"]
-    with monkeypatch.context() as patch:  # another machine has it now, which has not spoken yet
-        patch.setattr(studies.socket, "gethostname", lambda: "a third")
-        ask(other, SPACE, 2)
-    for beat in range(SWEEPS):
-        set_attribute(other, alive.number, heartbeat=beat + 1)
-        assert sweep(study, heartbeats) == []
+    other.ask().set_user_attr("owner", "a third:1:2")  # another machine has it now, which has not spoken yet
+    for _ in range(SWEEPS):
+        alive.beat(["alive:1:2"])
+        assert elsewhere.sweep() == []
 
 
 def test_a_process_elsewhere_with_the_number_of_one_here_is_another(journal, monkeypatch):
     study = make(journal)
-    ask(study, SPACE, 1)
-    monkeypatch.setattr(studies, "_machine", lambda: "another container of this host")
-    sweep(study, {})
+    study.ask(SPACE).set_user_attr("owner", process_name())
+    monkeypatch.setattr(recovery, "_machine", lambda: "another container of this host")
+    Recovery(study, open_storage(journal)).sweep()
     assert study.trials[0].state == TrialState.RUNNING
 
 

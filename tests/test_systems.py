@@ -13,7 +13,7 @@ from conftest import load, tune_options, wait_for
 from optuna.trial import TrialState
 
 from mnist_lightning.runs import atomic_write
-from mnist_lightning.tune.study import process_name
+from mnist_lightning.tune.recovery import process_name
 
 LIKE_WINDOWS = {
     **os.environ,

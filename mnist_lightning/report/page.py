@@ -28,9 +28,10 @@ from mnist_lightning.report import interactive, plots
 from mnist_lightning.report.comparison import Comparison, accuracy_interval, compare_to_first, verdict
 from mnist_lightning.report.evaluation import COLORS, Model, have_same, load_run
 from mnist_lightning.runs import newest_complete_run
+from mnist_lightning.tune.record import metrics_of
 from mnist_lightning.tune.space import bounds, short_key, short_value
 from mnist_lightning.tune.storage import hide_password
-from mnist_lightning.tune.study import best_trial, find_study, metrics_of, results
+from mnist_lightning.tune.study import best_trial, find_study, pareto_front, results
 
 TIME = "training time, s"
 TRIALS = 100
@@ -412,8 +413,8 @@ def _describe_best(study: optuna.Study) -> dict[str, Any]:
     best = best_trial(study)
     described: dict[str, Any] = {"best_trial": best.number, "best_value": best.values[0], "best_params": best.params}
     if len(study.directions) > 1:
-        described["metrics"] = metrics_of(study)
-        described["pareto_front"] = {trial.number: trial.values for trial in study.best_trials}
+        described["metrics"] = [metric.name for metric in metrics_of(study)]
+        described["pareto_front"] = {trial.number: trial.values for trial in pareto_front(study)}
     return described
 
 
@@ -424,17 +425,17 @@ def study_sections(report: Report) -> list[Section]:
         return []
     names = {key: short_key(key) for key in searched(study)}
     pictures = [plots.execution_scores(study)]
-    if table[metrics_of(study)[0]].nunique() > 1:
+    if table[metrics_of(study)[0].name].nunique() > 1:
         pictures = [*plots.study_plots(study, names), *pictures]
     several = ""
     if len(study.directions) > 1:
         pictures = [*plots.pareto_fronts(study), *pictures]
-        front = {str(trial.number) for trial in study.best_trials}
+        front = {str(trial.number) for trial in pareto_front(study)}
         table = table.copy()
         table.insert(0, "front", ["yes" if number in front else "" for number in table.index])
         several = (
             f"{len(front)} trials are on the Pareto front: no other betters them in every metric. "
-            f"Scores, history and importances are those of {metrics_of(study)[0]}."
+            f"Scores, history and importances are those of {metrics_of(study)[0].name}."
         )
     origins = [(model.name, _origin(model)) for model in report.models]
     made = [

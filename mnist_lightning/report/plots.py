@@ -21,8 +21,9 @@ from PIL import Image
 from mnist_lightning import figures
 from mnist_lightning.report.comparison import reliability
 from mnist_lightning.report.evaluation import Model
+from mnist_lightning.tune.record import metrics_of
 from mnist_lightning.tune.space import short_value
-from mnist_lightning.tune.study import best_trial, metrics_of, signs
+from mnist_lightning.tune.study import best_trial
 
 SAMPLES = 10
 """Images in a picture of predictions."""
@@ -175,7 +176,7 @@ def costs(models: Sequence[Model]) -> Picture:
 def execution_scores(study: optuna.Study) -> Picture:
     """The score of each execution of each trial, and their mean."""
     figure = Figure(figsize=(8, 4), layout="constrained")
-    axes = figure.add_subplot(xlabel="trial", ylabel=metrics_of(study)[0])
+    axes = figure.add_subplot(xlabel="trial", ylabel=metrics_of(study)[0].name)
     trials = study.get_trials(states=(TrialState.COMPLETE,))
     for trial in trials:
         scores = [execution["score"] for execution in trial.user_attrs.get("executions", [])]
@@ -191,22 +192,21 @@ def execution_scores(study: optuna.Study) -> Picture:
 def pareto_fronts(study: optuna.Study) -> list[Picture]:
     """The first metric of all trials against each other one, with the front between the two."""
     first, *others = metrics_of(study)
-    sign, *other_signs = signs(study)
     trials = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
     pictures = []
-    for index, (metric, other_sign) in enumerate(zip(others, other_signs, strict=True), start=1):
+    for index, metric in enumerate(others, start=1):
         points = [(trial.values[index], trial.values[0]) for trial in trials]
         front: list[tuple[float, float]] = []
-        for x, y in sorted(points, key=lambda point: (-other_sign * point[0], -sign * point[1])):
-            if not front or sign * y > sign * front[-1][1]:
+        for x, y in sorted(points, key=lambda point: (-metric.sign * point[0], -first.sign * point[1])):
+            if not front or first.sign * y > first.sign * front[-1][1]:
                 front.append((x, y))
         figure = Figure(figsize=(8, 4.5), layout="constrained")
-        axes = figure.add_subplot(xlabel=metric, ylabel=first)
+        axes = figure.add_subplot(xlabel=metric.name, ylabel=first.name)
         axes.scatter(*zip(*points, strict=True), color="tab:gray", alpha=0.6, label="trials")
         axes.step(*zip(*front, strict=True), where="post", color="tab:green", marker="o", label="Pareto front")
         _add_grid_and_legend(axes)
-        alt = f"{first} of the trials of {study.study_name} against {metric}; {len(front)} are on the Pareto front"
-        pictures.append(Picture(f"study_front_{metric.replace('/', '_')}", figure, alt))
+        alt = f"{first.name} of the trials of {study.study_name} against {metric.name}; {len(front)} are on the front"
+        pictures.append(Picture(f"study_front_{metric.name.replace('/', '_')}", figure, alt))
     return pictures
 
 

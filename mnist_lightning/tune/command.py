@@ -2,31 +2,25 @@
 
 import csv
 import math
-import os
 import re
 import shlex
 import sys
-import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, fields
-from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any, Literal
 
 import optuna
-import torch
 import yaml
 from jsonargparse import Namespace, get_loader, lazy_instance
 from jsonargparse.typing import NonNegativeInt, PositiveFloat, restricted_number_type
 from lightning.pytorch.cli import LightningArgumentParser
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from optuna.exceptions import UpdateFinishedTrialError
-from optuna.pruners import BasePruner, NopPruner, WilcoxonPruner
+from optuna.pruners import BasePruner, NopPruner
 from optuna.samplers import BaseSampler, RandomSampler
 from optuna.study import Study
 from optuna.trial import FrozenTrial, TrialState
-from tqdm import tqdm
 
 from mnist_lightning.cli import DEFAULTS, RunCLI, fit, quieten_lightning
 from mnist_lightning.parsing import corrected
@@ -41,7 +35,9 @@ from mnist_lightning.runs import (
     user_errors,
 )
 from mnist_lightning.signals import Interrupt, interruptible
-from mnist_lightning.tune.search import COMPUTED, Search
+from mnist_lightning.tune.pool import Pool, devices
+from mnist_lightning.tune.record import COMPUTED, Direction, Metric, TrialRecord, is_counted, metrics_of
+from mnist_lightning.tune.sampler import check_sampler
 from mnist_lightning.tune.space import (
     NOTEBOOK_SPACE,
     SearchSpace,
@@ -55,33 +51,26 @@ from mnist_lightning.tune.space import (
     make_space,
     params_of,
     short_key,
-    short_value,
     spread,
 )
 from mnist_lightning.tune.storage import hide_password, open_storage
 from mnist_lightning.tune.study import (
-    ATTEMPTS,
-    SWEEPS,
+    OF_TRAINING,
     best_trial,
     check_limits,
     find_study,
     find_trial,
     format_value,
-    give_back,
     is_complete,
-    is_counted,
     is_over,
     is_there,
-    metrics_of,
+    limited_values,
     open_study,
-    process_name,
+    pareto_front,
     renew_deadline,
     results,
-    set_attributes,
-    sweep,
-    time_left,
 )
-from mnist_lightning.tune.worker import Worker
+from mnist_lightning.tune.trial import Search, kept_weights
 
 # without a bound, what is made for each of them would fill the memory
 Count: Any = restricted_number_type("Count", int, [(">", 0), ("<=", 10**6)])
@@ -100,7 +89,8 @@ class SearchOptions:
             are metrics as well.
         direction: Whether a good value is high or low, for each metric; by default low for losses, errors, parameters,
             flops and seconds, else high.
-        limits: With several metrics, how bad one may be at most in the best trial; as --limits.parameters 50000.
+        limits: How bad a metric may be at most in the best trial, as --limits.parameters 50000; samplers that learn
+            look for trials within. It need not be one of --metric.
         sampler: Draws the trials. Its seed is seed_everything, unless given.
         pruner: Ends bad trials early, after an epoch or an execution.
         n_trials: Trials of the study in all, those of earlier commands and of other processes included.
@@ -110,7 +100,8 @@ class SearchOptions:
         executions_per_trial: Trainings of a trial, with the seeds seed_everything, seed_everything + 1, ...
         study_name: Name of the study, and of its folder in lightning_logs.
         storage: Path of a journal file or URL of an Optuna storage; by default journal.log in the study's folder.
-        workers: Processes that train; by default one for each GPU or, without any, each CPU core.
+        workers: Processes that train, each one trial at a time; by default one for each GPU or, without any, each CPU
+            core.
         grace_period: Seconds after which the trials of a machine that has vanished are run by others.
         enqueue_baseline: Whether the values that the config has are a trial, the first of a new study.
         enqueue: YAML file with a list of trials that are run first. Each is a mapping from keys of the search space to
@@ -124,7 +115,7 @@ class SearchOptions:
 
     search_space: dict[str, dict[str, Any]] = field(default_factory=lambda: NOTEBOOK_SPACE)
     metric: str | list[str] = "val/accuracy"
-    direction: Literal["maximize", "minimize"] | list[Literal["maximize", "minimize"]] | None = None
+    direction: Direction | list[Direction] | None = None
     limits: dict[str, float] = field(default_factory=dict)
     sampler: BaseSampler = lazy_instance(RandomSampler)  # noqa: RUF009
     pruner: BasePruner = lazy_instance(NopPruner)  # noqa: RUF009
@@ -164,29 +155,34 @@ class SearchCLI(RunCLI):
                 self.config[option.name] = defaults[option.name]
             elif isinstance(value, int) and not isinstance(value, bool):
                 self.config[option.name] = int(value)  # processes that start know no type of this parser
-        metric, direction = self.config.metric, self.config.direction
-        metrics = [metric] if isinstance(metric, str) else metric
-        directions = [direction] if isinstance(direction, str) else direction or [*map(_direction, metrics)]
-        if len(directions) != len(metrics) or len({*metrics}) != len(metrics) or not metrics:
-            raise MisconfigurationException(
-                f"Each metric needs one direction: metric is {', '.join(metrics)}, direction {', '.join(directions)}."
-            )
-        if metrics[0] in COMPUTED:
-            raise MisconfigurationException(f"The first metric tells the best epoch; {metrics[0]} cannot.")
+        self.metrics = _metrics(self.config.metric, self.config.direction)
         if not self.config.show:  # the study says which
-            check_limits(self.config.limits, metrics)
-        if len(metrics) > 1 and not self.config.pruner.class_path.endswith("NopPruner"):
+            check_limits(self.config.limits)
+        if len(self.metrics) > 1 and not self.config.pruner.class_path.endswith("NopPruner"):
             raise MisconfigurationException("A pruner knows one metric only: leave --pruner, or give one --metric.")
-        self.config.metric, self.config.direction = metrics, directions
         for key in ("sampler", "pruner"):
             arguments = self.config[key].get("init_args", {})
             for name, value in arguments.items():  # a number is taken for text where both may stand: max_resource
                 arguments[name] = int(value) if isinstance(value, str) and value.isdecimal() else value
 
 
-def _direction(metric: str) -> str:
-    is_low = metric in COMPUTED or any(word in metric for word in ("loss", "error"))
-    return "minimize" if is_low else "maximize"
+def _metrics(names: str | list[str], directions: Direction | list[Direction] | None) -> list[Metric]:
+    """Return what a search optimizes.
+
+    Raises:
+        MisconfigurationException: If names and directions do not fit together.
+    """
+    names = [names] if isinstance(names, str) else names
+    given: Sequence[Direction | None] = (
+        [directions] if isinstance(directions, str) else directions or [None] * len(names)
+    )
+    if len(given) != len(names) or len({*names}) != len(names) or not names:
+        raise MisconfigurationException(
+            f"Each metric needs one direction: metric is {', '.join(names)}, direction {', '.join(map(str, given))}."
+        )
+    if names[0] in COMPUTED:
+        raise MisconfigurationException(f"The first metric tells the best epoch; {names[0]} cannot.")
+    return [Metric(name, direction) for name, direction in zip(names, given, strict=True)]
 
 
 def main(command: str, description: str, arguments: Sequence[str]) -> None:
@@ -232,111 +228,123 @@ def tune(run: SearchCLI, command: str, interrupt: Interrupt) -> None:
         command: What was typed, to be typed again.
         interrupt: Of the process.
     """
-    options = Namespace(**{field.name: run.config[field.name] for field in fields(SearchOptions)})
+    options = run.config
     timeout = None if options.timeout is None else _seconds(options.timeout)
+    search = _make_search(run)
+    first = _first_trials(run, search.space, search.base)
+    _check_training(run, search)
+    _print_space(search.space)
+    check_sampler(options.sampler, search.base["seed_everything"], search.space, search.metrics)
+    study, storage = _open(run, search)
+    _enqueue(study, first, options.n_trials)
+    pool = None
+    interrupted = False
+    if options.trial is None and not is_complete(study, options.n_trials):
+        _print_ways_to_look(search, run.logs)
+        renew_deadline(study, timeout)
+        pool = Pool(search, study, storage, devices(options))
+        interrupted = pool.run(interrupt)
+    _print_results(study, options.limits)
+    if pool is not None and not interrupted and is_over(study) and not is_complete(study, options.n_trials):
+        print(f"\nThe time is over. Continue: {command}")
+    chosen = _write_best(study, run, search, command)
+    if interrupted:
+        print(f"\nStopped. Continue: {command}")
+        sys.exit(130)
+    if chosen is None:
+        failed = [trial for trial in study.trials if "error" in trial.user_attrs]
+        reason = f" The first failed: {failed[0].user_attrs['error']}" if failed else ""
+        raise MisconfigurationException(f"No trial was completed, so there is nothing to refit.{reason}")
+    if options.refit:
+        # several commands that share the study end together
+        finished = [t for t in study.get_trials(deepcopy=False) if t.datetime_complete is not None and is_counted(t)]
+        last = TrialRecord.of(max(finished, key=lambda trial: (trial.datetime_complete, trial.number))).owner
+        if pool is not None and last not in pool.names:
+            print(f"Refit: left to the command of {last}, which ended the last trial. This one, given again, does it.")
+        else:
+            _refit(*chosen, run.logs, options)
+
+
+def _make_search(run: SearchCLI) -> Search:
+    """Make what the workers share, and see that all values of the space can be had."""
     base = {key: value for key, value in run.plain_config().items() if key in ("name", "origin", *RUN_KEYS)}
-    base = spread(base, options.search_space or {})
-    space = make_space(options.search_space, base)
+    base = spread(base, run.config.search_space or {})
+    space = make_space(run.config.search_space, base)
     check_values(space, base, run.parser)  # type: ignore[arg-type]
-    first = _first_trials(run, space, base)
-    _check_training(run)
+    options = Namespace(**{field.name: run.config[field.name] for field in fields(SearchOptions)})
+    folder = run.logs / options.study_name
+    return Search(options, run.metrics, base, space, options.storage or str(folder / "journal.log"), folder)
+
+
+def _print_space(space: SearchSpace) -> None:
     print("Search space:")
     width = max(map(len, space))
     for key, distribution in space.items():
         print(f"  {key:{width}}  {describe(distribution)}{describe_conditions(space.conditions.get(key, {}))}")
 
-    folder = run.logs / options.study_name
-    search = Search(options, base, space, options.storage or str(folder / "journal.log"), folder, process_name())
-    search.check_sampler()
+
+def _open(run: SearchCLI, search: Search) -> tuple[Study, Any]:
+    """Open the study; return it and its storage."""
     storage = open_storage(search.storage)
-    folder.mkdir(parents=True, exist_ok=True)
-    settings = _settings(search, run.datamodule.digest())
-    study, _ = open_study(storage, options.study_name, options.direction, settings, space)
-    study.set_user_attr("limits", dict(options.limits))  # for reports
-    search.use_sampler(study)
+    search.folder.mkdir(parents=True, exist_ok=True)
+    defaults = flatten(_settings(run.plain_config(run.parser.get_defaults()), None))
+    settings = _settings(config_with(search.base, search.space.example({}), search.space), run.datamodule.digest())
+    settings["executions_per_trial"] = search.options.executions_per_trial
+    study = open_study(storage, search.options.study_name, search.metrics, settings, search.space, defaults)
+    study.set_user_attr("limits", dict(search.options.limits))  # for reports
     study.pruner = run.config_init.pruner
+    return study, storage
+
+
+def _enqueue(study: Study, first: Iterable[tuple[str, dict[str, Any]]], n_trials: int) -> None:
+    """Enqueue the trials that are to be run first, unless they were, or there is no room."""
     for source, params in first:
         count = sum(map(is_counted, study.get_trials(deepcopy=False)))
         if is_there(study, params):
             continue
-        if count >= options.n_trials:
+        if count >= n_trials:
             print(f"{source}: not done, the study has its {count} trials. --n_trials {count + 1} has room")
         else:
             study.enqueue_trial(params)
-    took_part = options.trial is None and not is_complete(study, options.n_trials)
-    if took_part:
-        storage_option = ["--storage", options.storage] if options.storage else []
-        print("While it runs, elsewhere:")
-        print(f"  {command_line('tune', '--show', '--study_name', options.study_name, *storage_option)}")
-        print(f"  tensorboard --logdir {shlex.quote(str(run.logs))}")
-        if not search.storage.startswith("grpc://"):  # the dashboard reads journals and databases
-            print(f"  optuna-dashboard {shlex.quote(search.storage)}")
-        renew_deadline(study, timeout)
-    interrupted = took_part and Workers(search, study, _devices(run.config, study)).run(interrupt)
-    _print_results(study, options.limits)
-    if took_part and not interrupted and is_over(study) and not is_complete(study, options.n_trials):
-        print(f"\nThe time is over. Continue: {command}")
-    path = None
-    if options.trial is not None or study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,)):
-        trial = best_trial(study, options.limits) if options.trial is None else find_trial(study, options.trial, space)
-        path, config = _write_config(trial, run, search)
-        print(f"\nConfig of trial {trial.number}: {path}    Train it: {command_line('fit', '--config', path)}")
-        print(f"Of another: {command} --trial N")
-        for weights in search.checkpoints(trial):
-            print(f"Its weights: {weights}    Test them: {command_line('test', '--ckpt_path', weights)}")
-    if interrupted:
-        print(f"\nStopped. Continue: {command}")
-        sys.exit(130)
-    if path is None:
-        failed = [trial for trial in study.trials if "error" in trial.user_attrs]
-        reason = f" The first failed: {failed[0].user_attrs['error']}" if failed else ""
-        raise MisconfigurationException(f"No trial was completed, so there is nothing to refit.{reason}")
-    if not options.refit:
-        return
-    # several commands that share the study end together
-    finished = [t for t in study.get_trials(deepcopy=False) if t.datetime_complete is not None and is_counted(t)]
-    last = max(finished, key=lambda trial: (trial.datetime_complete, trial.number)).user_attrs.get("owner")
-    if took_part and last != search.owner:
-        print(f"Refit: left to {last}, which ended the last trial. The same command, given again, does it here.")
-    else:
-        _refit(path, config, run.logs, options)
+
+
+def _print_ways_to_look(search: Search, logs: Path) -> None:
+    storage = ["--storage", search.options.storage] if search.options.storage else []
+    print("While it runs, elsewhere:")
+    print(f"  {command_line('tune', '--show', '--study_name', search.options.study_name, *storage)}")
+    print(f"  tensorboard --logdir {shlex.quote(str(logs))}")
+    if not search.storage.startswith("grpc://"):  # the dashboard reads journals and databases
+        print(f"  optuna-dashboard {shlex.quote(search.storage)}")
+
+
+def _write_best(study: Study, run: SearchCLI, search: Search, command: str) -> tuple[Path, dict[str, Any]] | None:
+    """Write the config of the best trial, or of the one that is wanted, and say how to train it; None without any."""
+    options = search.options
+    if options.trial is None and not study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,)):
+        return None
+    trial = (
+        best_trial(study, options.limits) if options.trial is None else find_trial(study, options.trial, search.space)
+    )
+    path, config = _write_config(trial, run, search)
+    print(f"\nConfig of trial {trial.number}: {path}    Train it: {command_line('fit', '--config', path)}")
+    print(f"Of another: {command} --trial N")
+    for weights in kept_weights(search, trial):
+        print(f"Its weights: {weights}    Test them: {command_line('test', '--ckpt_path', weights)}")
+    return path, config
 
 
 def _first_trials(run: SearchCLI, space: SearchSpace, base: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
-    """The trials that the options want to be run first, each with where it comes from.
+    """Return the trials that the options want to be run first, each with where it comes from.
 
     Raises:
-        MisconfigurationException: There is no such file or study, or what it has is not searched.
+        MisconfigurationException: If a file or study does not exist, or has a value that is not searched.
     """
-    options, given = run.config, []
-    if options.enqueue_baseline:
-        given.append(("enqueue_baseline", base))
+    options, trials = run.config, []
+    given = [("enqueue_baseline", base)] if options.enqueue_baseline else []
     if options.like is not None:
-        source = options.storage or str(run.logs / options.like / "journal.log")
-        other = find_study(options.like, source)
-        if other is None:
-            raise MisconfigurationException(f"like: there is no study {options.like} in {hide_password(source)}.")
-        best = best_trial(other).params
-        values = {key: best[key] for key in space if key in best and in_distribution(best[key], space[key])}
-        values = params_of(values, space, "")  # without what depends on something that is not taken
-        if left := sorted(best.keys() - values.keys()):
-            print(f"like {options.like}: {', '.join(map(short_key, left))} not taken, which this space does not have")
-        given.append((f"like {options.like}", values))
+        given.append((f"like {options.like}", _best_of(options.like, run, space)))
     if options.enqueue:
-        try:
-            # as configs are read: to YAML 1.1 alone, 1e-5 is no number, but to json.dump it is
-            items = get_loader("yaml")(Path(options.enqueue).read_text(encoding="utf-8"))
-        except (yaml.YAMLError, ValueError) as error:
-            raise MisconfigurationException(f"{options.enqueue} is no YAML: {' '.join(str(error).split())}") from error
-        items = items if isinstance(items, list) else [items]
-        for number, item in enumerate(items):
-            source = f"{options.enqueue}, trial {number + 1} of {len(items)}"
-            if not isinstance(item, dict) or not item:
-                raise MisconfigurationException(f"{source} is no mapping from keys of the search space to values.")
-            if "model" not in item and (unknown := item.keys() - space.keys()):
-                raise MisconfigurationException(f"{source}: {', '.join(map(str, unknown))} is not searched.")
-            given.append((source, item))
-    trials = []
+        given += _read_trials(options.enqueue, space)
     for source, values in given:
         found, values = {}, spread(values, space)
         for key in space:
@@ -350,6 +358,37 @@ def _first_trials(run: SearchCLI, space: SearchSpace, base: dict[str, Any]) -> l
         if params:
             trials.append((source, params))
     return trials
+
+
+def _best_of(name: str, run: SearchCLI, space: SearchSpace) -> dict[str, Any]:
+    """Return the values of another study's best trial, as far as this space has them."""
+    source = run.config.storage or str(run.logs / name / "journal.log")
+    study = find_study(name, source)
+    if study is None:
+        raise MisconfigurationException(f"like: there is no study {name} in {hide_password(source)}.")
+    best = best_trial(study).params
+    values = {key: best[key] for key in space if key in best and in_distribution(best[key], space[key])}
+    values = params_of(values, space, "")  # without what depends on something that is not taken
+    if left := sorted(best.keys() - values.keys()):
+        print(f"like {name}: {', '.join(map(short_key, left))} not taken, which this space does not have")
+    return values
+
+
+def _read_trials(path: str, space: SearchSpace) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Read trials from a file: mappings from keys to values, or configs."""
+    try:
+        # as configs are read: to YAML 1.1 alone, 1e-5 is not a number, but to json.dump it is
+        items = get_loader("yaml")(Path(path).read_text(encoding="utf-8"))
+    except (yaml.YAMLError, ValueError) as error:
+        raise MisconfigurationException(f"{path} is no YAML: {' '.join(str(error).split())}") from error
+    items = items if isinstance(items, list) else [items]
+    for number, item in enumerate(items):
+        source = f"{path}, trial {number + 1} of {len(items)}"
+        if not isinstance(item, dict) or not item:
+            raise MisconfigurationException(f"{source} is no mapping from keys of the search space to values.")
+        if "model" not in item and (unknown := item.keys() - space.keys()):
+            raise MisconfigurationException(f"{source}: {', '.join(map(str, unknown))} is not searched.")
+        yield source, item
 
 
 def _write_config(trial: FrozenTrial, run: SearchCLI, search: Search) -> tuple[Path, dict[str, Any]]:
@@ -375,8 +414,8 @@ def _seconds(timeout: float | str) -> float:
     return seconds
 
 
-def _check_training(run: SearchCLI) -> None:
-    """See that data, network and metric fit together, before anything is trained."""
+def _check_training(run: SearchCLI, search: Search) -> None:
+    """See that data, network and metrics fit together, before anything is trained."""
     if run.trainer.world_size > 1:
         raise MisconfigurationException(
             "A trial trains on one device, and the workers share the devices out: leave --trainer.devices at 1, and "
@@ -384,172 +423,32 @@ def _check_training(run: SearchCLI) -> None:
         )
     run.datamodule.setup("fit")
     run.trainer.limit_val_batches = 1
-    (metrics,) = run.trainer.validate(run.model, datamodule=run.datamodule, verbose=False)
-    for metric in run.config.metric:
-        if metric not in metrics and metric not in COMPUTED and not metric.startswith("train/"):
+    (logged,) = run.trainer.validate(run.model, datamodule=run.datamodule, verbose=False)
+    for metric in (*search.metrics, *search.limited):
+        if metric.name not in logged and metric.name not in COMPUTED and not metric.name.startswith("train/"):
             raise MisconfigurationException(
-                f"The metric {metric} is not logged in validation. These are: {', '.join(metrics)}; "
+                f"The metric {metric.name} is not logged in validation. These are: {', '.join(logged)}; "
                 f"those of train/ and {', '.join(COMPUTED)} can be taken as well."
             )
 
 
-PLUMBING = {
-    *("accelerator", "strategy", "devices", "num_nodes", "benchmark", "inference_mode", "num_sanity_val_steps"),
-    *("logger", "log_every_n_steps", "enable_progress_bar", "enable_model_summary", "profiler", "detect_anomaly"),
-    *("default_root_dir", "enable_checkpointing", "model_registry", "limit_test_batches", "limit_predict_batches"),
-}
-"""Keys of the trainer on which no value of a study depends."""
-
-
-def _settings(search: Search, digest: str) -> dict[str, Any]:
-    """What a value of the study depends on, beside its space."""
-    settings = config_with(search.base, search.space.example({}), search.space)
-    for key in ("name", "origin", "num_threads", "tensorboard"):
-        del settings[key]
-    settings["trainer"] = {key: value for key, value in settings["trainer"].items() if key not in PLUMBING}
-    data = {
-        key: value for key, value in settings["data"]["init_args"].items() if value is not None and value is not False
-    }
-    for key in ("data_dir", "eval_batch_size"):  # the digest tells the data, wherever it is
-        data.pop(key, None)
-    settings["data"] = {**data, "digest": digest}
-    metric = search.options.metric if len(search.options.metric) > 1 else search.options.metric[0]
-    return {**settings, "metric": metric, "executions_per_trial": search.options.executions_per_trial, "version": 2}
-
-
-def _devices(options: Any, study: Study) -> list[str | None]:
-    """For each worker the GPU that it may see, or None; there are no more than executions that are left."""
-    gpus: list[str] = []
-    if options.trainer.devices == 1 and options.trainer.accelerator in ("auto", "gpu", "cuda"):
-        visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-        gpus = visible.split(",") if visible else [str(i) for i in range(torch.cuda.device_count())]
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    finished = sum(is_counted(trial) for trial in study.get_trials(deepcopy=False) if trial.state.is_finished())
-    left = max(1, options.n_trials - finished) * options.executions_per_trial
-    count = min(options.workers or len(gpus) or cores, left)
-    return [gpus[i % len(gpus)] if gpus else None for i in range(count)]
-
-
-class Workers:
-    """The processes of a search, and what the command does while they work.
+def _settings(config: dict[str, Any], digest: str | None) -> dict[str, Any]:
+    """Return what the values of a study depend on, beside its space and metrics.
 
     Args:
-        search: The search.
-        study: Its study.
-        devices: For each worker the GPU that it may see, or None.
+        config: Of a run.
+        digest: Tells its data, wherever that is, from any other.
     """
-
-    def __init__(self, search: Search, study: Study, devices: Sequence[str | None]) -> None:
-        self.search = search
-        self.study = study
-        self.devices = devices
-        self._workers: list[Worker] = []
-        self._shown = {trial.number for trial in study.get_trials(deepcopy=False) if trial.state.is_finished()}
-
-    def run(self, interrupt: Interrupt) -> bool:
-        """Search until the study is complete; gives whether it was interrupted."""
-        options = self.search.options
-        total = options.n_trials * options.executions_per_trial * self.search.epochs
-        shape = "{desc} |{bar}| {percentage:3.0f} % [{elapsed} < {remaining}]"
-        self.bar: tqdm[Any] = tqdm(total=total, bar_format=shape, leave=False, disable=None)
-        try:
-            self._watch(interrupt)
-        except KeyboardInterrupt:
-            pass
-        finally:
-            interrupt.is_put_off = True
-            for worker in self._workers:
-                worker.stop()  # all at once
-            for worker in self._workers:
-                worker.end()
-            storage: Any = self.study._storage
-            storage.patience = 0.0
-            with suppress(MisconfigurationException):  # the storage is away: whoever comes next will notice
-                for trial in self._own_trials():
-                    give_back(self.study, trial, attempts=trial.user_attrs.get("attempts", 0))
-            self.bar.close()
-            interrupt.is_put_off = False
-        return interrupt.received
-
-    def _watch(self, interrupt: Interrupt) -> None:
-        """Keep the workers at work, and show how far the study is."""
-        for device in self.devices:
-            self._workers.append(Worker(self.search, device))
-        heartbeats: dict[int, tuple[float | None, int]] = {}
-        next_sweep, early_deaths = 0.0, 0
-        while self._workers and not interrupt.received:  # some code swallows a KeyboardInterrupt
-            if not self.search.options.finish_trials and is_over(self.study):
-                break
-            if time.monotonic() > next_sweep:
-                for trial in self._own_trials():
-                    with suppress(UpdateFinishedTrialError):
-                        set_attributes(self.study, trial, heartbeat=time.time())
-                for number in sweep(self.study, heartbeats):
-                    self._print(f"Trial {number:3} is run again: its process died, or was silent for too long")
-                next_sweep = time.monotonic() + self.search.options.grace_period / SWEEPS
-            ended = wait([worker.process.sentinel for worker in self._workers], timeout=1)
-            self._show_progress()
-            for worker in [worker for worker in self._workers if worker.process.sentinel in ended]:
-                self._workers.remove(worker)
-                code, words = worker.end(), worker.last_words()
-                if words is not None:
-                    raise MisconfigurationException(words)
-                if code == 0:
-                    continue
-                early_deaths = 0 if self._free(worker, code) else early_deaths + 1
-                if early_deaths == ATTEMPTS:
-                    raise MisconfigurationException(
-                        f"{ATTEMPTS} workers died before they had begun, the last with exit code {code}. "
-                        f"Is there enough memory for {len(self.devices)} workers?"
-                    )
-                self._workers.append(Worker(self.search, worker.device))
-        self._show_progress()
-
-    def _free(self, worker: Worker, code: int) -> bool:
-        """Free the execution that a dead worker was at; gives whether it was at one."""
-        with self.search.lock:
-            for trial in self._own_trials():
-                workers = trial.user_attrs.get("workers", {})
-                left = {execution: name for execution, name in workers.items() if name != worker.name}
-                if left != workers:
-                    attempts = trial.user_attrs.get("attempts", 0) + 1
-                    set_attributes(self.study, trial, workers=left, attempts=attempts)
-                    self._print(f"Trial {trial.number:3} goes on with another worker: one died (exit code {code})")
-                    return True
-        return False
-
-    def _own_trials(self) -> list[FrozenTrial]:
-        running = self.study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
-        return [trial for trial in running if trial.user_attrs.get("owner") == self.search.owner]
-
-    def _show_progress(self) -> None:
-        trials = [trial for trial in self.study.get_trials(deepcopy=False) if is_counted(trial)]
-        finished = [trial for trial in trials if trial.state.is_finished()]
-        for trial in finished:
-            if trial.number not in self._shown:
-                self._shown.add(trial.number)
-                result = " ".join(map(format_value, trial.values or [])) or trial.user_attrs.get("error")
-                params = ", ".join(f"{short_key(key)} {short_value(value)}" for key, value in trial.params.items())
-                self._print(f"Trial {trial.number:3} {trial.state.name.lower():8} {result}  {params}")
-        states = [trial.state for trial in trials]
-        self.bar.desc = f"Trials {len(finished)}/{self.search.options.n_trials}"
-        for name, state in (("pruned", TrialState.PRUNED), ("failed", TrialState.FAIL)):
-            if state in states:
-                self.bar.desc += f", {states.count(state)} {name}"
-        if TrialState.COMPLETE in states:
-            best = self.search.best(trial.values[0] for trial in finished if trial.state == TrialState.COMPLETE)
-            self.bar.desc += f", best {best:.4f}"
-        if (left := time_left(self.study)) < math.inf:
-            self.bar.desc += f", {tqdm.format_interval(left)} until no trial is begun"
-        epochs = 1 if not isinstance(self.study.pruner, WilcoxonPruner) else self.search.epochs  # to a reported step
-        steps = sum(len(trial.intermediate_values) for trial in trials if not trial.state.is_finished())
-        of_trial = self.search.options.executions_per_trial * self.search.epochs
-        self.bar.n = len(finished) * of_trial + steps * epochs
-        self.bar.refresh()
-
-    def _print(self, line: str) -> None:
-        with self.bar.external_write_mode():
-            print(line, flush=True)
+    data = {
+        key: value for key, value in config["data"]["init_args"].items() if value is not None and value is not False
+    }
+    data = {key: value for key, value in data.items() if key not in ("data_dir", "eval_batch_size")}
+    return {
+        "seed_everything": config["seed_everything"],
+        "trainer": {key: config["trainer"][key] for key in OF_TRAINING},
+        "model": config["model"],
+        "data": {**data, **({} if digest is None else {"digest": digest})},
+    }
 
 
 def _print_results(study: Study, limits: dict[str, float]) -> None:
@@ -566,13 +465,15 @@ def _print_results(study: Study, limits: dict[str, float]) -> None:
     keys = list(dict.fromkeys(key for trial in complete for key in trial.params))
     table = results(study, keys)
     if len(study.directions) > 1:
-        front = {str(trial.number) for trial in study.best_trials}
+        front = {str(trial.number) for trial in pareto_front(study)}
         table = table[table["trial"].isin(front)]
         print(f"Pareto front: {len(table)} of them, none of which another betters in every metric")
     print(table.head(10 if len(study.directions) == 1 else 30).to_string(index=False))
     limits = limits or study.user_attrs.get("limits", {})
-    best, metrics = best_trial(study, limits), metrics_of(study)
-    values = ", ".join(f"{metric} {format_value(value)}" for metric, value in zip(metrics, best.values, strict=True))
+    best = best_trial(study, limits)
+    measured = {metric.name: value for metric, value in zip(metrics_of(study), best.values, strict=True)}
+    measured |= limited_values(best, limits)
+    values = ", ".join(f"{name} {format_value(value)}" for name, value in measured.items())
     within = ", ".join(f"{name} {format_value(value)}" for name, value in limits.items())
     print(f"\nBest{f' within {within}' if limits else ''}: trial {best.number}, {values}")
     for key, value in best.params.items():

@@ -15,7 +15,7 @@ _is_done = threading.Event()
 _watch = threading.Thread(target=_end_with_parent, args=(os.getppid(), _is_done), daemon=True)
 _watch.start()
 
-import mnist_lightning.tune.search  # noqa: E402, F401
+import mnist_lightning.tune.trial  # noqa: E402, F401
 
 _is_done.set()
 _watch.join()  # a process with threads must not be forked

@@ -2,7 +2,6 @@
 
 import copy
 import json
-import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
@@ -320,33 +319,6 @@ def bounds(distribution: BaseDistribution) -> list[Any]:
         return list(distribution.choices)
     assert isinstance(distribution, FloatDistribution | IntDistribution)
     return [distribution.low, distribution.high]
-
-
-def size(space: SearchSpace) -> float:
-    """The number of combinations in a space, infinite where a value has no steps."""
-    parents = {parent for conditions in space.conditions.values() for parent in conditions}
-
-    def count(keys: Sequence[str], params: dict[str, Any]) -> float:
-        if not keys:
-            return 1
-        (key, *rest), distribution = keys, space[keys[0]]
-        if not space.is_drawn(key, params):
-            return count(rest, params)
-        values = _all_values(distribution)
-        if key in parents and values is not None:
-            return sum(count(rest, {**params, key: value}) for value in values)
-        return (math.inf if values is None else len(values)) * count(rest, params)
-
-    return count(list(space), {})
-
-
-def _all_values(distribution: BaseDistribution) -> Sequence[Any] | None:
-    """All values of a distribution, or None where they have no steps."""
-    if isinstance(distribution, CategoricalDistribution):
-        return distribution.choices
-    assert isinstance(distribution, FloatDistribution | IntDistribution)
-    low, step = distribution.low, distribution.step
-    return None if step is None else [low + i * step for i in range(round((distribution.high - low) / step) + 1)]
 
 
 def describe(distribution: BaseDistribution) -> str:

@@ -182,10 +182,9 @@ def open_storage(storage: str) -> Any:
         else:
             path = Path(storage).absolute()  # whatever becomes of the current folder
             path.parent.mkdir(parents=True, exist_ok=True)
-            journal = JournalFile(str(path))
-            if path.read_bytes().count(b"\n") > sum(1 for _ in journal.read_logs(0)):
+            opened = JournalStorage(JournalFile(str(path)))
+            if _is_last_line_damaged(path):  # of which Optuna says nothing
                 raise ValueError("its last line is damaged; without that line, the study can go on")
-            opened = JournalStorage(journal)
     except ImportError as error:
         raise MisconfigurationException(
             f"The storage {name} needs a database driver ({error.__cause__ or error}). For postgresql://: pip install "
@@ -199,6 +198,24 @@ def open_storage(storage: str) -> Any:
             "grpc://host:port of Optuna's proxy, or a database's URL such as postgresql://user@host/database."
         ) from error
     return PatientStorage(opened, name)
+
+
+def _is_last_line_damaged(path: Path) -> bool:
+    """Return whether the last line of a journal that was written to its end cannot be read."""
+    with path.open("rb") as file:
+        size = file.seek(0, os.SEEK_END)
+        for block in (2**16, size):  # a line is short
+            file.seek(max(0, size - block))
+            *lines, _ = file.read().split(b"\n")
+            if len(lines) > 1:
+                break
+    if not lines:
+        return False
+    try:
+        json.loads(lines[-1])
+    except ValueError:
+        return True
+    return False
 
 
 def _open_database(url: str) -> BaseStorage:

@@ -1,5 +1,6 @@
-"""Processes that run executions; they end with their parent. Imports nothing that takes long."""
+"""A process that runs trials, and ends with its parent. Imports nothing that takes long."""
 
+import gc
 import logging
 import multiprocessing
 import os
@@ -18,7 +19,7 @@ import psutil
 from mnist_lightning.signals import ENDINGS
 
 if TYPE_CHECKING:
-    from mnist_lightning.tune.search import Search
+    from mnist_lightning.tune.trial import Search
 
 # Forked copies of a server process that has imported everything: they start at once, share its memory, and hold no GPU.
 # Windows cannot fork, and libraries of macOS do not survive it.
@@ -55,7 +56,7 @@ def _ctrl_c_blocked() -> Iterator[None]:
 
 
 class Worker:
-    """A process that works on a search until it is complete.
+    """A process that runs trials until there are none to begin.
 
     Args:
         search: The search.
@@ -67,7 +68,7 @@ class Worker:
     """
 
     def __init__(self, search: "Search", device: str | None) -> None:
-        from mnist_lightning.tune.study import process_name
+        from mnist_lightning.tune.recovery import process_name
 
         start_server()
         self.device = device
@@ -93,7 +94,7 @@ class Worker:
 
     def end(self) -> int:
         """End the process, if it is not dead already; gives its exit code, negative for a signal."""
-        from mnist_lightning.tune.study import process_name
+        from mnist_lightning.tune.recovery import process_name
 
         self.stop()
         self.process.join(timeout=3)
@@ -116,16 +117,19 @@ def _work(search: "Search", device: str | None, connection: "Connection[str, Non
     logging.disable(logging.WARNING)
     from mnist_lightning.parsing import corrected
     from mnist_lightning.runs import describe_os_error, silence_os_errors_of_threads
-    from mnist_lightning.tune.search import TrialRunner
+    from mnist_lightning.tune.storage import open_storage
+    from mnist_lightning.tune.trial import run_trials
 
     silence_os_errors_of_threads()
+    gc.freeze()  # what is imported is not garbage: collections after each trial skip it
     try:
         with corrected():
-            runner = TrialRunner(search)
+            storage = open_storage(search.storage)
+            storage.quiet = True  # the command says it
             # the parent sends something when the worker is to stop, and its death closes the connection
             for end in (lambda: connection.poll(None), _termination()):
-                threading.Thread(target=_leave, args=(end, runner.storage.in_use), daemon=True).start()
-            runner.run()
+                threading.Thread(target=_leave, args=(end, storage.in_use), daemon=True).start()
+            run_trials(search, storage)
     except Exception as error:  # the machine is at fault, as with a full disk
         reason = describe_os_error(error) if isinstance(error, OSError) else str(error) or repr(error)
         connection.send(f"{reason}. What is finished is kept: after a remedy, give the command again.")
