@@ -23,7 +23,9 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_only, rank_zero_warn
 
-from mnist_lightning.runs import atomic_write, explain, note, write_csv
+from mnist_lightning.console import note
+from mnist_lightning.errors import UserError, explain
+from mnist_lightning.files import atomic_write, write_csv
 
 INSTANTIATOR = "lightning.pytorch.cli.instantiate_module"
 """Path of what makes a model from the hyper-parameters in a checkpoint."""
@@ -34,12 +36,14 @@ def checkpoint_errors(path: Any) -> Iterator[None]:
     """Say which checkpoint is at fault, where its content may make torch and Lightning raise anything.
 
     Raises:
-        MisconfigurationException: It is damaged, or no checkpoint of this package.
+        UserError: It is damaged, or no checkpoint of this package.
     """
     try:
         yield
     except Exception as error:
-        if isinstance(error, MisconfigurationException) or getattr(error, "filename", None):  # a file is named already
+        if isinstance(error, UserError | MisconfigurationException) or getattr(
+            error, "filename", None
+        ):  # a file is named already
             raise
         reason = "it is damaged or no checkpoint of a fit"
         if "loading state_dict" in str(error):
@@ -48,9 +52,7 @@ def checkpoint_errors(path: Any) -> Iterator[None]:
         callbacks = [each for each in raised_in if isinstance(each, Callback) and not isinstance(each, RunCheckpoint)]
         if callbacks:
             reason = f"its {type(callbacks[-1]).__name__} cannot be restored ({explain(error)})"
-        raise MisconfigurationException(
-            f"{path} cannot be used: {reason}. Take another checkpoint, or train a new one."
-        ) from error
+        raise UserError(f"{path} cannot be used: {reason}. Take another checkpoint, or train a new one.") from error
 
 
 def load_checkpoint(path: Any, map_location: Any = "cpu") -> dict[str, Any]:
@@ -70,10 +72,10 @@ def check_finite(probabilities: torch.Tensor, path: Any) -> None:
     """See that what the network of a checkpoint says are numbers.
 
     Raises:
-        MisconfigurationException: If one is not, as after a training that diverged.
+        UserError: If one is not, as after a training that diverged.
     """
     if not probabilities.isfinite().all():
-        raise MisconfigurationException(
+        raise UserError(
             f"{path} has diverged: its probabilities are not numbers, so nothing is written. Train with a lower "
             "learning rate, or take the best.ckpt of an epoch before."
         )
@@ -219,10 +221,10 @@ class RunCheckpoint(ModelCheckpoint):
         """Refuse to train on from inside an epoch; a run that was stopped there may still be evaluated.
 
         Raises:
-            MisconfigurationException: If the checkpoint that the run goes on from is of the middle of an epoch.
+            UserError: If the checkpoint that the run goes on from is of the middle of an epoch.
         """
         if self._done_batches:
-            raise MisconfigurationException(
+            raise UserError(
                 f"{self._resumed_from} was written inside an epoch, after {self._done_batches} batches, from where no "
                 "run can be continued exactly. Take a checkpoint of an epoch's end, or train anew."
             )

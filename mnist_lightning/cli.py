@@ -47,29 +47,15 @@ from mnist_lightning.checkpoints import (
     load_checkpoint,
 )
 from mnist_lightning.classifier import SCHEDULE, Classifier
+from mnist_lightning.console import PROG, command_line, format_table, note
 from mnist_lightning.data import ImageDataModule, Split
+from mnist_lightning.errors import UserError, explain, is_for_users, is_from_user_code, library_errors, user_errors
+from mnist_lightning.files import atomic_write, write_csv
 from mnist_lightning.loops import FitLoop, NoProfiler
 from mnist_lightning.parsing import Parser, check_numbers, corrected, fill_nulls, shorten
 from mnist_lightning.pictures import PictureError, find, read
 from mnist_lightning.precision import Trainer, choose_precision, has_bf16
-from mnist_lightning.runs import (
-    LOGS,
-    PROG,
-    RUN_KEYS,
-    atomic_write,
-    command_line,
-    explain,
-    flatten,
-    format_table,
-    is_from_user_code,
-    library_errors,
-    new_version,
-    newest_checkpoint,
-    newest_result,
-    note,
-    user_errors,
-    write_csv,
-)
+from mnist_lightning.runs import LOGS, RUN_KEYS, flatten, new_version, newest_checkpoint, newest_result
 from mnist_lightning.saliency import integrated_gradients, smoothed
 from mnist_lightning.signals import leave_as_usual
 from mnist_lightning.slurm import SlurmJob
@@ -166,12 +152,10 @@ class RunCLI(LightningCLI):
         self.config = parser.parse_object(args) if isinstance(args, dict) else parser.parse_args(args)
         for group in ("trainer", "model", "data"):
             if not isinstance(self.config[group], Namespace):
-                raise MisconfigurationException(
-                    f"{group} must have keys of its own, and is not just {self.config[group]}."
-                )
+                raise UserError(f"{group} must have keys of its own, and is not just {self.config[group]}.")
         for option in ("sheet", "explain"):
             if self.config.get(option) and not self.config.images:
-                raise MisconfigurationException(f"--{option} is for the pictures of --images: name some.")
+                raise UserError(f"--{option} is for the pictures of --images: name some.")
         if self.config.get("images"):  # whether a name was typed, or is in a config
             parser.set_defaults(name="")
             self.is_named = bool(parser.parse_args(args).name)
@@ -185,7 +169,7 @@ class RunCLI(LightningCLI):
             self.config.seed_everything = secrets.randbelow(2**32)
             note(f"Seed: --seed_everything {self.config.seed_everything}, drawn for this run")
         if not 0 <= self.config.seed_everything < 2**32:
-            raise MisconfigurationException(f"seed_everything {self.config.seed_everything} is not from 0 to 2^32 - 1.")
+            raise UserError(f"seed_everything {self.config.seed_everything} is not from 0 to 2^32 - 1.")
         is_job = self.command == "fit" and isinstance(args, list) and SLURMEnvironment.detect()
         self.job = SlurmJob(args) if is_job else None  # an execution of a search has a config, no arguments
         self._settle(self.config)
@@ -227,7 +211,7 @@ class RunCLI(LightningCLI):
         To continue a run is to take its whole config, to evaluate it is to take its data and precision.
         """
         if not path.is_file():
-            raise MisconfigurationException(f"No checkpoint at {path}; `last` and `best` mean the newest run's.")
+            raise UserError(f"No checkpoint at {path}; `last` and `best` mean the newest run's.")
         with checkpoint_errors(path):
             checkpoint = load_checkpoint(path)
             checkpoint["state_dict"].keys()
@@ -257,7 +241,7 @@ class RunCLI(LightningCLI):
             self.parser.is_shaped = False  # type: ignore[attr-defined]
             self.config = self.parser.parse_object({"model": model, "ckpt_path": str(path)}, config)
         except ArgumentError as error:
-            raise MisconfigurationException(
+            raise UserError(
                 f"{path} cannot be used: its hyper-parameters are refused. {shorten(str(error))}"
             ) from error
         self.parser.exit_on_error = True
@@ -280,13 +264,13 @@ class RunCLI(LightningCLI):
         """See that a checkpoint from elsewhere, which may be anybody's, lets nothing be written outside of the run.
 
         Raises:
-            MisconfigurationException: If it does, and nobody has typed that.
+            UserError: If it does, and nobody has typed that.
         """
         typed = paths_in(self.plain_config()["trainer"]).values()
         foreign = {key: value for key, value in paths.items() if value not in typed}
         if foreign and not checkpoint.resolve().is_relative_to(self.logs.resolve()):
             key, value = next(iter(foreign.items()))
-            raise MisconfigurationException(
+            raise UserError(
                 f"{checkpoint} is of no run in {self.logs}, and with its {key} {value} would write outside of the new "
                 "run. Give the option yourself if that is meant."
             )
@@ -297,7 +281,7 @@ class RunCLI(LightningCLI):
         So the run is one with a plain batch size and learning rate, which its config says, and can be continued.
 
         Raises:
-            MisconfigurationException: If there are several devices, on each of which they might find something else.
+            UserError: If there are several devices, on each of which they might find something else.
         """
         trainer = self.config.trainer
         given = trainer.callbacks if isinstance(trainer.callbacks, list) else [trainer.callbacks]
@@ -309,7 +293,7 @@ class RunCLI(LightningCLI):
             note(f"{get_class(finders[0].class_path).__name__} has nothing to do: no new training begins.")
             return
         if str(trainer.devices) != "1":
-            raise MisconfigurationException(
+            raise UserError(
                 f"{get_class(finders[0].class_path).__name__} works on one device: find with --trainer.devices 1, then "
                 "give what was found."
             )
@@ -338,7 +322,7 @@ class RunCLI(LightningCLI):
         """Let a config say what ``auto``, ``~`` and null mean here, so that whatever is made from it is alike.
 
         Raises:
-            MisconfigurationException: If a value has no sense.
+            UserError: If a value has no sense.
         """
         trainer = config.trainer
         for group, made in (("trainer", pl.Trainer), ("model", Classifier)):
@@ -354,20 +338,20 @@ class RunCLI(LightningCLI):
             config.ckpt_path = None
         for name in ("val_check_interval", "check_val_every_n_epoch", "accumulate_grad_batches"):
             if isinstance(value := trainer[name], int) and value < 1:
-                raise MisconfigurationException(f"--trainer.{name} {value} must be at least 1.")
+                raise UserError(f"--trainer.{name} {value} must be at least 1.")
         for name in ("max_time", "val_check_interval"):
             if isinstance(trainer[name], str | dict):
                 try:
                     Timer(trainer[name])
                 except (MisconfigurationException, TypeError) as error:
-                    raise MisconfigurationException(
+                    raise UserError(
                         f"--trainer.{name} {trainer[name]} must be days:hours:minutes:seconds, such as 00:00:10:00, or "
                         "a mapping such as {minutes: 10}."
                     ) from error
         trainer.precision = choose_precision(trainer.precision, trainer.accelerator)
         if trainer.default_root_dir is not None:
             if "://" in str(trainer.default_root_dir):
-                raise MisconfigurationException(
+                raise UserError(
                     f"--trainer.default_root_dir {trainer.default_root_dir} is a URL: runs are kept in a folder."
                 )
             trainer.default_root_dir = str(Path(trainer.default_root_dir).expanduser())
@@ -393,7 +377,7 @@ class RunCLI(LightningCLI):
             optimizers = self.model.configure_optimizers()  # only to see now whether it can be done
             self._check_monitors(optimizers)
         except Exception as error:
-            if isinstance(error, MisconfigurationException | ModuleNotFoundError | OSError):
+            if is_for_users(error):
                 raise
             if not isinstance(error, TypeError | ValueError) and is_from_user_code(error):
                 raise
@@ -401,7 +385,7 @@ class RunCLI(LightningCLI):
             if str(error).startswith("Does not validate"):
                 reason = shorten(str(error))
             path = self.config.get("ckpt_path")
-            raise MisconfigurationException(f"{path} cannot be used: {reason}" if path else reason) from error
+            raise UserError(f"{path} cannot be used: {reason}" if path else reason) from error
         # only a model made from a config has hyper-parameters that can be stored as plain types
         self.model.save_hyperparameters({**self.plain_config()["model"], "_instantiator": INSTANTIATOR})
 
@@ -409,7 +393,7 @@ class RunCLI(LightningCLI):
         """See that augmented images are of the size of the others.
 
         Raises:
-            MisconfigurationException: If they are not.
+            UserError: If they are not.
         """
         shape = self.datamodule.image_shape
         images, labels = torch.zeros(2, *shape), torch.zeros(2, dtype=torch.long)
@@ -417,7 +401,7 @@ class RunCLI(LightningCLI):
             for augment in self.datamodule.augmentation:
                 images, labels = augment(images, labels)
                 if images.shape != (2, *shape):
-                    raise MisconfigurationException(
+                    raise UserError(
                         f"--data.augmentation {type(augment).__name__} makes images of shape {tuple(images.shape)} "
                         f"(batch, channels, height, width) of a batch of shape {(2, *shape)}."
                     )
@@ -426,7 +410,7 @@ class RunCLI(LightningCLI):
         """See that what callbacks and the schedule follow will be logged, as far as nobody else can log.
 
         Raises:
-            MisconfigurationException: If a metric will not be there.
+            UserError: If a metric will not be there.
         """
         followers: list[Any] = [*self.trainer.callbacks]  # type: ignore[attr-defined]
         if any(type(callback).__module__.partition(".")[0] not in ("lightning", __package__) for callback in followers):
@@ -439,9 +423,7 @@ class RunCLI(LightningCLI):
             monitored.append(("lr_scheduler", optimizers["lr_scheduler"]["monitor"]))
         for name, monitor in monitored:
             if monitor is not None and monitor not in known:
-                raise MisconfigurationException(
-                    f"{name} monitors {monitor}, which is not logged. These are: {', '.join(known)}."
-                )
+                raise UserError(f"{name} monitors {monitor}, which is not logged. These are: {', '.join(known)}.")
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Make the trainer; that of a ``fit`` also gets all that a run folder holds."""
@@ -451,9 +433,7 @@ class RunCLI(LightningCLI):
             kwargs["enable_progress_bar"] = False
         elif options.barebones:
             if self.command in ("validate", "test"):
-                raise MisconfigurationException(
-                    f"--trainer.barebones logs nothing, and so {self.command} has no result."
-                )
+                raise UserError(f"--trainer.barebones logs nothing, and so {self.command} has no result.")
             note("With barebones nothing is logged, shown or kept.")
         elif options.enable_progress_bar is not False and not _has(options.callbacks, ProgressBar):
             callbacks.append(EpochProgressBar())
@@ -474,7 +454,7 @@ class RunCLI(LightningCLI):
         given = options.plugins if isinstance(options.plugins, list) else [options.plugins] if options.plugins else []
         for plugin in given:
             if isinstance(plugin, LightningCheckpointIO):
-                raise MisconfigurationException(
+                raise UserError(
                     f"--trainer.plugins {type(plugin).__name__}: checkpoints are written by this package, whole or not "
                     "at all, and read without running code. Leave it out."
                 )
@@ -482,7 +462,7 @@ class RunCLI(LightningCLI):
         self.trainer_defaults["callbacks"] = callbacks
         trainer: Any = super().instantiate_trainer(**kwargs)
         if any(word in str(options.strategy) for word in ("spawn", "fork", "notebook")):
-            raise MisconfigurationException(
+            raise UserError(
                 f"--trainer.strategy {options.strategy} starts processes that would have to copy the parser, which "
                 "cannot be copied. --trainer.strategy ddp starts the command once for each device."
             )
@@ -490,7 +470,7 @@ class RunCLI(LightningCLI):
         environment = trainer._accelerator_connector.cluster_environment
         environment.validate_settings(trainer.num_devices, trainer.num_nodes)
         if self.command == "predict" and trainer.world_size > 1:
-            raise MisconfigurationException("predict writes one file and runs on one device: --trainer.devices 1")
+            raise UserError("predict writes one file and runs on one device: --trainer.devices 1")
         if self.checkpoint is not None:  # before the user's own, whose files then hold the epoch's metrics too
             listeners: list[Callback] = trainer.callbacks
             listeners.remove(self.checkpoint)
@@ -511,7 +491,7 @@ def read_pipes(words: Sequence[str]) -> list[str]:
             try:
                 word = f"{option}{sign}{json.dumps(yaml.safe_load(text))}"
             except (yaml.YAMLError, TypeError) as error:
-                raise MisconfigurationException(f"{value} is not a config: {error}") from error
+                raise UserError(f"{value} is not a config: {error}") from error
         read.append(word)
     return read
 
@@ -588,7 +568,7 @@ def fit(run: RunCLI) -> None:
             with isolate_rng():  # MLflow draws the name of a run
                 _start_loggers(trainer.loggers)
             trainer.fit(model, datamodule=data, ckpt_path=config.ckpt_path)
-    except MisconfigurationException:
+    except (UserError, MisconfigurationException):
         is_refused = run_dir is not None and not (run_dir / "checkpoints/last.ckpt").is_file()
         if trainer.is_global_zero and run_dir and is_refused:  # there is no run
             for logger in trainer.loggers:
@@ -615,7 +595,7 @@ def _start_loggers(loggers: Sequence[Any]) -> None:
             logger.experiment  # noqa: B018
         except Exception as error:  # each has its own
             reason = str(error).strip().partition("\n")[0].rstrip(".")
-            raise MisconfigurationException(
+            raise UserError(
                 f"{type(logger).__name__} cannot be used: {reason}. Mend that, give it other arguments "
                 "(--trainer.logger.…), or leave it."
             ) from error
@@ -664,14 +644,14 @@ def predict(run: RunCLI) -> None:
     """Write true label, predicted label and the probabilities of each test image."""
     output = Path(run.config.output)
     if output.exists():
-        raise MisconfigurationException(f"{output} exists and is not overwritten: choose another --output.")
+        raise UserError(f"{output} exists and is not overwritten: choose another --output.")
     output.parent.mkdir(parents=True, exist_ok=True)
     import pandas as pd  # takes a while, and only this command needs it
 
     run.datamodule.setup("predict")
     note(_describe(run.datamodule))
     if run.trainer.limit_predict_batches == 0:
-        raise MisconfigurationException("--trainer.limit_predict_batches 0 leaves nothing to predict.")
+        raise UserError("--trainer.limit_predict_batches 0 leaves nothing to predict.")
     batches: Any = run.trainer.predict(run.model, datamodule=run.datamodule, ckpt_path=run.config.ckpt_path)
     check_finite(torch.cat(batches), run.config.ckpt_path)
     probabilities = torch.cat(batches).numpy()
@@ -688,11 +668,11 @@ def predict_pictures(run: RunCLI) -> None:
     """Write and print class, probability and runner-up of each picture, and draw what the network sees of it."""
     output, data, checkpoint = Path(run.config.output), run.datamodule, run.config.ckpt_path
     if not output.name or output.suffix == ".png":
-        raise MisconfigurationException("--output names the CSV file; the pictures are drawn beside it, as .png.")
+        raise UserError("--output names the CSV file; the pictures are drawn beside it, as .png.")
     sheet = output.with_suffix(".png")
     for path in (output, sheet):
         if path.exists():
-            raise MisconfigurationException(f"{path} exists and is not overwritten: choose another --output.")
+            raise UserError(f"{path} exists and is not overwritten: choose another --output.")
     output.parent.mkdir(parents=True, exist_ok=True)
     note(f"Network: {checkpoint}, of {data.source}")
     places, images, skipped = [], [], 0
@@ -712,7 +692,7 @@ def predict_pictures(run: RunCLI) -> None:
         places += [(file, number + 1) for number in range(len(found))]
         images.append(found)
     if not images:
-        raise MisconfigurationException("There is nothing to predict: none of --images can be used.")
+        raise UserError("There is nothing to predict: none of --images can be used.")
     if data.standardize or run.config.explain:  # by the training images
         data.setup("fit")
     statistics = data.train.statistics if data.train else None

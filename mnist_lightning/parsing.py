@@ -24,10 +24,10 @@ from jsonargparse import Namespace, _typehints, set_parsing_settings
 from jsonargparse._common import parsing_settings
 from jsonargparse.typing import register_type
 from lightning.pytorch.cli import LightningArgumentParser
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from mnist_lightning.classifier import TOTALS
 from mnist_lightning.data import ImageDataModule
+from mnist_lightning.errors import UserError
 from mnist_lightning.runs import LOGS
 
 MAX_NODES = 10_000
@@ -252,7 +252,7 @@ def check_numbers(config: Any, key: str) -> None:
     """See that the numbers in a config are such.
 
     Raises:
-        MisconfigurationException: If one is NaN or infinite.
+        UserError: If one is NaN or infinite.
     """
     if isinstance(config, Namespace | dict):
         for name, value in (vars(config) if isinstance(config, Namespace) else config).items():
@@ -261,7 +261,7 @@ def check_numbers(config: Any, key: str) -> None:
         for value in config:
             check_numbers(value, key)
     elif isinstance(config, float) and not math.isfinite(config):
-        raise MisconfigurationException(f"--{key} is {config}, which is not a number to compute with.")
+        raise UserError(f"--{key} is {config}, which is not a number to compute with.")
 
 
 def shorten(message: str) -> str:

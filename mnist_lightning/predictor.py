@@ -21,7 +21,7 @@ def load_classifier(path: Path) -> tuple[dict[str, Any], Classifier]:
     """A checkpoint and its classifier, in evaluation mode.
 
     Raises:
-        MisconfigurationException: It cannot be used.
+        UserError: If it cannot be used.
     """
     with checkpoint_errors(path):
         checkpoint = load_checkpoint(path)
@@ -57,7 +57,7 @@ class Predictor:
         data: Its data module; for the names of the classes, what it needs of its data set must be there.
 
     Raises:
-        MisconfigurationException: It cannot be used.
+        UserError: If it cannot be used.
     """
 
     def __init__(self, checkpoint: str | Path) -> None:

@@ -7,9 +7,9 @@ import pandas as pd
 import pytest
 import torch
 from conftest import ROOT, ROUNDING
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from PIL import Image, ImageOps
 
+from mnist_lightning.errors import UserError
 from mnist_lightning.predictor import Predictor
 
 pytestmark = pytest.mark.numeric
@@ -67,7 +67,7 @@ def test_other_arrays_are_refused(predictor, images):
 
 
 def test_what_is_no_checkpoint_is_said(tmp_path):
-    with pytest.raises(MisconfigurationException, match="damaged or no checkpoint"):
+    with pytest.raises(UserError, match="damaged or no checkpoint"):
         Predictor(ROOT / "README.md")
     with pytest.raises(FileNotFoundError):
         Predictor(tmp_path / "none.ckpt")

@@ -7,14 +7,16 @@ from pathlib import Path
 
 import torch
 from lightning.pytorch.cli import LightningArgumentParser
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from mnist_lightning.checkpoints import check_finite, checkpoint_errors, load_checkpoint
 from mnist_lightning.cli import RunCLI, quieten_lightning
+from mnist_lightning.console import note
+from mnist_lightning.errors import UserError, user_errors
 from mnist_lightning.export import formats
 from mnist_lightning.export.page import write_page
+from mnist_lightning.files import place
 from mnist_lightning.parsing import corrected
-from mnist_lightning.runs import newest_result, note, place, user_errors
+from mnist_lightning.runs import newest_result
 from mnist_lightning.signals import leave_as_usual
 
 
@@ -45,7 +47,7 @@ def export(run: RunCLI) -> None:
     output = Path(run.config.output or "network.onnx") if run.config.output or page is None else None
     for option, path in (("output", output), ("page", page)):
         if path is not None and path.exists():
-            raise MisconfigurationException(f"{path} exists and is not overwritten: choose another --{option}.")
+            raise UserError(f"{path} exists and is not overwritten: choose another --{option}.")
     form = None if output is None else formats.format_of(output)
     data.setup("test")
     with checkpoint_errors(checkpoint):

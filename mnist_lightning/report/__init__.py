@@ -28,9 +28,9 @@ def main(command: str, description: str, arguments: list[str]) -> None:
     options = parser.parse_args(arguments)
     options.models = options.models or ([] if options.study else ["baseline", "tuned"])
 
+    from mnist_lightning.errors import user_errors
     from mnist_lightning.parsing import corrected
     from mnist_lightning.report.page import write
-    from mnist_lightning.runs import user_errors
     from mnist_lightning.signals import leave_as_usual
 
     leave_as_usual()

@@ -9,7 +9,6 @@ import pandas as pd
 import torch
 import yaml
 from lightning.fabric import Fabric
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from numpy.typing import NDArray
 from sklearn.metrics import confusion_matrix, precision_recall_fscore_support
 from torch.nn import functional as F
@@ -17,6 +16,7 @@ from torch.nn import functional as F
 from mnist_lightning.checkpoints import checkpoint_errors, read_history
 from mnist_lightning.classifier import Classifier
 from mnist_lightning.data import ImageDataModule, Split
+from mnist_lightning.errors import UserError
 from mnist_lightning.predictor import load_classifier, load_data
 from mnist_lightning.report.comparison import calibration_error
 
@@ -154,11 +154,11 @@ def load_run(path: Path) -> Run:
     """Read a run from its folder, or from one of its checkpoints, and evaluate it.
 
     Raises:
-        MisconfigurationException: There is no checkpoint, or it cannot be used.
+        UserError: There is no checkpoint, or it cannot be used.
     """
     files = {weights: path / f"checkpoints/{weights}.ckpt" for weights in WEIGHTS} if path.is_dir() else {"last": path}
     if not files["last"].is_file():
-        raise MisconfigurationException(
+        raise UserError(
             f"{path} has no checkpoint: it was stopped before the end of its first epoch, or is no run."
             if path.is_dir()
             else f"There is no run or checkpoint at {path}."
@@ -178,7 +178,7 @@ def load_run(path: Path) -> Run:
         precision = (state.get("config") or config).get("trainer", {}).get("precision")
         fabric = Fabric(accelerator="cpu", devices=1, precision=precision)
     except (AttributeError, yaml.YAMLError, TypeError, ValueError) as error:
-        raise MisconfigurationException(f"{config_file} is damaged: {' '.join(str(error).split())}") from error
+        raise UserError(f"{config_file} is damaged: {' '.join(str(error).split())}") from error
     assert data.val is not None
     assert data.test is not None
     evaluations = {

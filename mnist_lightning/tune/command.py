@@ -29,17 +29,11 @@ from optuna.trial import FrozenTrial, TrialState
 from tqdm import tqdm
 
 from mnist_lightning.cli import DEFAULTS, RunCLI, fit, quieten_lightning
+from mnist_lightning.console import PROG, command_line, format_table
+from mnist_lightning.errors import user_errors
+from mnist_lightning.files import atomic_write
 from mnist_lightning.parsing import corrected
-from mnist_lightning.runs import (
-    PROG,
-    RUN_KEYS,
-    atomic_write,
-    command_line,
-    flatten,
-    format_table,
-    newest_file,
-    user_errors,
-)
+from mnist_lightning.runs import RUN_KEYS, flatten, newest_file
 from mnist_lightning.signals import Interrupt, interruptible
 from mnist_lightning.tune.search import COMPUTED, Search
 from mnist_lightning.tune.space import (

@@ -13,8 +13,8 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
 from torch.nn import Module
 
+from mnist_lightning.console import PROG
 from mnist_lightning.parsing import Parser, shorten
-from mnist_lightning.runs import PROG
 
 
 class SearchSpace(dict[str, BaseDistribution]):
