@@ -42,9 +42,6 @@ from mnist_lightning.checkpoints import (
     CheckpointConnector,
     CheckpointIO,
     RunCheckpoint,
-    check_finite,
-    checkpoint_errors,
-    load_checkpoint,
 )
 from mnist_lightning.classifier import SCHEDULE, Classifier
 from mnist_lightning.console import PROG, command_line, format_table, note
@@ -57,6 +54,7 @@ from mnist_lightning.pictures import PictureError, find, read
 from mnist_lightning.precision import Trainer, choose_precision, has_bf16
 from mnist_lightning.runs import LOGS, RUN_KEYS, flatten, new_version, newest_checkpoint, newest_result
 from mnist_lightning.saliency import integrated_gradients, smoothed
+from mnist_lightning.saved_run import SavedRun, check_finite
 from mnist_lightning.signals import leave_as_usual
 from mnist_lightning.slurm import SlurmJob
 
@@ -86,13 +84,14 @@ class RunCLI(LightningCLI):
 
     Attributes:
         checkpoint: Keeps the run of a ``fit`` on disk; None where nothing is kept.
+        saved: The run of the checkpoint that is used, if one is.
         options: From a class that the config names to the option that does.
         keeps_run: Whether a ``fit`` leaves a run folder.
     """
 
     def __init__(self, command: str, arguments: Sequence[str] | dict[str, Any], description: str = "") -> None:
         self.command = command
-        self.data_state: dict[str, Any] | None = None
+        self.saved: SavedRun | None = None
         super().__init__(
             Classifier,
             ImageDataModule,
@@ -212,22 +211,13 @@ class RunCLI(LightningCLI):
         """
         if not path.is_file():
             raise UserError(f"No checkpoint at {path}; `last` and `best` mean the newest run's.")
-        with checkpoint_errors(path):
-            checkpoint = load_checkpoint(path)
-            checkpoint["state_dict"].keys()
-            names = {"model": "hyper_parameters", "data": "datamodule_hyper_parameters"}
-            saved = {group: {**checkpoint.get(name, {})} for group, name in names.items()}
-            for parameters in saved.values():
-                parameters.pop("_instantiator", None)
-            class_path = saved["data"].pop("_class_path", DEFAULTS["data"]["class_path"])  # earlier versions had one
-            saved["data"] = {"class_path": class_path, "init_args": saved["data"]}
-            self.data_state = checkpoint.get(class_path.rpartition(".")[2])
-            model = saved["model"]
-            config = checkpoint["callbacks"].get(RunCheckpoint.__name__, {}).get("config")
-            if config and self.command == "fit":
-                saved = {**config, **saved}
-            elif config:  # the numbers of `fit`, to the digit
-                saved["trainer"] = {name: config["trainer"].get(name) for name in ("precision", "plugins")}
+        run = self.saved = SavedRun.read(path)
+        saved: dict[str, Any] = {"model": run.model, "data": run.data}
+        if run.config and self.command == "fit":
+            saved = {**run.config, **saved}
+        elif run.config:  # the numbers of `fit`, to the digit
+            saved["trainer"] = {name: run.config["trainer"].get(name) for name in ("precision", "plugins")}
+        model = saved["model"]
         self.parser.exit_on_error = False
         try:
             config = self.parser.parse_args([f"--config={json.dumps(saved)}", *args])
@@ -369,8 +359,8 @@ class RunCLI(LightningCLI):
         self.options = chosen_classes(self.plain_config())
         try:
             super().instantiate_classes()
-            if self.data_state is not None:  # which Lightning gives to data of the same class only
-                self.datamodule.load_state_dict(self.data_state)
+            if self.saved is not None and self.saved.data_state is not None:  # Lightning's needs data of the same class
+                self.datamodule.load_state_dict(self.saved.data_state)
             self.model.check_images(self.datamodule.image_shape, len(self.datamodule.classes))
             if self.command in ("fit", EXECUTION):
                 self._check_augmentation()
@@ -625,10 +615,10 @@ def _test(run: RunCLI, run_dir: Path | None) -> None:
         logger.log_metrics(dict(results), step=trainer.global_step)
     rows: dict[str, dict[str, float]] = {f"last epoch ({epochs})": dict(results)}
     if checkpoint is not None and checkpoint.best_model_path:
-        best = load_checkpoint(checkpoint.best_model_path)
-        run.model.load_state_dict(best["state_dict"])
+        best = SavedRun.read(checkpoint.best_model_path)
+        best.restore(run.model)
         (results,) = trainer.test(run.model, datamodule=run.datamodule, verbose=False)
-        rows[f"best val/accuracy (epoch {best['epoch'] + 1})"] = dict(results)
+        rows[f"best val/accuracy (epoch {best.epoch + 1})"] = dict(results)
     if not trainer.is_global_zero:
         return
     if run_dir is not None:

@@ -58,9 +58,10 @@ import mnist_lightning.optimizers
 from mnist_lightning import errors
 from mnist_lightning.__main__ import main as command
 from mnist_lightning.callbacks import Figures
-from mnist_lightning.checkpoints import RunCheckpoint, load_checkpoint
+from mnist_lightning.checkpoints import RunCheckpoint
 from mnist_lightning.classifier import Classifier
 from mnist_lightning.data import ImageDataModule, MNISTDataModule
+from mnist_lightning.saved_run import SavedRun
 
 ROOT = Path(__file__).parents[1]
 EPOCHS = 3
@@ -541,8 +542,7 @@ def printed(result: Result) -> dict[str, float]:
 
 def weights(path: Path) -> dict[str, Any]:
     """Return the weights in a checkpoint."""
-    state: dict[str, Any] = load_checkpoint(path)["state_dict"]
-    return state
+    return SavedRun.read(path).weights
 
 
 def differences(one: Path, other: Path) -> str:

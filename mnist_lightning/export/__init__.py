@@ -8,7 +8,6 @@ from pathlib import Path
 import torch
 from lightning.pytorch.cli import LightningArgumentParser
 
-from mnist_lightning.checkpoints import check_finite, checkpoint_errors, load_checkpoint
 from mnist_lightning.cli import RunCLI, quieten_lightning
 from mnist_lightning.console import note
 from mnist_lightning.errors import UserError, user_errors
@@ -17,6 +16,7 @@ from mnist_lightning.export.page import write_page
 from mnist_lightning.files import place
 from mnist_lightning.parsing import corrected
 from mnist_lightning.runs import newest_result
+from mnist_lightning.saved_run import check_finite, outputs
 from mnist_lightning.signals import leave_as_usual
 
 
@@ -50,11 +50,11 @@ def export(run: RunCLI) -> None:
             raise UserError(f"{path} exists and is not overwritten: choose another --{option}.")
     form = None if output is None else formats.format_of(output)
     data.setup("test")
-    with checkpoint_errors(checkpoint):
-        classifier.load_state_dict(load_checkpoint(checkpoint)["state_dict"])
+    assert run.saved is not None
+    assert data.test is not None
+    run.saved.restore(classifier)
     note(f"Exporting {checkpoint}: {type(classifier.network).__name__} for {data.source}")
-    with torch.no_grad():
-        expected = torch.cat([classifier.predict_step(batch) for batch in data.test_dataloader()])
+    expected = outputs(classifier, data.test, torch.arange(len(data.test)).split(data.eval_batch_size)).softmax(dim=1)
     check_finite(expected, checkpoint)
     if output is not None and form is not None:
         with _new_file(output) as partial:

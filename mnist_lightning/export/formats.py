@@ -16,8 +16,9 @@ import torch
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
-from mnist_lightning.data import ImageDataModule
+from mnist_lightning.data import ImageDataModule, Split
 from mnist_lightning.errors import UserError
+from mnist_lightning.saved_run import outputs
 
 TOLERANCE = 1e-5
 """How far a probability may be from the checkpoint's: more than rounding makes of it, less than anyone reads."""
@@ -96,13 +97,13 @@ def metadata(data: ImageDataModule, probabilities: Tensor, checkpoint: str) -> d
     }
 
 
-@torch.no_grad()
 def predict(function: Predict, data: ImageDataModule) -> Tensor:
-    """Probabilities of all test images, of shape (n, classes), by a function that maps images in [0, 1] to them."""
+    """Return the probabilities of all test images, of shape (n, classes), by a function from images in [0, 1]."""
     assert data.test is not None
-    first, *others = torch.arange(len(data.test)).split([1, len(data.test) - 1])  # a batch of any size will do
-    batches = [first, *(batch for rest in others for batch in rest.split(data.eval_batch_size))]
-    return torch.cat([function(data.test.scaled(batch)) for batch in batches if len(batch)])
+    images = Split(data.test.images, data.test.labels)  # the function standardises them itself
+    first, others = torch.arange(len(images)).split([1, len(images) - 1])
+    # the first alone: a batch of any size will do
+    return outputs(function, images, [first, *others.split(data.eval_batch_size)] if len(others) else [first])
 
 
 def compare(expected: Tensor, found: Tensor, what: str, tolerance: float = TOLERANCE) -> float:
