@@ -227,8 +227,8 @@ class RunCheckpoint(ModelCheckpoint):
             return
         weights, is_changed = pl_module.state_dict(), False
         if trainer.is_global_zero:
-            saved = load_checkpoint(self.last_model_path, pl_module.device)["state_dict"]
-            is_changed = any(not torch.equal(value, saved[name]) for name, value in weights.items())
+            saved = SavedRun.read(self.last_model_path).weights
+            is_changed = any(not torch.equal(value.cpu(), saved[name]) for name, value in weights.items())
         if trainer.strategy.broadcast(is_changed):  # to averages, as by StochasticWeightAveraging
             self._is_changed_at_end = True
             if trainer.enable_validation and self._validate_again(trainer, pl_module):

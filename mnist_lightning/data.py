@@ -72,7 +72,7 @@ class Split(Dataset[Batch]):
         mean, std = self.statistics
         return (images - mean) / std
 
-    def __getitems__(self, indices: Sequence[int]) -> Batch:
+    def __getitems__(self, indices: Sequence[int] | Tensor) -> Batch:
         """Batch of the images and labels at ``indices``; the DataLoader calls it once a batch."""
         index = torch.as_tensor(indices).to(self.labels.device, non_blocking=True)
         images, labels = self.scaled(index), self.labels.index_select(0, index)
@@ -292,6 +292,22 @@ class ImageDataModule(LightningDataModule):
         if not needs_training and self.test is None:
             self.test = Split(*self._labelled("test"), statistics=self.train.statistics if self.train else None)
         self._loaded.clear()
+
+    def share(self, other: "ImageDataModule") -> None:
+        """Take what another data module with the same arguments has read, so that it is not read again."""
+        self._loaded, self._own_classes = other._loaded, other._own_classes
+
+    def describe(self) -> str:
+        """Return the data in a line, once it is loaded."""
+        parts = [f"Data: {self.source}", "standardised" if self.standardize else "scaled to [0, 1]"]
+        if self.val is not None:
+            of = "each class's training images" if self.is_split_by_class else "the training images"
+            held_out = f"{self.val_split:.4g} of {of} held out"
+            parts.append(f"{'its own images' if self.has_own_val else held_out} for validation")
+        augmentation = ", ".join(type(each).__name__ for each in self.augmentation)
+        if self.train is not None and augmentation:
+            parts.append(f"augmented in training by {augmentation}, so that metrics of train are of augmented images")
+        return ", ".join(parts)
 
     def state_dict(self) -> dict[str, Any]:
         """The names of the classes, to be stored in a checkpoint."""

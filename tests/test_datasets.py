@@ -22,7 +22,6 @@ from conftest import in_process, load, write_idx
 from PIL import Image
 
 from mnist_lightning import datasets
-from mnist_lightning.cli import _describe
 from mnist_lightning.data import ImageDataModule, MNISTDataModule
 from mnist_lightning.datasets import CIFAR10, EMNIST, KMNIST, QMNIST, USPS, FashionMNIST, ImageFolder
 from mnist_lightning.errors import UserError
@@ -194,7 +193,7 @@ def test_images_sorted_by_class_are_split_by_class_or_shuffled(tmp_path):
     data = MNISTDataModule(str(tmp_path))
     data.setup("fit")
     assert data.is_split_by_class
-    assert "0.2 of each class's training images held out for validation" in _describe(data)
+    assert "0.2 of each class's training images held out for validation" in data.describe()
     is_held_out = np.arange(300) % 30 >= 24
     assert np.array_equal(data.val.images[:, 0], images[is_held_out])
     assert np.array_equal(data.train.images[:, 0], images[~is_held_out])
@@ -280,7 +279,7 @@ def test_small_classes_keep_images_in_each_split(tmp_path):
             Image.new("L", (3, 3), shade + 1).save(tmp_path / f"{name:03}/{shade}.png")
     data = both(ImageFolder(str(tmp_path), test_split=0.4))
     assert data.is_split_by_class
-    assert "each class" in _describe(data)
+    assert "each class" in data.describe()
     assert [split.labels.bincount().unique().tolist() for split in (data.train, data.val, data.test)] == [[2], [1], [2]]
     numbers = torch.cat([split.images[:, 0, 0, 0] + 100 * split.labels for split in (data.train, data.val, data.test)])
     assert len(numbers.unique()) == 1500

@@ -8,7 +8,7 @@ import yaml
 from conftest import ROOT, in_process
 from jsonargparse import _typehints
 
-from mnist_lightning.cli import RunCLI
+from mnist_lightning.commands.fit import FitCLI, TrainingCLI
 from mnist_lightning.parsing import corrected
 from mnist_lightning.runs import RUN_KEYS
 
@@ -79,9 +79,9 @@ def test_a_config_may_have_a_network_of_more_outputs(tmp_path, capfd, network, d
     }
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
     with corrected():
-        run = RunCLI("fit", [f"--config={tmp_path / 'config.yaml'}", *options])
+        run = FitCLI("fit", [f"--config={tmp_path / 'config.yaml'}", *options])
         said = capfd.readouterr().out
-        again = RunCLI("execution", {key: run.plain_config()[key] for key in RUN_KEYS})  # as a search has it
+        again = TrainingCLI({key: run.plain_config()[key] for key in RUN_KEYS})  # as a search has it
         assert not capfd.readouterr().out
     for each in (run, again):
         assert each.model.network[-1].out_features == expected
@@ -144,7 +144,7 @@ def test_the_config_is_printed_after_all_options(model):
 
 def test_what_was_typed_is_not_handed_to_a_trial_of_another_class():
     with corrected():
-        run = RunCLI("fit", ["--model.optimizer=KerasAdam", "--model.optimizer.lr=0.001", "--trainer.logger=false"])
+        run = FitCLI("fit", ["--model.optimizer=KerasAdam", "--model.optimizer.lr=0.001", "--trainer.logger=false"])
         sgd = {"class_path": "mnist_lightning.optimizers.KerasSGD", "init_args": {}}
         config = run.plain_config(run.parser.parse_object({"model": {"optimizer": sgd}}))
     assert config["model"]["optimizer"]["init_args"]["lr"] == 0.01

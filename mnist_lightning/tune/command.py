@@ -28,7 +28,8 @@ from optuna.study import Study
 from optuna.trial import FrozenTrial, TrialState
 from tqdm import tqdm
 
-from mnist_lightning.cli import DEFAULTS, RunCLI, fit, quieten_lightning
+from mnist_lightning.cli import DEFAULTS, RunCLI, add_tensorboard, quieten_lightning
+from mnist_lightning.commands.fit import FitCLI
 from mnist_lightning.console import PROG, command_line, format_table
 from mnist_lightning.errors import user_errors
 from mnist_lightning.files import atomic_write
@@ -144,6 +145,7 @@ class SearchCLI(RunCLI):
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         super().add_arguments_to_parser(parser)
+        add_tensorboard(parser)
         parser.add_class_arguments(SearchOptions, as_group=False)
         parser.add_argument("--show", action="store_true", help="Print the results so far of the study, and no more.")
         parser.set_defaults({"name": "tuned", "trainer.max_epochs": 10})
@@ -593,7 +595,7 @@ def _refit(path: Path, config: dict[str, Any], logs: Path, options: Namespace) -
         if epochs != options.refit_epochs:
             print(f"\ntrainer.max_epochs was searched: {epochs}. --refit_epochs {options.refit_epochs} is not used.")
         print(f"\nRefit: {command_line('fit', '--config', path)}")
-        fit(RunCLI("fit", ["--config", str(path)]))
+        FitCLI("fit", ["--config", str(path)]).run()
     tests = {}
     for name in ("baseline", config["name"]):
         newest = newest_file((logs / name).glob("version_*/test.csv"))

@@ -35,7 +35,7 @@ from optuna.trial import FrozenTrial, TrialState
 from torch.utils.flop_counter import FlopCounterMode
 
 from mnist_lightning.checkpoints import RunCheckpoint
-from mnist_lightning.cli import EXECUTION, RunCLI
+from mnist_lightning.commands.fit import TrainingCLI
 from mnist_lightning.tune.space import SearchSpace, config_with, instantiate, max_epochs, size
 from mnist_lightning.tune.storage import open_storage
 from mnist_lightning.tune.study import (
@@ -238,7 +238,7 @@ class TrialRunner:
         try:
             named = copy.deepcopy(config)
             _name_loggers(named["trainer"]["logger"], f"{search.options.study_name}_{folder.name}_{name}")
-            run = RunCLI(EXECUTION, named)
+            run = TrainingCLI(named)
             complete = {key: value for key, value in run.plain_config().items() if key in config}
             complete["trainer"]["logger"] = config["trainer"]["logger"]
             loggers = [*run.trainer.loggers]
