@@ -217,7 +217,7 @@ def load_models(arguments: Sequence[str], weights: str, logs: Path) -> list[Mode
                 f"{runs[0].path} and {run.path} have other test images than each other: their results do not compare."
             )
         if (weights, "test") not in run.evaluations:
-            raise UserError(f"{run.path} has no weights of its best epoch; take --weights last.")
+            raise UserError(f"{run.path} has no weights of its best epoch; take --ckpt_path last.")
     return models
 
 
