@@ -271,7 +271,7 @@ def check_numbers(config: Any, key: str) -> None:
 
 
 def shorten(message: str) -> str:
-    """What jsonargparse says of a value, as key, value and what was expected."""
+    """Return what jsonargparse says of a value in a line: the key, the value, and what was expected."""
     text = " ".join(message.split())
     keys, found, problem = text.rpartition("Problem with given class_path '")  # the innermost
     if found and "Parser key" not in problem:
@@ -279,33 +279,22 @@ def shorten(message: str) -> str:
         reason = re.split(r" - (?:Not a valid|Expected a|Import path|Does not)|\.? Got value: | Given value", reason)[0]
         key = ".".join(re.findall(r'Parser key "([^"]*)"', keys))
         return f"{key}: {name.rpartition('.')[2]}: {reason}".removeprefix(": ")
-    if text.startswith("Does not validate"):  # what a class said of its arguments, in a list or where null is allowed
-        text = text.rpartition("Errors: - ")[2].partition(" - Expected a <class 'NoneType'>")[0]
-        if "(implicit class_path) - " not in text:
-            return text
-        text = text.rpartition("(implicit class_path) - ")[2].partition(" - Expected a <class")[0]
-        return re.sub(r"Problem with given class_path '[^']*?(\w+)': ", r"\1: ", text)
-    text = re.sub(r"- Expected a path but \S+ either not accessible or invalid - ", "", text)
-    text = re.sub(  # of a class that may be null, what is said of the class
-        r"Does not validate against any of the Union subtypes Subtypes: \[[^],]*, <class 'NoneType'>\] Errors: "
-        r"- (Problem with given class_path .*?) - Expected a <class 'NoneType'> Given value type: .*",
+    text = re.sub(r"- Expected a path but (?:\S+ )?either not accessible or invalid - ", "", text)
+    union = "Does not validate against any of the Union subtypes Subtypes: "
+    of_class = r"(?:Problem with given class_path '[^']*'|Type \S.*? expects a function or a callable class): "
+    text = re.sub(  # of a class that may be null, only what is said of the class
+        rf"{union}\[[^],]*, <class 'NoneType'>\] Errors: - (Problem .*?) - Expected a <class 'NoneType'> Given .*",
         r"\1",
         text,
     )
-    of_class = r"(?:Problem with given class_path '[^']*'|Type \S.*? expects a function or a callable class): "
     text = re.sub(rf'(Parser key "[^"]*)": {of_class}Parser key "', r"\1.", text)
-    text = re.sub(r"\. Got value: Namespace\(.*", "", text)
-    union = (
-        r"Does not validate against any of the Union subtypes Subtypes: \[(.*)\] Errors: - (.*) Given value type: .*"
-    )
-    if match := re.search(rf"{union}? Given value: (.*)", text):
+    if match := re.search(rf"{union}\[(.*?)\] Errors: - (.*) Given value type: .*? Given value: ?(.*)", text):
         types, errors, value = match.groups()
-        value = re.sub(r"^Namespace\(class_path='([^']*)'.*", r"\1", value)
-        reasons = [error for error in errors.split(" - ") if not error.startswith("Expected a <class")]
-        reasons = [re.sub(rf"^{of_class}", "", reason) for reason in reasons if "typing.Literal" not in reason]
-        reason = f" ({reasons[0]})" if reasons else ""
-        text = f"{text[: match.start()]}{value} is none of {types}{reason}"
-    text = re.sub(r"\] Errors: - .* \((?=[^()]*\)$)", " (", text)  # of a union inside a list
+        value = re.sub(r"^\[?Namespace\(class_path='([^']*)'.*", r"\1", value) or "''"
+        reasons = [error for error in errors.split(" - ") if not re.match("Expected a (<class|typing.Literal)", error)]
+        reason = re.sub(rf"{of_class}|\. Got value: Namespace\(.*", "", reasons[0]) if reasons else ""
+        text = f"{text[: match.start()]}{value} is none of {types}{f' ({reason})' if reason else ''}"
+    text = re.sub(r"\. Got value: Namespace\(.*", "", text)
     text = re.sub(r"Expected a dot import path string: (\S+)", r"there is no class \1", text)
     text = re.sub(r"<class '([\w.]+)'>", r"\1", text)
     text = re.sub(r"typing\.Literal\[([^]]*)\]", r"\1", text)

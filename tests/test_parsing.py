@@ -1,6 +1,7 @@
 """What the parser is taught, and that only commands teach it."""
 
 import contextlib
+import shutil
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,7 @@ from conftest import ROOT, in_process
 from jsonargparse import _typehints
 
 from mnist_lightning.commands.fit import FitCLI, TrainingCLI
-from mnist_lightning.parsing import corrected
+from mnist_lightning.parsing import Parser, corrected
 from mnist_lightning.runs import RUN_KEYS
 
 
@@ -171,3 +172,33 @@ def test_a_whole_number_of_batches_stays_whole(capfd, tmp_path, option, given, v
         assert code == 0, errors
         found = yaml.safe_load(out)["trainer"][option]
         assert (type(found), found) == (type(value), value)
+
+
+def test_parsing_opens_no_data_and_makes_no_module(monkeypatch):
+    monkeypatch.setattr(Parser, "instantiate", lambda *_, **__: pytest.fail("something was made"))
+    monkeypatch.setattr(FitCLI, "instantiate_classes", lambda self: None)
+    options = ["--data=FashionMNIST", "--data.data_dir=/nowhere", "--data.augmentation+=Distortion"]
+    with corrected():
+        run = FitCLI("fit", [*options, "--model.network=CNN", "--model.network.channels=[4]"])
+    assert run.config.model.network.class_path == "mnist_lightning.networks.CNN"
+
+
+@pytest.mark.parametrize(
+    ("options", "count"),
+    [
+        (["fit", "--trainer.max_epochs=1"], 1),
+        (["fit", "--ckpt_path=last", "--trainer.max_epochs=5"], 2),
+        (["test"], 2),
+        (["predict", "--images={run}/figures/samples.png"], 2),
+        (["export", "--output=network.pt2"], 2),
+    ],
+    ids=lambda value: value[0] if isinstance(value, list) else "",
+)
+def test_a_command_line_is_parsed_at_most_twice(fitted, quick, monkeypatch, tmp_path, options, count):
+    shutil.copytree(fitted[0].parents[1], tmp_path / "lightning_logs")
+    parsed = []
+    original = Parser.parse_args
+    monkeypatch.setattr(Parser, "parse_args", lambda self, *words, **more: (
+        parsed.append(words), original(self, *words, **more))[1])  # fmt: skip
+    quick(tmp_path, *(option.format(run=fitted[0]) for option in options))
+    assert len(parsed) == count
