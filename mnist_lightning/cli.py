@@ -68,6 +68,11 @@ class RunCLI(LightningCLI):
         options: From a class that the config names to the option that does.
     """
 
+    parser: Parser
+    datamodule: ImageDataModule
+    model: Classifier
+    trainer: Trainer
+
     trains = False
     default_checkpoint: str | None = None
     kept: Sequence[str] = ()
@@ -280,9 +285,9 @@ class RunCLI(LightningCLI):
         self.model.save_hyperparameters({**self.plain_config()["model"], "_instantiator": INSTANTIATOR})
 
     def _make(self) -> None:
-        data = self.parser.make_data(self.config)  # type: ignore[attr-defined]
+        data = self.parser.make_data(self.config)
         del self.config_dump  # Lightning's, made with the data
-        network = None if self.saved else self.parser.typed  # type: ignore[attr-defined]
+        network = None if self.saved else self.parser.typed
         for line in fill_sizes(self.config, data, network):
             self.say(line)
         super().instantiate_classes()

@@ -233,7 +233,7 @@ def tune(run: SearchCLI, command: str, interrupt: Interrupt) -> None:
     base = {key: value for key, value in run.plain_config().items() if key in ("name", "origin", *RUN_KEYS)}
     base = spread(base, options.search_space or {})
     space = make_space(options.search_space, base)
-    check_values(space, base, run.parser)  # type: ignore[arg-type]
+    check_values(space, base, run.parser)
     first = _first_trials(run, space, base)
     _check_training(run)
     print("Search space:")
