@@ -132,7 +132,7 @@ class Classifier(LightningModule):
         several devices, each draws dropout masks of its own.
 
         Raises:
-            UserError: torch has no compiler here.
+            UserError: If torch has no compiler here.
         """
         torch.set_flush_denormal(True)
         if isinstance(self.trainer.precision_plugin, DoublePrecision):
@@ -155,7 +155,7 @@ class Classifier(LightningModule):
             classes: Number of classes.
 
         Raises:
-            UserError: It does not, or has not.
+            UserError: If the network refuses the images, or has too few outputs.
         """
         self.example_input_array = torch.zeros(1, *shape)
         is_training = self.network.training
@@ -448,7 +448,7 @@ def check_compiler(device: torch.device) -> None:
     """Compile next to nothing.
 
     Raises:
-        UserError: It cannot be done.
+        UserError: If that fails.
     """
     try:
         torch.compile(torch.neg)(torch.zeros(1, device=device))

@@ -236,7 +236,7 @@ class ImageDataModule(LightningDataModule):
 
         Raises:
             PictureError: There is no ink.
-            UserError: Sheets are not for this data set.
+            UserError: If sheets are not for this data set.
         """
         picture, (channels, *shape) = flatten(picture), self.image_shape
         if self.placing is None:
@@ -254,7 +254,7 @@ class ImageDataModule(LightningDataModule):
             stage: ``"fit"`` or ``"validate"`` (training and validation images) or ``"test"`` or ``"predict"``.
 
         Raises:
-            UserError: The data is missing, damaged or not what it should be.
+            UserError: If the data is missing, damaged or not what it should be.
         """
         needs_training = stage in ("fit", "validate")
         if self.train is None and (needs_training or self.standardize):
@@ -317,7 +317,7 @@ class ImageDataModule(LightningDataModule):
         """See that a checkpoint's classes are those of the data, or number the data's as the checkpoint does.
 
         Raises:
-            UserError: The data has a class that the checkpoint has not.
+            UserError: If the data has a class that the checkpoint does not have.
         """
         trained, own = [*state_dict["classes"]], self._own_classes or self.classes
         if unknown := [name for name in own if name not in trained]:

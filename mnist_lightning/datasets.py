@@ -47,7 +47,7 @@ def from_torchvision(name: str, data_dir: Path | None, files: str, **arguments: 
         arguments: What else the class takes.
 
     Raises:
-        UserError: It is not there, and cannot be downloaded.
+        UserError: If it is missing, and cannot be downloaded.
     """
     from torchvision import datasets  # takes a second
 

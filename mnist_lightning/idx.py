@@ -39,7 +39,7 @@ def read_idx(path: Path, header_only: bool = False) -> NDArray[np.uint8]:
         See :func:`parse_idx`; with ``header_only`` zeros of the shape that the header promises, which take no memory.
 
     Raises:
-        UserError: The file is damaged, or no such file.
+        UserError: If the file is damaged, or is not an IDX file.
     """
     try:
         with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:

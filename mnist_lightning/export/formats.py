@@ -64,7 +64,7 @@ def exported(network: nn.Module, data: ImageDataModule, batch: int | None = None
         batch: Images in a batch; any number by default.
 
     Raises:
-        UserError: ``torch.export`` cannot follow the network.
+        UserError: If ``torch.export`` cannot follow the network.
     """
     assert data.test is not None
     module = copy.deepcopy(Deployed(network, data.test.statistics)).eval()
@@ -116,7 +116,7 @@ def compare(expected: Tensor, found: Tensor, what: str, tolerance: float = TOLER
         tolerance: The largest difference that is taken for rounding.
 
     Raises:
-        UserError: A label differs, or a probability by more.
+        UserError: If a label differs, or a probability by more than that.
     """
     difference = (expected - found).abs().max().item()
     labels = int((expected.argmax(dim=1) != found.argmax(dim=1)).sum())
@@ -193,7 +193,7 @@ def format_of(path: Path) -> Format:
     """The format that a file's name ends in.
 
     Raises:
-        UserError: There is no such format, or a package that it needs is missing.
+        UserError: If there is no such format, or a package that it needs is missing.
     """
     if path.suffix not in FORMATS:
         raise UserError(f"{path} must end in {' or '.join(FORMATS)}, which says the format.")

@@ -142,7 +142,7 @@ def write_page(network: nn.Module, data: ImageDataModule, probabilities: Tensor)
         The page, and how it has the weights.
 
     Raises:
-        UserError: The images are in colour, the script lacks an operation of the network, or it has too
+        UserError: If the images are in colour, the script lacks an operation of the network, or it has too
             many weights.
     """
     name, count = type(network).__name__, sum(value.numel() for value in network.parameters())
@@ -211,7 +211,7 @@ def graph(program: ExportedProgram, supported: set[str], integers: bool) -> dict
         ``weights`` by name, ``nodes`` in their order, and the names ``input`` and ``output``.
 
     Raises:
-        UserError: The script lacks an operation.
+        UserError: If the script lacks an operation.
     """
     program = program.run_decompositions(default_decompositions())
     values = {**program.state_dict, **program.constants}

@@ -178,7 +178,7 @@ def write(
         output: Folder of the report, or None for ``report`` in ``logs``.
 
     Raises:
-        UserError: A run or the study is missing or damaged, or the models do not compare.
+        UserError: If a run or the study is missing or damaged, or the models do not compare.
     """
     output = output or logs / "report"
     if output.exists() and any(output.iterdir()) and not (output / "report.json").is_file():
@@ -225,7 +225,7 @@ def find_runs(name: str, pattern: str) -> list[Path]:
     """The runs that a model's path names, or the complete ones that its pattern matches, in natural order.
 
     Raises:
-        UserError: A pattern matches none.
+        UserError: If no complete run matches the pattern.
     """
     if Path(pattern).exists() or not re.search(r"[*?[]", pattern):
         return [Path(pattern)]
