@@ -415,6 +415,15 @@ def test_the_study_shown_is_the_one_that_made_the_run(run):
     assert code == "error: There is no study tune in lightning_logs/tune/journal.log."
 
 
+def test_old_names_of_options_are_aliases(monkeypatch):
+    seen = []
+    monkeypatch.setattr(page, "write", lambda *options: seen.append(options))
+    main(["report", "--name=one", "--name=two", "--ckpt_path=best", "--study_name=mine"])
+    main(["report", "one", "two", "--weights=best", "--study=mine"])
+    assert seen[0] == seen[1]
+    assert seen[0][:3] == (["one", "two"], "best", "mine")
+
+
 @pytest.mark.slow
 def test_several_seeds_give_means_and_a_test_over_seeds(run, made):
     base = "lightning_logs/baseline/version_"
