@@ -364,8 +364,8 @@ class RunCLI(LightningCLI):
         return trainer  # type: ignore[no-any-return]
 
 
-def add_tensorboard(parser: LightningArgumentParser) -> None:
-    """Add the option of the commands that train."""
+def add_training_options(parser: LightningArgumentParser) -> None:
+    """Add the options of the commands that train."""
     parser.add_argument("--tensorboard", type=bool, default=True, help="Whether TensorBoard's events are written.")
 
 

@@ -23,7 +23,7 @@ from lightning.pytorch.utilities.seed import isolate_rng
 from mnist_lightning.callbacks import Figures
 from mnist_lightning.checkpoints import RunCheckpoint
 from mnist_lightning.classifier import SCHEDULE
-from mnist_lightning.cli import RunCLI, add_method_options, add_tensorboard, get_class
+from mnist_lightning.cli import RunCLI, add_method_options, add_training_options, get_class
 from mnist_lightning.console import command_line, format_table, note
 from mnist_lightning.errors import UserError, library_errors
 from mnist_lightning.files import write_csv
@@ -51,7 +51,7 @@ class FitCLI(RunCLI):
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         super().add_arguments_to_parser(parser)
-        add_tensorboard(parser)
+        add_training_options(parser)
         add_method_options(parser, "fit")
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:

@@ -28,7 +28,7 @@ from optuna.study import Study
 from optuna.trial import FrozenTrial, TrialState
 from tqdm import tqdm
 
-from mnist_lightning.cli import DEFAULTS, RunCLI, add_tensorboard, quieten_lightning
+from mnist_lightning.cli import DEFAULTS, RunCLI, add_training_options, quieten_lightning
 from mnist_lightning.commands.fit import FitCLI
 from mnist_lightning.console import PROG, command_line, format_table
 from mnist_lightning.errors import user_errors
@@ -145,7 +145,7 @@ class SearchCLI(RunCLI):
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         super().add_arguments_to_parser(parser)
-        add_tensorboard(parser)
+        add_training_options(parser)
         parser.add_class_arguments(SearchOptions, as_group=False)
         parser.add_argument("--show", action="store_true", help="Print the results so far of the study, and no more.")
         parser.set_defaults({"name": "tuned", "trainer.max_epochs": 10})
