@@ -21,6 +21,13 @@ COMMANDS = {
     "report": "Compare models, by default baseline and tuned, on one page.",
     "export": "Write a network as ONNX, or as a page to draw on.",
 }
+MODULES = {
+    "fit": "commands.fit",
+    "validate": "commands.evaluate",
+    "test": "commands.evaluate",
+    "predict": "commands.predict",
+}
+"""Where a command is, if not in a folder of its name."""
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -51,8 +58,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         Path.cwd()
     except FileNotFoundError:
         sys.exit("error: The current folder has been deleted: change to another.")
-    module = f"mnist_lightning.{command if command in ('tune', 'report', 'export') else 'cli'}"
-    importlib.import_module(module).main(command, COMMANDS[command], arguments[1:])  # takes seconds: torch, Lightning
+    module = importlib.import_module(f"mnist_lightning.{MODULES.get(command, command)}")
+    module.main(command, COMMANDS[command], arguments[1:])  # the import takes seconds: torch, Lightning
 
 
 def run() -> None:

@@ -5,89 +5,27 @@ import math
 import random
 import shutil
 import time
-import traceback
-import zipfile
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import torch
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.callbacks import Callback, EarlyStopping, ModelCheckpoint
+from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 from lightning.pytorch.trainer.connectors.checkpoint_connector import _CheckpointConnector
 from lightning.pytorch.trainer.states import TrainerFn
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_only, rank_zero_warn
 
-from mnist_lightning.runs import atomic_write, explain, note, write_csv
+from mnist_lightning.console import note
+from mnist_lightning.errors import UserError
+from mnist_lightning.files import atomic_write, write_csv
+from mnist_lightning.saved_run import SavedRun, checkpoint_errors, load_checkpoint, read_history
 
 INSTANTIATOR = "lightning.pytorch.cli.instantiate_module"
 """Path of what makes a model from the hyper-parameters in a checkpoint."""
-
-
-@contextmanager
-def checkpoint_errors(path: Any) -> Iterator[None]:
-    """Say which checkpoint is at fault, where its content may make torch and Lightning raise anything.
-
-    Raises:
-        MisconfigurationException: It is damaged, or no checkpoint of this package.
-    """
-    try:
-        yield
-    except Exception as error:
-        if isinstance(error, MisconfigurationException) or getattr(error, "filename", None):  # a file is named already
-            raise
-        reason = "it is damaged or no checkpoint of a fit"
-        if "loading state_dict" in str(error):
-            reason = "its weights are not those of its network"
-        raised_in = [frame.f_locals.get("self") for frame, _ in traceback.walk_tb(error.__traceback__)]
-        callbacks = [each for each in raised_in if isinstance(each, Callback) and not isinstance(each, RunCheckpoint)]
-        if callbacks:
-            reason = f"its {type(callbacks[-1]).__name__} cannot be restored ({explain(error)})"
-        raise MisconfigurationException(
-            f"{path} cannot be used: {reason}. Take another checkpoint, or train a new one."
-        ) from error
-
-
-def load_checkpoint(path: Any, map_location: Any = "cpu") -> dict[str, Any]:
-    """Load a checkpoint file: tensors and plain types alone, and only if all its bytes are those that were written.
-
-    Raises:
-        ValueError: If it is damaged. torch and its unpickler raise others.
-    """
-    with zipfile.ZipFile(path) as archive:  # torch.load does not look at the checksums that torch.save writes
-        if (member := archive.testzip()) is not None:
-            raise ValueError(f"the checksum of {member} differs")
-    checkpoint: dict[str, Any] = torch.load(path, map_location, weights_only=True)
-    return checkpoint
-
-
-def check_finite(probabilities: torch.Tensor, path: Any) -> None:
-    """See that what the network of a checkpoint says are numbers.
-
-    Raises:
-        MisconfigurationException: If one is not, as after a training that diverged.
-    """
-    if not probabilities.isfinite().all():
-        raise MisconfigurationException(
-            f"{path} has diverged: its probabilities are not numbers, so nothing is written. Train with a lower "
-            "learning rate, or take the best.ckpt of an epoch before."
-        )
-
-
-def read_history(state: dict[str, Any]) -> list[dict[str, float]]:
-    """The rows of all epochs in the state of a :class:`RunCheckpoint`; one without any raises an error."""
-    rows = state["history"]
-    history = [
-        {**{n: float(v) for n, v in row.items()}, "epoch": int(row["epoch"]), "step": int(row["step"])} for row in rows
-    ]
-    if not history:
-        raise ValueError("no epoch")
-    return history
 
 
 class CheckpointConnector(_CheckpointConnector):
@@ -219,10 +157,10 @@ class RunCheckpoint(ModelCheckpoint):
         """Refuse to train on from inside an epoch; a run that was stopped there may still be evaluated.
 
         Raises:
-            MisconfigurationException: If the checkpoint that the run goes on from is of the middle of an epoch.
+            UserError: If the checkpoint that the run goes on from is of the middle of an epoch.
         """
         if self._done_batches:
-            raise MisconfigurationException(
+            raise UserError(
                 f"{self._resumed_from} was written inside an epoch, after {self._done_batches} batches, from where no "
                 "run can be continued exactly. Take a checkpoint of an epoch's end, or train anew."
             )
@@ -289,8 +227,8 @@ class RunCheckpoint(ModelCheckpoint):
             return
         weights, is_changed = pl_module.state_dict(), False
         if trainer.is_global_zero:
-            saved = load_checkpoint(self.last_model_path, pl_module.device)["state_dict"]
-            is_changed = any(not torch.equal(value, saved[name]) for name, value in weights.items())
+            saved = SavedRun.read(self.last_model_path).weights
+            is_changed = any(not torch.equal(value.cpu(), saved[name]) for name, value in weights.items())
         if trainer.strategy.broadcast(is_changed):  # to averages, as by StochasticWeightAveraging
             self._is_changed_at_end = True
             if trainer.enable_validation and self._validate_again(trainer, pl_module):
@@ -335,7 +273,7 @@ class RunCheckpoint(ModelCheckpoint):
         last_epoch = self.history[-1]["epoch"]
         epoch_of_best = math.inf
         with suppress(Exception):  # what is damaged may raise anything; it is not what was to be continued
-            epoch_of_best = int(load_checkpoint(old)["epoch"])
+            epoch_of_best = SavedRun.read(old).epoch
         if epoch_of_best <= last_epoch:
             _copy(old, new)
             moved = {name: str(new) for name in ("best_model_path", "kth_best_model_path")}

@@ -14,14 +14,15 @@ from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveragi
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.plugins import DoublePrecision
 from lightning.pytorch.trainer.states import TrainerFn
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim import lr_scheduler as schedulers
 
+from mnist_lightning.console import note
 from mnist_lightning.data import Batch
+from mnist_lightning.errors import UserError
 from mnist_lightning.optimizers import KerasAdam, KerasRMSprop
-from mnist_lightning.runs import flatten, note
+from mnist_lightning.runs import flatten
 
 COUPLED = (
     KerasAdam,
@@ -131,7 +132,7 @@ class Classifier(LightningModule):
         several devices, each draws dropout masks of its own.
 
         Raises:
-            MisconfigurationException: torch has no compiler here.
+            UserError: If torch has no compiler here.
         """
         torch.set_flush_denormal(True)
         if isinstance(self.trainer.precision_plugin, DoublePrecision):
@@ -154,7 +155,7 @@ class Classifier(LightningModule):
             classes: Number of classes.
 
         Raises:
-            MisconfigurationException: It does not, or has not.
+            UserError: If the network refuses the images, or has too few outputs.
         """
         self.example_input_array = torch.zeros(1, *shape)
         is_training = self.network.training
@@ -165,7 +166,7 @@ class Classifier(LightningModule):
             reason = str(error).strip().partition("\n")[0]
             is_torchvision = type(self.network).__module__.startswith("torchvision.")
             other = "mnist_lightning.networks.TorchvisionModel with its name" if is_torchvision else "another network"
-            raise MisconfigurationException(
+            raise UserError(
                 f"{type(self.network).__name__} does not take images of shape {tuple(shape)} (channels, height, "
                 f"width): {reason}. Give its arguments to fit, or take {other}."
             ) from error
@@ -173,7 +174,7 @@ class Classifier(LightningModule):
             self.network.train(is_training)
         if not isinstance(logits, Tensor) or logits.dim() != 2 or logits.shape[1] < classes:
             found = f"a tensor of shape {tuple(logits.shape)}" if isinstance(logits, Tensor) else type(logits).__name__
-            raise MisconfigurationException(
+            raise UserError(
                 f"For {classes} classes, {type(self.network).__name__} must give logits of shape (batch, {classes}), "
                 f"but gives {found} for one image."
             )
@@ -234,7 +235,7 @@ class Classifier(LightningModule):
         if totals and self._trainer:
             total = self._scheduler_steps(interval, frequency)
             if math.isinf(total):
-                raise MisconfigurationException(
+                raise UserError(
                     f"{' and '.join(totals)} of the lr_scheduler cannot be -1 in a training without max_epochs."
                 )
             steps = self.schedule_steps = dict.fromkeys(totals, max(1, int(total)))
@@ -315,7 +316,7 @@ class Classifier(LightningModule):
         """Let the penalty's gradient come by one way, and a schedule last as long as the training.
 
         Raises:
-            MisconfigurationException: If one ends before.
+            UserError: If one ends before.
         """
         trainer: Any = self.trainer
         l2 = self.kernels
@@ -332,7 +333,7 @@ class Classifier(LightningModule):
                 total: float = getattr(config.scheduler, argument, math.inf)
                 steps = self._scheduler_steps(config.interval, config.frequency)
                 if total < steps < math.inf:
-                    raise MisconfigurationException(
+                    raise UserError(
                         f"The schedule of {name} ends too early: {argument} is {total}, but it steps {steps} times "
                         f"in this training (after each {config.interval}). Take -1, or make the training shorter."
                     )
@@ -447,13 +448,13 @@ def check_compiler(device: torch.device) -> None:
     """Compile next to nothing.
 
     Raises:
-        MisconfigurationException: It cannot be done.
+        UserError: If that fails.
     """
     try:
         torch.compile(torch.neg)(torch.zeros(1, device=device))
     except Exception as error:  # of torch's private classes
         reason = str(error).strip().partition("\n")[0]
-        raise MisconfigurationException(
+        raise UserError(
             f"torch.compile does not work here: {reason}. Install a C++ compiler (for a GPU, Triton), or take compile "
             "false."
         ) from error

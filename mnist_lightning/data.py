@@ -13,15 +13,15 @@ import torch
 from jsonargparse.typing import NonNegativeInt, OpenUnitInterval, PositiveInt
 from lightning.pytorch import LightningDataModule
 from lightning.pytorch.overrides.distributed import UnrepeatedDistributedSampler
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor, nn
 from torch.utils.data import BatchSampler, DataLoader, Dataset, DistributedSampler, RandomSampler, Sampler
 
+from mnist_lightning.console import note
+from mnist_lightning.errors import UserError
 from mnist_lightning.idx import MD5, embedded, find_idx, parse_idx, read_idx
 from mnist_lightning.pictures import Placing, characters, flatten, ink_of, placed, resized
-from mnist_lightning.runs import note
 
 Batch = tuple[Tensor, Tensor]
 """Images, float32 of shape (batch, channels, height, width), and labels, int64 of shape (batch,)."""
@@ -72,7 +72,7 @@ class Split(Dataset[Batch]):
         mean, std = self.statistics
         return (images - mean) / std
 
-    def __getitems__(self, indices: Sequence[int]) -> Batch:
+    def __getitems__(self, indices: Sequence[int] | Tensor) -> Batch:
         """Batch of the images and labels at ``indices``; the DataLoader calls it once a batch."""
         index = torch.as_tensor(indices).to(self.labels.device, non_blocking=True)
         images, labels = self.scaled(index), self.labels.index_select(0, index)
@@ -236,14 +236,12 @@ class ImageDataModule(LightningDataModule):
 
         Raises:
             PictureError: There is no ink.
-            MisconfigurationException: Sheets are not for this data set.
+            UserError: If sheets are not for this data set.
         """
         picture, (channels, *shape) = flatten(picture), self.image_shape
         if self.placing is None:
             if is_sheet:
-                raise MisconfigurationException(
-                    f"--sheet is for characters, but the images of {self.source} are whole pictures."
-                )
+                raise UserError(f"--sheet is for characters, but the images of {self.source} are whole pictures.")
             return resized(picture, self.image_shape)[None]
         found = characters(ink_of(picture, is_sheet), is_sheet)
         images = np.stack([placed(ink, self.placing, (shape[0], shape[1])) for ink in found])
@@ -256,7 +254,7 @@ class ImageDataModule(LightningDataModule):
             stage: ``"fit"`` or ``"validate"`` (training and validation images) or ``"test"`` or ``"predict"``.
 
         Raises:
-            MisconfigurationException: The data is missing, damaged or not what it should be.
+            UserError: If the data is missing, damaged or not what it should be.
         """
         needs_training = stage in ("fit", "validate")
         if self.train is None and (needs_training or self.standardize):
@@ -280,9 +278,9 @@ class ImageDataModule(LightningDataModule):
                 validation = images[split:], labels[split:]
                 images, labels = images[:split], labels[:split]
             if not min(len(labels), len(validation[1])):
-                raise MisconfigurationException(f"{self.source}: there are too few training images to split.")
+                raise UserError(f"{self.source}: there are too few training images to split.")
             if (missing := lacks(labels, validation[1])) is not None:
-                raise MisconfigurationException(
+                raise UserError(
                     f"{self.source}: of class {self.classes[missing]} there are validation images, but none to train "
                     "with."
                 )
@@ -310,6 +308,22 @@ class ImageDataModule(LightningDataModule):
                 setattr(self, name, Split(split.images, split.labels, augmentation, split.statistics))
         self.has_own_val, self.is_split_by_class = other.has_own_val, other.is_split_by_class
 
+    def share(self, other: "ImageDataModule") -> None:
+        """Take what another data module with the same arguments has read, so that it is not read again."""
+        self._loaded, self._own_classes = other._loaded, other._own_classes
+
+    def describe(self) -> str:
+        """Return the data in a line, once it is loaded."""
+        parts = [f"Data: {self.source}", "standardised" if self.standardize else "scaled to [0, 1]"]
+        if self.val is not None:
+            of = "each class's training images" if self.is_split_by_class else "the training images"
+            held_out = f"{self.val_split:.4g} of {of} held out"
+            parts.append(f"{'its own images' if self.has_own_val else held_out} for validation")
+        augmentation = ", ".join(type(each).__name__ for each in self.augmentation)
+        if self.train is not None and augmentation:
+            parts.append(f"augmented in training by {augmentation}, so that metrics of train are of augmented images")
+        return ", ".join(parts)
+
     def state_dict(self) -> dict[str, Any]:
         """The names of the classes, to be stored in a checkpoint."""
         return {"classes": self.classes}
@@ -318,11 +332,11 @@ class ImageDataModule(LightningDataModule):
         """See that a checkpoint's classes are those of the data, or number the data's as the checkpoint does.
 
         Raises:
-            MisconfigurationException: The data has a class that the checkpoint has not.
+            UserError: If the data has a class that the checkpoint does not have.
         """
         trained, own = [*state_dict["classes"]], self._own_classes or self.classes
         if unknown := [name for name in own if name not in trained]:
-            raise MisconfigurationException(
+            raise UserError(
                 f"{self.source} has a class {unknown[0]}, but the checkpoint is of a network for {', '.join(trained)}."
             )
         if trained != self.classes:
@@ -357,7 +371,7 @@ class ImageDataModule(LightningDataModule):
         """Whether there would be a training batch of one image, which the network cannot take.
 
         Raises:
-            MisconfigurationException: If there is no batch to which the image could be added.
+            UserError: If there is no batch to which the image could be added.
         """
         assert self.train is not None
         share = -(-len(self.train) // getattr(self.trainer, "world_size", 1))
@@ -367,7 +381,7 @@ class ImageDataModule(LightningDataModule):
         if needs_two is None or not needs_two():
             return False
         if self.batch_size == 1 or share == 1:
-            raise MisconfigurationException(
+            raise UserError(
                 "The network has batch normalization, which cannot train on batches of one image: give it more with "
                 f"--data.batch_size (now {self.batch_size}), or take another normalization."
             )
@@ -418,12 +432,12 @@ class ImageDataModule(LightningDataModule):
             images.is_floating_point() and 0 <= images.min() <= images.max() <= 1
         )
         if images.dim() != 4 or not is_scaled:
-            raise MisconfigurationException(
+            raise UserError(
                 f"{self.source}: {split} images have shape {tuple(images.shape)}, {images.dtype}; they must be (n, "
                 "channels, height, width) or (n, height, width), uint8 or floats from 0 to 1."
             )
         if labels.shape != images.shape[:1] or labels.is_floating_point():
-            raise MisconfigurationException(
+            raise UserError(
                 f"{self.source}: {split} has {len(images)} images but {'x'.join(map(str, labels.shape))} labels; there "
                 "must be a whole number for each image, and both must come from one copy of the data set."
             )
@@ -437,13 +451,13 @@ class ImageDataModule(LightningDataModule):
         """Images, and labels as the indices of their classes."""
         images, labels = self._load(split)
         if images.shape[1:] != (shape := self.image_shape):
-            raise MisconfigurationException(
+            raise UserError(
                 f"{self.source}: {split} images are {'x'.join(map(str, images.shape[1:]))}, those of training "
                 f"{'x'.join(map(str, shape))}."
             )
         numbers = self._distinct_labels() if self.class_names is None else [*range(len(self.class_names))]
         if unknown := {*labels.unique().tolist()} - {*numbers}:
-            raise MisconfigurationException(
+            raise UserError(
                 f"{self.source}: a {split} image has label {min(unknown)}, which is none of the {len(numbers)} classes."
             )
         if numbers != [*range(len(numbers))]:
@@ -504,7 +518,7 @@ class MNISTDataModule(ImageDataModule):
             return parse_idx(embedded(name), name)
         path = find_idx(folders, name)
         if path is None:
-            raise MisconfigurationException(
+            raise UserError(
                 f"{self.data_dir} has no file {name} or {name}.gz. --data.data_dir wants these four, raw or gzipped: "
                 f"{', '.join(MD5)}; null is the package's own copy."
             )
@@ -535,7 +549,7 @@ def memory_for(what: str, size: int = 0) -> Iterator[None]:
         size: Bytes that will be needed.
 
     Raises:
-        MisconfigurationException: If there is not enough.
+        UserError: If there is not enough.
     """
     free = psutil.virtual_memory().available + psutil.swap_memory().free
     try:
@@ -549,9 +563,7 @@ def memory_for(what: str, size: int = 0) -> Iterator[None]:
         is_device = isinstance(error, torch.OutOfMemoryError)
         where = "the device's memory" if is_device else f"memory, of which {free / 2**30:.1f} GiB are free"
         reason = f" ({found[0].lower().replace('gib', 'GiB')})" if found else ""
-        raise MisconfigurationException(
-            f"{what} does not fit into {where}{reason}. Take fewer or smaller images."
-        ) from error
+        raise UserError(f"{what} does not fit into {where}{reason}. Take fewer or smaller images.") from error
 
 
 def _statistics(images: Tensor) -> tuple[Tensor, Tensor]:

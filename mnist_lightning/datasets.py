@@ -14,16 +14,16 @@ import numpy as np
 import torch
 from filelock import FileLock
 from jsonargparse.typing import NonNegativeInt, OpenUnitInterval, PositiveInt
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from numpy.typing import NDArray
 from PIL import Image, ImageChops, ImageOps
 from tqdm import tqdm
 
+from mnist_lightning.console import note
 from mnist_lightning.data import KINDS, ImageDataModule, MNISTDataModule, held_out_by_class, lacks, memory_for
+from mnist_lightning.errors import UserError
 from mnist_lightning.idx import MD5, find_idx
 from mnist_lightning.pictures import PictureError, Placing, flatten, pictures_in, resized
-from mnist_lightning.runs import note
 
 
 def downloads() -> Path:
@@ -31,7 +31,7 @@ def downloads() -> Path:
     try:
         cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     except RuntimeError as error:  # HOME is not set, and the user has no name: a container
-        raise MisconfigurationException(
+        raise UserError(
             "There is no home folder for downloads: set XDG_CACHE_HOME, or give --data.data_dir."
         ) from error
     return cache / "mnist_lightning/torchvision"
@@ -47,12 +47,12 @@ def from_torchvision(name: str, data_dir: Path | None, files: str, **arguments: 
         arguments: What else the class takes.
 
     Raises:
-        MisconfigurationException: It is not there, and cannot be downloaded.
+        UserError: If it is missing, and cannot be downloaded.
     """
     from torchvision import datasets  # takes a second
 
     if data_dir is not None and not data_dir.is_dir():
-        raise MisconfigurationException(f"There is no folder {data_dir}.")
+        raise UserError(f"There is no folder {data_dir}.")
     root = data_dir or downloads()
     try:
         if data_dir is None:
@@ -60,7 +60,7 @@ def from_torchvision(name: str, data_dir: Path | None, files: str, **arguments: 
         with FileLock(root / f".{name}.lock"):  # several processes may want it at once
             return getattr(datasets, name)(root, download=True, **arguments)
     except (OSError, RuntimeError, EOFError, ValueError) as error:
-        raise MisconfigurationException(
+        raise UserError(
             f"{name} is not in {root} and cannot be downloaded ({' '.join(str(error).split())}). "
             f"Put {files} into a folder and give it as --data.data_dir"
         ) from error
@@ -90,9 +90,7 @@ class MNISTLike(MNISTDataModule):
         if loaded is not None:
             content = b"\0\0\x08\x01" + len(loaded[1]).to_bytes(4) + loaded[1].tobytes()
             if hashlib.md5(content, usedforsecurity=False).hexdigest() in MD5.values():
-                raise MisconfigurationException(
-                    f"The files in {self.data_dir} are MNIST's, not {type(self).__name__}'s."
-                )
+                raise UserError(f"The files in {self.data_dir} are MNIST's, not {type(self).__name__}'s.")
         return loaded
 
 
@@ -112,7 +110,7 @@ class FashionMNIST(MNISTLike):
         up, and what is on white is inverted.
         """
         if is_sheet:
-            raise MisconfigurationException("--sheet is for characters, but the images of FashionMNIST are of clothes.")
+            raise UserError("--sheet is for characters, but the images of FashionMNIST are of clothes.")
         grey = flatten(picture).convert("L")
         corner = grey.getpixel((0, 0))
         assert isinstance(corner, int)
@@ -279,11 +277,11 @@ class ImageFolder(ImageDataModule):
         for index, (path, _) in enumerate(bar):
             with self._open(path) as image:
                 if self.channels is None and channels == 1 and image.mode not in GREY:
-                    raise MisconfigurationException(
+                    raise UserError(
                         f"{path} is in colour, the first image grey: say --data.channels 3, or 1 for all grey."
                     )
                 if self.size is None and image.size != (width, height):
-                    raise MisconfigurationException(
+                    raise UserError(
                         f"{path} has {image.height}x{image.width} pixels, the first image {height}x{width}: give one "
                         f"size for all, as --data.size [{height},{width}]"
                     )
@@ -319,7 +317,7 @@ class ImageFolder(ImageDataModule):
                     if split == splits[0] and not pictures:
                         raise FileNotFoundError(f"{folder / name} has no pictures.")
         except OSError as error:
-            raise MisconfigurationException(
+            raise UserError(
                 f"{self.data_dir} must hold a folder for each class with its images, or folders train and test that "
                 f"do: {' '.join(str(error).split())[:300]}"
             ) from error
@@ -347,7 +345,7 @@ class ImageFolder(ImageDataModule):
             if image.has_transparency_data:  # a drawing saved from a canvas is black on nothing
                 image = flatten(image.convert("RGBA"))
         except (OSError, ValueError, Image.DecompressionBombError) as error:
-            raise MisconfigurationException(f"{path} cannot be read: {error}") from error
+            raise UserError(f"{path} cannot be read: {error}") from error
         return image.convert("L") if is_grey else image
 
 

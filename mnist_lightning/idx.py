@@ -6,8 +6,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from numpy.typing import NDArray
+
+from mnist_lightning.errors import UserError
 
 MD5 = {
     "train-images-idx3-ubyte": "6bbc9ace898e44ae57da46a324031adb",
@@ -38,7 +39,7 @@ def read_idx(path: Path, header_only: bool = False) -> NDArray[np.uint8]:
         See :func:`parse_idx`; with ``header_only`` zeros of the shape that the header promises, which take no memory.
 
     Raises:
-        MisconfigurationException: The file is damaged, or no such file.
+        UserError: If the file is damaged, or is not an IDX file.
     """
     try:
         with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
@@ -49,7 +50,7 @@ def read_idx(path: Path, header_only: bool = False) -> NDArray[np.uint8]:
             file.seek(0)  # no more than the header promises: a small .gz may hold any amount
             return parse_idx(file.read(min(16 + int(np.prod(shape, dtype=object)) + 1, MAX_BYTES)), path.name)
     except (ValueError, EOFError, gzip.BadGzipFile, zlib.error) as error:
-        raise MisconfigurationException(
+        raise UserError(
             f"{path} is damaged or no IDX file: {error}. Copy it anew, or give another --data.data_dir (null: the "
             "package's own copy)"
         ) from error

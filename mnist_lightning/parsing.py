@@ -10,7 +10,7 @@ import math
 import os
 import re
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from enum import Enum
 from numbers import Number
@@ -24,10 +24,10 @@ from jsonargparse import Namespace, _typehints, set_parsing_settings
 from jsonargparse._common import parsing_settings
 from jsonargparse.typing import register_type
 from lightning.pytorch.cli import LightningArgumentParser
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from mnist_lightning.classifier import TOTALS
 from mnist_lightning.data import ImageDataModule
+from mnist_lightning.errors import UserError
 from mnist_lightning.runs import LOGS
 
 MAX_NODES = 10_000
@@ -62,6 +62,9 @@ HELP = {
 SHAPE = ("in_features", "in_channels", "num_classes")
 """Arguments of networks and augmentation that the data gives: numbers in an image, channels, classes."""
 
+OPEN = 1
+"""Stands for an argument of :data:`SHAPE` that a class has no default for, until the data gives it."""
+
 MLRUNS = "./mlruns"
 """MLFlowLogger's default place, which MLflow itself has come to refuse."""
 
@@ -70,22 +73,15 @@ typed: set[str] = set()
 
 
 class Parser(LightningArgumentParser):
-    """Says what is wrong in one line instead of a page of usage, and lets the data shape the network.
+    """Says what is wrong in one line instead of a page of usage.
 
     Attributes:
-        is_shaped: Whether the :data:`SHAPE` arguments of classes are taken from the data, unless they are typed, or a
-            config wants a network of more outputs than there are classes.
-        sizes: Their values, by what the data is made from, which may take long to load: a search parses many configs.
-        remarks: From their keys to what became of values in a config.
+        typed: The options of the last command line, without their dashes.
     """
-
-    is_shaped = True
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.sizes: dict[str, dict[str, int]] = {}
-        self.remarks: dict[str, str] = {}
-        self.folder = Path.cwd()  # jsonargparse reads a config in the config's own
+        self.typed: frozenset[str] = frozenset()
 
     def parse_args(self, args: Any = None, *arguments: Any, **kwargs: Any) -> Namespace:  # type: ignore[override]
         args = sys.argv[1:] if args is None else args
@@ -93,7 +89,8 @@ class Parser(LightningArgumentParser):
             self.print_short_help()
             self.exit(0)
         args = args[:-1] if [*args[-2:]] == ["--help", "all"] else args
-        typed.update(word.partition("=")[0].lstrip("-") for word in args if word.startswith("--"))
+        self.typed = frozenset(word.partition("=")[0].lstrip("-") for word in args if word.startswith("--"))
+        typed.update(self.typed)
         try:
             config: Namespace = super().parse_args(_order(args), *arguments, **kwargs)
         finally:
@@ -101,17 +98,23 @@ class Parser(LightningArgumentParser):
         return config
 
     def _parse_common(self, cfg: Namespace, *args: Any, **kwargs: Any) -> Namespace:
-        if (
-            self.is_shaped
-            and kwargs.get("defaults")  # not for a file alone, whose data may be exchanged
-            and isinstance(cfg.get("data"), Namespace)
-            and isinstance(cfg.get("model.network"), Namespace)
-        ):
-            _shape(cfg, self.sizes, self.folder, self.remarks)
         if isinstance(cfg.get("trainer"), Namespace):
             _place_loggers(cfg.trainer)
+        if hasattr(self, "print_config"):  # the config that is printed is complete
+            try:
+                fill_sizes(cfg, self.make_data(cfg), self.typed)
+            except Exception as error:  # an invalid config is printed as it is
+                if isinstance(error, UserError):
+                    raise
         config: Namespace = super()._parse_common(cfg, *args, **kwargs)
         return config
+
+    def make_data(self, config: Namespace) -> ImageDataModule:
+        """Make the data module of a config, without what augments its images."""
+        arguments = Namespace({**vars(config.data.get("init_args", Namespace())), "augmentation": None})
+        spec = Namespace(class_path=config.data.class_path, init_args=arguments)
+        data: ImageDataModule = self.instantiate(Namespace(data=spec), instantiate_groups=False).data
+        return data
 
     def print_short_help(self) -> None:
         """Print the options that are not Lightning's, and what people change of those that are."""
@@ -161,48 +164,51 @@ class Parser(LightningArgumentParser):
         self.exit(2)
 
 
-def _shape(config: Namespace, sizes: dict[str, dict[str, int]], folder: Path, remarks: dict[str, str]) -> None:
+def fill_sizes(config: Namespace, data: ImageDataModule, typed: Collection[str] | None = ()) -> list[str]:
     """Give the network, and what augments, the size of the images and the number of classes.
 
     A network may have more outputs than there are classes, and what augments has as many: a config that says more is
-    followed. That a config says what is the class's default cannot be seen.
+    followed. A value of a config that is the class's default cannot be told from none.
+
+    Args:
+        config: The config, which is changed.
+        data: Its data module.
+        typed: Options whose values stay; None lets all of the network stay as it is, as of a checkpoint.
+
+    Returns:
+        A line for each value of the network in the config that was changed, or is not the data's.
     """
-    outputs = 0
-    given = vars(config.data.get("init_args", Namespace()))
-    specs = [(f"data.augmentation.{index}", spec) for index, spec in enumerate(given.get("augmentation") or [])]
-    arguments = {name: value for name, value in given.items() if name != "augmentation"}
-    if arguments.get("data_dir") is not None:
-        arguments["data_dir"] = str(folder / Path(arguments["data_dir"]).expanduser())
-    made_from = repr((config.data.get("class_path"), arguments))
-    for key, spec in [("model.network", config.model.network), *specs]:
-        try:
-            parameters = inspect.signature(_typehints.import_object(spec["class_path"])).parameters
-            names = [name for name in SHAPE if name in parameters]
-            if names and made_from not in sizes:
-                data_class = _typehints.import_object(config.data.class_path)
-                if not issubclass(data_class, ImageDataModule):
-                    return
-                data = data_class(**arguments)
-                channels, height, width = data.image_shape
-                values = (channels * height * width, channels, len(data.classes))
-                sizes[made_from] = dict(zip(SHAPE, values, strict=True))
-        except (TypeError, KeyError, ValueError, AttributeError, ImportError):  # said where the config is validated
-            return
-        for name in names:
-            values, value = vars(spec.get("init_args", Namespace())), sizes[made_from][name]
-            found, default = values.get(name), parameters[name].default
-            value = max(value, outputs) if name == "num_classes" else value
-            if {f"{key}.{name}", f"{key}.init_args.{name}"} & typed:
-                value = found
-            elif key == "model.network" and isinstance(found, int) and found not in (-1, default, value):
-                if name == "num_classes" and found > value:
-                    remarks[name] = f"{key}.{name} stays {found}, as in the config: the data has {value} classes"
-                    value = found
-                else:
-                    remarks[name] = f"{key}.{name} is {value}, as the data has it, not {found} as in the config"
-            if key == "model.network" and name == "num_classes" and isinstance(value, int):
-                outputs = value
-            spec["init_args"] = Namespace({**values, name: value})
+    channels, height, width = data.image_shape
+    sizes = dict(zip(SHAPE, (channels * height * width, channels, len(data.classes)), strict=True))
+    remarks = []
+    network = config.model.network
+    for name in [] if typed is None else _sizes_of(network):
+        found, size = network.init_args.get(name), sizes[name]
+        default = inspect.signature(_typehints.import_object(network.class_path)).parameters[name].default
+        if typed and {f"model.network.{name}", f"model.network.init_args.{name}"} & {*typed}:
+            continue
+        is_given = isinstance(found, int) and found > OPEN and found not in (default, size)
+        if is_given and name == "num_classes" and found > size:
+            remarks.append(f"model.network.{name} stays {found}, as in the config: the data has {size} classes")
+            continue
+        if is_given:
+            remarks.append(f"model.network.{name} is {size}, as the data has it, not {found} as in the config")
+        network.init_args[name] = size
+    outputs = network.get("init_args", Namespace()).get("num_classes")
+    sizes["num_classes"] = max(sizes["num_classes"], outputs if isinstance(outputs, int) else 0)
+    for spec in config.data.init_args.get("augmentation") or []:
+        for name in _sizes_of(spec):
+            spec.init_args[name] = sizes[name]
+    return remarks
+
+
+def _sizes_of(spec: Namespace) -> list[str]:
+    """Return the arguments of a class that the data gives, once there is a place for them."""
+    parameters = inspect.signature(_typehints.import_object(spec.class_path)).parameters
+    names = [name for name in SHAPE if name in parameters]
+    if names and "init_args" not in spec:
+        spec["init_args"] = Namespace()
+    return names
 
 
 def _place_loggers(trainer: Namespace) -> None:
@@ -252,7 +258,7 @@ def check_numbers(config: Any, key: str) -> None:
     """See that the numbers in a config are such.
 
     Raises:
-        MisconfigurationException: If one is NaN or infinite.
+        UserError: If one is NaN or infinite.
     """
     if isinstance(config, Namespace | dict):
         for name, value in (vars(config) if isinstance(config, Namespace) else config).items():
@@ -261,11 +267,11 @@ def check_numbers(config: Any, key: str) -> None:
         for value in config:
             check_numbers(value, key)
     elif isinstance(config, float) and not math.isfinite(config):
-        raise MisconfigurationException(f"--{key} is {config}, which is not a number to compute with.")
+        raise UserError(f"--{key} is {config}, which is not a number to compute with.")
 
 
 def shorten(message: str) -> str:
-    """What jsonargparse says of a value, as key, value and what was expected."""
+    """Return what jsonargparse says of a value in a line: the key, the value, and what was expected."""
     text = " ".join(message.split())
     keys, found, problem = text.rpartition("Problem with given class_path '")  # the innermost
     if found and "Parser key" not in problem:
@@ -273,33 +279,22 @@ def shorten(message: str) -> str:
         reason = re.split(r" - (?:Not a valid|Expected a|Import path|Does not)|\.? Got value: | Given value", reason)[0]
         key = ".".join(re.findall(r'Parser key "([^"]*)"', keys))
         return f"{key}: {name.rpartition('.')[2]}: {reason}".removeprefix(": ")
-    if text.startswith("Does not validate"):  # what a class said of its arguments, in a list or where null is allowed
-        text = text.rpartition("Errors: - ")[2].partition(" - Expected a <class 'NoneType'>")[0]
-        if "(implicit class_path) - " not in text:
-            return text
-        text = text.rpartition("(implicit class_path) - ")[2].partition(" - Expected a <class")[0]
-        return re.sub(r"Problem with given class_path '[^']*?(\w+)': ", r"\1: ", text)
-    text = re.sub(r"- Expected a path but \S+ either not accessible or invalid - ", "", text)
-    text = re.sub(  # of a class that may be null, what is said of the class
-        r"Does not validate against any of the Union subtypes Subtypes: \[[^],]*, <class 'NoneType'>\] Errors: "
-        r"- (Problem with given class_path .*?) - Expected a <class 'NoneType'> Given value type: .*",
+    text = re.sub(r"- Expected a path but (?:\S+ )?either not accessible or invalid - ", "", text)
+    union = "Does not validate against any of the Union subtypes Subtypes: "
+    of_class = r"(?:Problem with given class_path '[^']*'|Type \S.*? expects a function or a callable class): "
+    text = re.sub(  # of a class that may be null, only what is said of the class
+        rf"{union}\[[^],]*, <class 'NoneType'>\] Errors: - (Problem .*?) - Expected a <class 'NoneType'> Given .*",
         r"\1",
         text,
     )
-    of_class = r"(?:Problem with given class_path '[^']*'|Type \S.*? expects a function or a callable class): "
     text = re.sub(rf'(Parser key "[^"]*)": {of_class}Parser key "', r"\1.", text)
-    text = re.sub(r"\. Got value: Namespace\(.*", "", text)
-    union = (
-        r"Does not validate against any of the Union subtypes Subtypes: \[(.*)\] Errors: - (.*) Given value type: .*"
-    )
-    if match := re.search(rf"{union}? Given value: (.*)", text):
+    if match := re.search(rf"{union}\[(.*?)\] Errors: - (.*) Given value type: .*? Given value: ?(.*)", text):
         types, errors, value = match.groups()
-        value = re.sub(r"^Namespace\(class_path='([^']*)'.*", r"\1", value)
-        reasons = [error for error in errors.split(" - ") if not error.startswith("Expected a <class")]
-        reasons = [re.sub(rf"^{of_class}", "", reason) for reason in reasons if "typing.Literal" not in reason]
-        reason = f" ({reasons[0]})" if reasons else ""
-        text = f"{text[: match.start()]}{value} is none of {types}{reason}"
-    text = re.sub(r"\] Errors: - .* \((?=[^()]*\)$)", " (", text)  # of a union inside a list
+        value = re.sub(r"^\[?Namespace\(class_path='([^']*)'.*", r"\1", value) or "''"
+        reasons = [error for error in errors.split(" - ") if not re.match("Expected a (<class|typing.Literal)", error)]
+        reason = re.sub(rf"{of_class}|\. Got value: Namespace\(.*", "", reasons[0]) if reasons else ""
+        text = f"{text[: match.start()]}{value} is none of {types}{f' ({reason})' if reason else ''}"
+    text = re.sub(r"\. Got value: Namespace\(.*", "", text)
     text = re.sub(r"Expected a dot import path string: (\S+)", r"there is no class \1", text)
     text = re.sub(r"<class '([\w.]+)'>", r"\1", text)
     text = re.sub(r"typing\.Literal\[([^]]*)\]", r"\1", text)
@@ -414,10 +409,11 @@ def _discard_defaults(original: Callable[..., Any]) -> Callable[..., Any]:
         handed_on = previous.get("init_args", {}) if isinstance(previous, Namespace) else {}
         arguments = value.get("init_args", Namespace())
         parameters = inspect.signature(_typehints.import_object(value["class_path"])).parameters
-        for name in (*TOTALS, *SHAPE) if isinstance(arguments, Namespace) else ():
+        open_values = dict.fromkeys(TOTALS, -1) | dict.fromkeys(SHAPE, OPEN)
+        for name, open_value in open_values.items() if isinstance(arguments, Namespace) else ():
             is_required = name in parameters and parameters[name].default is inspect.Parameter.empty
             if is_required and name not in arguments and name not in handed_on:
-                arguments = value["init_args"] = Namespace({**vars(arguments), name: -1})
+                arguments = value["init_args"] = Namespace({**vars(arguments), name: open_value})
 
     return discard
 

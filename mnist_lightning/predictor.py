@@ -1,49 +1,17 @@
-"""A trained network in a program of one's own."""
+"""Use a trained network from Python."""
 
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pandas as pd
 import torch
-from lightning.pytorch.cli import instantiate_module
 from numpy.typing import ArrayLike
 from PIL import Image
 from torch import Tensor
 
-from mnist_lightning.checkpoints import checkpoint_errors, load_checkpoint
-from mnist_lightning.classifier import Classifier
-from mnist_lightning.data import ImageDataModule
+from mnist_lightning.data import Split
 from mnist_lightning.pictures import read, usable
-
-
-def load_classifier(path: Path) -> tuple[dict[str, Any], Classifier]:
-    """A checkpoint and its classifier, in evaluation mode.
-
-    Raises:
-        MisconfigurationException: It cannot be used.
-    """
-    with checkpoint_errors(path):
-        checkpoint = load_checkpoint(path)
-        classifier = instantiate_module(Classifier, _arguments(checkpoint["hyper_parameters"])).eval()
-        classifier.load_state_dict(checkpoint["state_dict"])
-        return checkpoint, classifier
-
-
-def load_data(checkpoint: dict[str, Any]) -> ImageDataModule:
-    """The data module of a checkpoint, which has not been set up."""
-    arguments = checkpoint["datamodule_hyper_parameters"]
-    class_path = arguments.get("_class_path", "mnist_lightning.data.MNISTDataModule")  # earlier versions had one
-    arguments = {"_class_path": class_path, **_arguments(arguments), "augmentation": None}  # which is for training
-    data = instantiate_module(ImageDataModule, arguments)
-    if saved := checkpoint.get(type(data).__qualname__):
-        data.load_state_dict(saved)
-    return data
-
-
-def _arguments(hyper_parameters: dict[str, Any]) -> dict[str, Any]:
-    # Lightning's own keys could name another class, and import its module
-    return {key: value for key, value in hyper_parameters.items() if not key.startswith("_")}
+from mnist_lightning.saved_run import SavedRun
 
 
 class Predictor:
@@ -57,19 +25,17 @@ class Predictor:
         data: Its data module; for the names of the classes, what it needs of its data set must be there.
 
     Raises:
-        MisconfigurationException: It cannot be used.
+        UserError: If it cannot be used.
     """
 
     def __init__(self, checkpoint: str | Path) -> None:
-        state, self.classifier = load_classifier(Path(checkpoint))
-        with checkpoint_errors(checkpoint):
-            self.data = load_data(state)
+        self._run = SavedRun.read(checkpoint)
+        self.classifier, self.data = self._run.classifier, self._run.datamodule
         if self.data.standardize:
             self.data.setup("fit")
 
-    @torch.inference_mode()
     def __call__(self, images: str | Path | Image.Image | ArrayLike | Tensor) -> pd.DataFrame:
-        """Probabilities of the classes.
+        """Return the probabilities of the classes, computed in the precision of the run.
 
         Args:
             images: A picture of any kind, as its file or read by Pillow, which is brought into the form of the data
@@ -80,8 +46,8 @@ class Predictor:
             A row for each image and a column for each class; ``.idxmax(axis=1)`` is what the network says.
 
         Raises:
-            PictureError: The picture cannot be used.
-            ValueError: The images have another shape or type.
+            PictureError: If the picture cannot be used.
+            ValueError: If the images have another shape or type.
         """
         if isinstance(images, str | Path):
             images, _ = read(Path(images))
@@ -96,9 +62,8 @@ class Predictor:
                 f"images of shape {tuple(np.shape(images))} and {array.dtype}: they must be {shape}, or several of "
                 "these, uint8 or floats from 0 to 1"
             )
-        array = array.view(-1, *shape)
-        scaled = array.float() / (1 if is_scaled else 255)
-        if self.data.train is not None:
-            scaled = self.data.train.standardized(scaled)
-        probabilities = torch.cat([self.classifier(some).softmax(dim=1) for some in scaled.split(250)])
+        array = (array if array.dtype == torch.uint8 else array.float()).view(-1, *shape)
+        statistics = self.data.train.statistics if self.data.train else None
+        split = Split(array, torch.zeros(len(array), dtype=torch.long), statistics=statistics)
+        probabilities = self._run.predict(split).softmax(dim=1)
         return pd.DataFrame(probabilities.numpy(), columns=self.data.names(probabilities.shape[1]))

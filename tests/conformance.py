@@ -55,12 +55,13 @@ from torchvision.transforms import v2
 import mnist_lightning.augmentation
 import mnist_lightning.datasets
 import mnist_lightning.optimizers
-from mnist_lightning import runs
+from mnist_lightning import errors
 from mnist_lightning.__main__ import main as command
 from mnist_lightning.callbacks import Figures
-from mnist_lightning.checkpoints import RunCheckpoint, load_checkpoint
+from mnist_lightning.checkpoints import RunCheckpoint
 from mnist_lightning.classifier import Classifier
 from mnist_lightning.data import ImageDataModule, MNISTDataModule
+from mnist_lightning.saved_run import SavedRun
 
 ROOT = Path(__file__).parents[1]
 EPOCHS = 3
@@ -465,7 +466,7 @@ def observed(result: list[str], killed: Path | None, stop: bool, is_drawn: bool)
         (Classifier, "training_step", training_step),
         (RunCheckpoint, "on_train_epoch_end", on_train_epoch_end),
         (torchvision.datasets.cifar, "check_integrity", lambda *_: True),  # its few images are not CIFAR's
-        (runs, "LIBRARIES", [*runs.LIBRARIES, ROOT / "tests"]),  # the functions here are not a user's
+        (errors, "LIBRARIES", [*errors.LIBRARIES, ROOT / "tests"]),  # the functions here are not a user's
         (sys, "unraisablehook", lambda _: None),  # of profilers that could not be made
     ]
     if not is_drawn:
@@ -486,13 +487,13 @@ def run(
         FailedError: If it ends in a traceback.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    output, errors, draws = io.StringIO(), io.StringIO(), []
+    output, error_output, draws = io.StringIO(), io.StringIO(), []
     code: Any = 0
     environment = dict(os.environ)
     with (
         contextlib.chdir(folder),
         contextlib.redirect_stdout(output),
-        contextlib.redirect_stderr(errors),
+        contextlib.redirect_stderr(error_output),
         warnings.catch_warnings(),
         observed(draws, killed, stop, is_drawn),
     ):
@@ -509,7 +510,7 @@ def run(
             torch.autograd.set_detect_anomaly(False)
             os.environ.clear()
             os.environ.update(environment)
-    error = errors.getvalue()
+    error = error_output.getvalue()
     if isinstance(code, str):
         code, error = 1, f"{error}{code}\n"
     return Result(code, output.getvalue() + error, error, *draws)
@@ -541,8 +542,7 @@ def printed(result: Result) -> dict[str, float]:
 
 def weights(path: Path) -> dict[str, Any]:
     """Return the weights in a checkpoint."""
-    state: dict[str, Any] = load_checkpoint(path)["state_dict"]
-    return state
+    return SavedRun.read(path).weights
 
 
 def differences(one: Path, other: Path) -> str:

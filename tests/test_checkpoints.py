@@ -17,11 +17,11 @@ from lightning.pytorch import Trainer, seed_everything
 from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint, StochasticWeightAveraging
 from lightning.pytorch.cli import ReduceLROnPlateau
 from lightning.pytorch.loggers import TensorBoardLogger
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from mnist_lightning.checkpoints import CheckpointIO, RunCheckpoint
 from mnist_lightning.classifier import Classifier
 from mnist_lightning.data import MNISTDataModule
+from mnist_lightning.errors import UserError
 from mnist_lightning.loops import FitLoop
 from mnist_lightning.networks import CNN, MLP
 from mnist_lightning.optimizers import KerasAdam
@@ -264,7 +264,7 @@ def test_a_flipped_bit_is_noticed_by_every_command(fitted, monkeypatch, capfd, t
         code, _, errors = in_process(capfd, *arguments)
         assert code == 1, arguments
         assert re.search(r"error: .*last\.ckpt cannot be used: it is damaged", errors), errors
-    with pytest.raises(MisconfigurationException, match="it is damaged"):
+    with pytest.raises(UserError, match="it is damaged"):
         Predictor(checkpoint)
 
 

@@ -11,7 +11,6 @@ import torch
 from conftest import ROUNDING
 from lightning.pytorch import Trainer
 from lightning.pytorch.cli import ReduceLROnPlateau
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import nn
 from torch.nn import functional as F
 from torch.optim.lr_scheduler import StepLR
@@ -20,6 +19,7 @@ from mnist_lightning.callbacks import Figures
 from mnist_lightning.checkpoints import RunCheckpoint
 from mnist_lightning.classifier import Classifier
 from mnist_lightning.data import MNISTDataModule
+from mnist_lightning.errors import UserError
 from mnist_lightning.networks import CNN, MLP
 from mnist_lightning.optimizers import KerasAdam, KerasRMSprop, KerasSGD
 
@@ -267,7 +267,7 @@ def test_a_missing_compiler_is_said_in_a_line(trainer, datamodule, monkeypatch):
         raise RuntimeError("InvalidCxxCompiler: No working C++ compiler found\n\nSet TORCHDYNAMO_VERBOSE=1")
 
     monkeypatch.setattr(torch, "compile", no_compiler)
-    with pytest.raises(MisconfigurationException, match=r"compiler found\. Install a C.. compiler .*false\.$") as error:
+    with pytest.raises(UserError, match=r"compiler found\. Install a C.. compiler .*false\.$") as error:
         trainer.fit(Classifier(MLP(), compile=True), datamodule)
     assert "\n" not in str(error.value)
 
@@ -286,7 +286,7 @@ def test_images_that_the_network_does_not_take_are_refused_in_a_line():
     classifier.check_images((3, 20, 24), 10)
     assert classifier.example_input_array.shape == (1, 3, 20, 24)
     assert classifier.network.training
-    with pytest.raises(MisconfigurationException, match=r"^CNN does not take images of shape \(1, 28, 28\).*$"):
+    with pytest.raises(UserError, match=r"^CNN does not take images of shape \(1, 28, 28\).*$"):
         classifier.check_images((1, 28, 28), 10)
 
 

@@ -9,12 +9,12 @@ import pytest
 import torch
 from conftest import write_idx
 from lightning.pytorch import Trainer
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch.utils.data import BatchSampler, RandomSampler
 from torchvision.datasets.mnist import read_image_file, read_label_file
 
 from mnist_lightning.classifier import Classifier
 from mnist_lightning.data import MNISTDataModule, TensorBatchSampler
+from mnist_lightning.errors import UserError
 from mnist_lightning.idx import MD5, embedded, parse_idx
 from mnist_lightning.networks import CNN, MLP
 
@@ -88,7 +88,7 @@ def test_a_single_last_image_is_trained_on_with_the_batch_before(data_dir, capsy
 
 def test_batches_of_one_image_are_refused_where_they_cannot_be(data_dir):
     data = MNISTDataModule(str(data_dir), batch_size=1)
-    with pytest.raises(MisconfigurationException, match=r"one image: give it more with --data\.batch_size \(now 1\)"):
+    with pytest.raises(UserError, match=r"one image: give it more with --data\.batch_size \(now 1\)"):
         Trainer(max_epochs=1, **QUIET).fit(Classifier(MLP([8], normalization="batch")), data)
     trainer = Trainer(max_epochs=1, limit_train_batches=2, **QUIET)
     trainer.fit(Classifier(MLP([8])), data)
@@ -147,7 +147,7 @@ def test_training_does_not_touch_the_test_files(data_dir, tmp_path):
     datamodule = MNISTDataModule(str(tmp_path))
     datamodule.setup("fit")
     datamodule.setup("validate")
-    with pytest.raises(MisconfigurationException, match="has no file t10k-images-idx3-ubyte"):
+    with pytest.raises(UserError, match="has no file t10k-images-idx3-ubyte"):
         datamodule.setup("test")
 
 
@@ -170,7 +170,7 @@ def test_a_bad_copy_is_named(data_dir, tmp_path, damage, message):
     shutil.copytree(data_dir, tmp_path, dirs_exist_ok=True)
     damage(tmp_path / "train-images-idx3-ubyte")
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
-    with pytest.raises(MisconfigurationException, match=message) as error:
+    with pytest.raises(UserError, match=message) as error:
         MNISTDataModule(str(tmp_path)).setup("fit")
     assert str(tmp_path) in str(error.value)
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
@@ -179,7 +179,7 @@ def test_a_bad_copy_is_named(data_dir, tmp_path, damage, message):
 def test_a_truncated_gzip_file_is_named(data_dir, tmp_path):
     for name in MD5:
         (tmp_path / f"{name}.gz").write_bytes(gzip.compress((data_dir / name).read_bytes())[:-20])
-    with pytest.raises(MisconfigurationException, match=r"train-images-idx3-ubyte\.gz is damaged"):
+    with pytest.raises(UserError, match=r"train-images-idx3-ubyte\.gz is damaged"):
         MNISTDataModule(str(tmp_path)).setup("fit")
 
 

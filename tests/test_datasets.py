@@ -19,13 +19,12 @@ import torch
 import torchvision.datasets
 import yaml
 from conftest import in_process, load, write_idx
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from PIL import Image
 
 from mnist_lightning import datasets
-from mnist_lightning.cli import _describe
 from mnist_lightning.data import ImageDataModule, MNISTDataModule
 from mnist_lightning.datasets import CIFAR10, EMNIST, KMNIST, QMNIST, USPS, FashionMNIST, ImageFolder
+from mnist_lightning.errors import UserError
 from mnist_lightning.pictures import find, read
 
 FASHION = Path("/usr/share/datasets/fashion-mnist")
@@ -63,11 +62,11 @@ def test_fashion_mnist_is_found_and_named():
 def test_mnist_is_not_taken_for_another_data_set(mnist, monkeypatch, tmp_path):
     monkeypatch.setattr(FashionMNIST, "others", ())
     monkeypatch.setattr(torchvision.datasets.FashionMNIST, "mirrors", ["http://127.0.0.1:9/"])
-    with pytest.raises(MisconfigurationException, match=r"cannot be downloaded .*Put train-images-idx3-ubyte, .*t10k-"):
+    with pytest.raises(UserError, match=r"cannot be downloaded .*Put train-images-idx3-ubyte, .*t10k-"):
         FashionMNIST().setup("test")
     write_pair(tmp_path, "t10k-{}", mnist.test.images[:, 0].numpy(), mnist.test.labels.numpy())
     write_pair(tmp_path, "train-{}", pixels(20, 28, 28), np.arange(20) % 10)
-    with pytest.raises(MisconfigurationException, match="are MNIST's, not FashionMNIST's"):
+    with pytest.raises(UserError, match="are MNIST's, not FashionMNIST's"):
         FashionMNIST(str(tmp_path)).setup("test")
 
 
@@ -183,7 +182,7 @@ def test_a_folder_of_any_shape_and_labels_goes_through_all_commands(odd, monkeyp
 
 def test_images_of_training_and_test_have_one_size(odd):
     write_pair(odd, "t10k-{}", pixels(8, 12, 12), np.array([2, 7, 30, 31] * 2))
-    with pytest.raises(MisconfigurationException, match="test images are 1x12x12, those of training 1x12x20"):
+    with pytest.raises(UserError, match="test images are 1x12x12, those of training 1x12x20"):
         both(MNISTDataModule(str(odd)))
 
 
@@ -194,7 +193,7 @@ def test_images_sorted_by_class_are_split_by_class_or_shuffled(tmp_path):
     data = MNISTDataModule(str(tmp_path))
     data.setup("fit")
     assert data.is_split_by_class
-    assert "0.2 of each class's training images held out for validation" in _describe(data)
+    assert "0.2 of each class's training images held out for validation" in data.describe()
     is_held_out = np.arange(300) % 30 >= 24
     assert np.array_equal(data.val.images[:, 0], images[is_held_out])
     assert np.array_equal(data.train.images[:, 0], images[~is_held_out])
@@ -280,7 +279,7 @@ def test_small_classes_keep_images_in_each_split(tmp_path):
             Image.new("L", (3, 3), shade + 1).save(tmp_path / f"{name:03}/{shade}.png")
     data = both(ImageFolder(str(tmp_path), test_split=0.4))
     assert data.is_split_by_class
-    assert "each class" in _describe(data)
+    assert "each class" in data.describe()
     assert [split.labels.bincount().unique().tolist() for split in (data.train, data.val, data.test)] == [[2], [1], [2]]
     numbers = torch.cat([split.images[:, 0, 0, 0] + 100 * split.labels for split in (data.train, data.val, data.test)])
     assert len(numbers.unique()) == 1500
@@ -293,17 +292,17 @@ def test_small_classes_keep_images_in_each_split(tmp_path):
 
 def test_images_that_do_not_fit_into_memory_are_refused_in_a_line(tmp_path, monkeypatch):
     write_files(tmp_path, 10)
-    with pytest.raises(MisconfigurationException, match=r"^ImageFolder .* GiB are free \(it takes .* GiB\)\. Take.*$"):
+    with pytest.raises(UserError, match=r"^ImageFolder .* GiB are free \(it takes .* GiB\)\. Take.*$"):
         ImageFolder(str(tmp_path), size=(10**6, 10**6)).setup("fit")
 
     class Large(ImageDataModule):
         def load(self, split):
             return np.zeros((10**9, 10**6), np.uint8), None
 
-    with pytest.raises(MisconfigurationException, match=r"^Large does not fit .* \(unable to allocate .*\)\. Take.*$"):
+    with pytest.raises(UserError, match=r"^Large does not fit .* \(unable to allocate .*\)\. Take.*$"):
         Large().setup("fit")
     monkeypatch.setattr(Large, "load", lambda *_: torch.zeros(10**15))
-    with pytest.raises(MisconfigurationException, match=r"^Large does not fit .* \(tried to allocate .*\)\. Take.*$"):
+    with pytest.raises(UserError, match=r"^Large does not fit .* \(tried to allocate .*\)\. Take.*$"):
         Large().setup("fit")
     monkeypatch.setattr(Large, "load", lambda *_: torch.zeros(2) @ torch.zeros(3))
     with pytest.raises(RuntimeError, match="size"):
@@ -400,7 +399,7 @@ def test_a_folder_of_validation_images_is_used(tmp_path):
 def test_what_is_wrong_in_a_folder_is_named(tmp_path, change, message):
     write_files(tmp_path, 5, "L")
     change(tmp_path)
-    with pytest.raises(MisconfigurationException, match=message):
+    with pytest.raises(UserError, match=message):
         both(ImageFolder(str(tmp_path)))
 
 
@@ -477,7 +476,7 @@ def test_what_load_returns_is_checked(loaded, message):
         def load(self, split):
             return None if split == "val" else loaded
 
-    with pytest.raises(MisconfigurationException, match=message):
+    with pytest.raises(UserError, match=message):
         Own().setup("fit")
 
 

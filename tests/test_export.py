@@ -12,12 +12,12 @@ import pandas as pd
 import pytest
 import torch
 from conftest import ROOT, ROUNDING, as_bytes, in_browser, in_process
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import nn
 
 from mnist_lightning.__main__ import main
 from mnist_lightning.classifier import Classifier
 from mnist_lightning.data import ImageDataModule
+from mnist_lightning.errors import UserError
 from mnist_lightning.export import formats
 from mnist_lightning.export import page as page_module
 
@@ -361,7 +361,7 @@ def test_a_page_that_cannot_be_made_is_refused(channels, activation, message):
     data = Squares(channels)
     data.setup("test")
     network = nn.Sequential(nn.Flatten(), nn.Linear(channels * 12 * 13, 10), activation).eval()
-    with pytest.raises(MisconfigurationException, match=message):
+    with pytest.raises(UserError, match=message):
         page_module.write_page(network, data, torch.zeros(40, 10))
 
 

@@ -22,7 +22,6 @@ import optuna
 import pytest
 import torch
 import yaml
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
 from optuna.storages.journal._storage import JournalOperation
 from optuna.trial import TrialState
@@ -30,6 +29,7 @@ from optuna.trial import TrialState
 from mnist_lightning import idx
 from mnist_lightning.__main__ import main
 from mnist_lightning.data import MNISTDataModule
+from mnist_lightning.errors import UserError
 from mnist_lightning.report import page
 from mnist_lightning.tune.command import SearchOptions
 from mnist_lightning.tune.pool import Pool
@@ -315,7 +315,7 @@ def test_damaged_data_are_refused_or_valid(images, seed):
     try:
         datamodule.setup("test")
         refusal = ""
-    except MisconfigurationException as error:
+    except UserError as error:
         refusal = str(error)
     assert refusal.startswith(str(images.parent)) if refusal else datamodule.test.images.shape == (300, 1, 28, 28)
 
@@ -329,7 +329,7 @@ def test_a_gzip_bomb_does_not_fill_the_memory(images, monkeypatch, count):
         for _ in range(64):
             file.write(bytes(2**20))
     tracemalloc.start()
-    with pytest.raises(MisconfigurationException, match=f"its header promises {count}x28x28 values"):
+    with pytest.raises(UserError, match=f"its header promises {count}x28x28 values"):
         MNISTDataModule(str(images.parent)).setup("test")
     assert tracemalloc.get_traced_memory()[1] < 8 * 2**20
     tracemalloc.stop()

@@ -1,6 +1,7 @@
 """What the parser is taught, and that only commands teach it."""
 
 import contextlib
+import shutil
 from pathlib import Path
 
 import pytest
@@ -8,8 +9,8 @@ import yaml
 from conftest import ROOT, in_process
 from jsonargparse import _typehints
 
-from mnist_lightning.cli import RunCLI
-from mnist_lightning.parsing import corrected
+from mnist_lightning.commands.fit import FitCLI, TrainingCLI
+from mnist_lightning.parsing import Parser, corrected
 from mnist_lightning.runs import RUN_KEYS
 
 
@@ -79,9 +80,9 @@ def test_a_config_may_have_a_network_of_more_outputs(tmp_path, capfd, network, d
     }
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
     with corrected():
-        run = RunCLI("fit", [f"--config={tmp_path / 'config.yaml'}", *options])
+        run = FitCLI("fit", [f"--config={tmp_path / 'config.yaml'}", *options])
         said = capfd.readouterr().out
-        again = RunCLI("execution", {key: run.plain_config()[key] for key in RUN_KEYS})  # as a search has it
+        again = TrainingCLI({key: run.plain_config()[key] for key in RUN_KEYS})  # as a search has it
         assert not capfd.readouterr().out
     for each in (run, again):
         assert each.model.network[-1].out_features == expected
@@ -144,7 +145,7 @@ def test_the_config_is_printed_after_all_options(model):
 
 def test_what_was_typed_is_not_handed_to_a_trial_of_another_class():
     with corrected():
-        run = RunCLI("fit", ["--model.optimizer=KerasAdam", "--model.optimizer.lr=0.001", "--trainer.logger=false"])
+        run = FitCLI("fit", ["--model.optimizer=KerasAdam", "--model.optimizer.lr=0.001", "--trainer.logger=false"])
         sgd = {"class_path": "mnist_lightning.optimizers.KerasSGD", "init_args": {}}
         config = run.plain_config(run.parser.parse_object({"model": {"optimizer": sgd}}))
     assert config["model"]["optimizer"]["init_args"]["lr"] == 0.01
@@ -171,3 +172,33 @@ def test_a_whole_number_of_batches_stays_whole(capfd, tmp_path, option, given, v
         assert code == 0, errors
         found = yaml.safe_load(out)["trainer"][option]
         assert (type(found), found) == (type(value), value)
+
+
+def test_parsing_opens_no_data_and_makes_no_module(monkeypatch):
+    monkeypatch.setattr(Parser, "instantiate", lambda *_, **__: pytest.fail("something was made"))
+    monkeypatch.setattr(FitCLI, "instantiate_classes", lambda self: None)
+    options = ["--data=FashionMNIST", "--data.data_dir=/nowhere", "--data.augmentation+=Distortion"]
+    with corrected():
+        run = FitCLI("fit", [*options, "--model.network=CNN", "--model.network.channels=[4]"])
+    assert run.config.model.network.class_path == "mnist_lightning.networks.CNN"
+
+
+@pytest.mark.parametrize(
+    ("options", "count"),
+    [
+        (["fit", "--trainer.max_epochs=1"], 1),
+        (["fit", "--ckpt_path=last", "--trainer.max_epochs=5"], 2),
+        (["test"], 2),
+        (["predict", "--images={run}/figures/samples.png"], 2),
+        (["export", "--output=network.pt2"], 2),
+    ],
+    ids=lambda value: value[0] if isinstance(value, list) else "",
+)
+def test_a_command_line_is_parsed_at_most_twice(fitted, quick, monkeypatch, tmp_path, options, count):
+    shutil.copytree(fitted[0].parents[1], tmp_path / "lightning_logs")
+    parsed = []
+    original = Parser.parse_args
+    monkeypatch.setattr(Parser, "parse_args", lambda self, *words, **more: (
+        parsed.append(words), original(self, *words, **more))[1])  # fmt: skip
+    quick(tmp_path, *(option.format(run=fitted[0]) for option in options))
+    assert len(parsed) == count

@@ -7,9 +7,9 @@ import pandas as pd
 import pytest
 import torch
 from conftest import ROOT, ROUNDING
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from PIL import Image, ImageOps
 
+from mnist_lightning.errors import UserError
 from mnist_lightning.predictor import Predictor
 
 pytestmark = pytest.mark.numeric
@@ -49,8 +49,11 @@ def test_pictures_are_brought_into_the_form_of_the_data_set(predictor, mnist, tm
     assert same >= 19
 
 
-def test_a_standardised_run_is_standardised(quick, tmp_path):
-    quick(tmp_path, "fit", "--trainer.max_epochs=1", "--data.standardize=true")
+@pytest.mark.parametrize(
+    "option", ["--data.standardize=true", "--trainer.precision=bf16-mixed", "--trainer.precision=64-true"]
+)
+def test_data_are_prepared_and_computed_with_as_in_the_run(quick, tmp_path, option):
+    quick(tmp_path, "fit", "--trainer.max_epochs=1", option)
     quick(tmp_path, "predict")
     predictor = Predictor(tmp_path / "lightning_logs/baseline/version_0/checkpoints/last.ckpt")
     expected = pd.read_csv(tmp_path / "predictions.csv").filter(like="probability_").to_numpy()
@@ -67,7 +70,7 @@ def test_other_arrays_are_refused(predictor, images):
 
 
 def test_what_is_no_checkpoint_is_said(tmp_path):
-    with pytest.raises(MisconfigurationException, match="damaged or no checkpoint"):
+    with pytest.raises(UserError, match="damaged or no checkpoint"):
         Predictor(ROOT / "README.md")
     with pytest.raises(FileNotFoundError):
         Predictor(tmp_path / "none.ckpt")

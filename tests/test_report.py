@@ -411,8 +411,17 @@ def test_the_study_shown_is_the_one_that_made_the_run(run):
     code, output = run("--storage=lightning_logs/moved/journal.log")
     assert code == 0, output
     assert json.loads(page.with_name("report.json").read_text())["study"]["name"] == "tune"
-    code, output = run("--study=tune")
+    code, output = run("--study_name=tune")
     assert code == "error: There is no study tune in lightning_logs/tune/journal.log."
+
+
+def test_old_names_of_options_are_aliases(monkeypatch):
+    seen = []
+    monkeypatch.setattr(page, "write", lambda *options: seen.append(options))
+    main(["report", "--name=one", "--name=two", "--ckpt_path=best", "--study_name=mine"])
+    main(["report", "one", "two", "--weights=best", "--study=mine"])
+    assert seen[0] == seen[1]
+    assert seen[0][:3] == (["one", "two"], "best", "mine")
 
 
 @pytest.mark.slow
@@ -439,7 +448,7 @@ def test_a_checkpoint_and_the_best_weights_can_be_compared(run):
     base = "lightning_logs/baseline/version_1/checkpoints"
     code, output = run(f"last={base}/last.ckpt", f"best={base}/best.ckpt")
     assert code == 0, output
-    code, output = run("--weights=best")
+    code, output = run("--ckpt_path=best")
     assert code == 0, output
     assert json.loads(Path("lightning_logs/report/report.json").read_text(encoding="utf-8"))["weights"] == "best"
 

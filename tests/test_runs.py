@@ -4,9 +4,11 @@ import os
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-from mnist_lightning.runs import atomic_write, command_line, format_table, new_version
+from mnist_lightning.console import command_line, format_table
+from mnist_lightning.errors import UserError
+from mnist_lightning.files import atomic_write
+from mnist_lightning.runs import new_version
 
 
 def test_a_version_is_claimed_by_one(tmp_path):
@@ -55,7 +57,7 @@ def test_what_may_not_be_overwritten_is_not_even_if_it_came_meanwhile(tmp_path):
             partial.write_text("mine")
             path.write_text("another's")
 
-    with pytest.raises(MisconfigurationException, match="exists and is not overwritten"):
+    with pytest.raises(UserError, match="exists and is not overwritten"):
         write()
     assert path.read_text() == "another's"
     assert [*tmp_path.iterdir()] == [path]

@@ -1,10 +1,10 @@
 """Search spaces: conditions, values and configs, words and short names."""
 
 import pytest
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
 from optuna.samplers import BruteForceSampler, RandomSampler, TPESampler
 
+from mnist_lightning.errors import UserError
 from mnist_lightning.tune.record import Metric, is_counted
 from mnist_lightning.tune.sampler import TrialSampler, draw
 from mnist_lightning.tune.space import (
@@ -105,7 +105,7 @@ def test_a_choice_can_be_a_list():
     ],
 )
 def test_conditions_that_cannot_be_are_refused(space, message):
-    with pytest.raises(MisconfigurationException, match=message):
+    with pytest.raises(UserError, match=message):
         make_space(space, BASE)
 
 
@@ -126,7 +126,7 @@ def test_samplers_draw_a_key_only_where_it_has_a_sense(tmp_path, make):
     assert {trial.params[LENGTH] for trial in study.trials} == {1, 2, 3}
     assert opened(tmp_path, make_space(DEEP, BASE)).trials == study.trials
     other = make_space({**DEEP, f"{NETWORK}.units.2": integer(16, 32, when={LENGTH: [2, 3]})}, BASE)
-    with pytest.raises(MisconfigurationException, match=r"units\.2 is 16 to 32, step 1, when units.length is 3 in the"):
+    with pytest.raises(UserError, match=r"units\.2 is 16 to 32, step 1, when units.length is 3 in the"):
         opened(tmp_path, other)
 
 

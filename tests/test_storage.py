@@ -6,9 +6,9 @@ import os
 import optuna
 import pytest
 from conftest import posix
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from optuna.storages import BaseStorage
 
+from mnist_lightning.errors import UserError
 from mnist_lightning.tune import storage as storages
 from mnist_lightning.tune.storage import PatientStorage, open_storage
 
@@ -53,7 +53,7 @@ def test_a_full_disk_leaves_the_journal_readable(journal):
         storages.PATIENCE = 0.3
         try:
             enqueue(journal, 10_000)
-        except MisconfigurationException as error:
+        except UserError as error:
             os._exit(3 if "does not answer: [Errno 27] File too large" in str(error) else 4)
 
     process = multiprocessing.get_context("fork").Process(target=write)
@@ -113,10 +113,10 @@ def test_what_is_no_outage_is_raised_at_once():
 def test_patience_ends(monkeypatch):
     monkeypatch.setattr(storages, "PATIENCE", 0.2)
     storage = PatientStorage(Flaky(*[OSError("away")] * 9), "name")
-    with pytest.raises(MisconfigurationException, match="The storage name does not answer: away"):
+    with pytest.raises(UserError, match="The storage name does not answer: away"):
         storage.get_trial(7)
     before = len(storage.errors)
-    with pytest.raises(MisconfigurationException):  # and is not begun again
+    with pytest.raises(UserError):  # and is not begun again
         storage.get_trial(7)
     assert len(storage.errors) == before - 1
 
@@ -129,13 +129,13 @@ def test_patience_ends(monkeypatch):
     ],
 )  # fmt: skip
 def test_a_storage_that_cannot_be_opened_is_named(storage):
-    with pytest.raises(MisconfigurationException, match=r"cannot be opened|needs a database driver") as error:
+    with pytest.raises(UserError, match=r"cannot be opened|needs a database driver") as error:
         open_storage(storage)
     assert storage in str(error.value)
 
 
 def test_no_password_is_shown():
-    with pytest.raises(MisconfigurationException) as error:
+    with pytest.raises(UserError) as error:
         open_storage("postgresql://user:secret@127.0.0.1:1/x")
     assert "postgresql://user:***@127.0.0.1:1/x" in str(error.value)
     assert "secret" not in str(error.value)

@@ -12,12 +12,12 @@ import optuna
 import pytest
 from conftest import posix
 from jsonargparse import Namespace
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
 from optuna.pruners import HyperbandPruner
 from optuna.samplers import RandomSampler, TPESampler
 from optuna.trial import TrialState
 
+from mnist_lightning.errors import UserError
 from mnist_lightning.tune import recovery, trial
 from mnist_lightning.tune import study as studies
 from mnist_lightning.tune.record import Metric, is_counted
@@ -175,7 +175,7 @@ def test_a_number_for_all_layers_is_what_a_list_of_it_was(journal):
     """As the defaults of earlier versions were."""
     make(journal, model={"dropout": [0.2, 0.2]})
     make(journal, model={"dropout": 0.2})
-    with pytest.raises(MisconfigurationException, match="dropout is"):
+    with pytest.raises(UserError, match="dropout is"):
         make(journal, model={"dropout": 0.1})
 
 
@@ -193,7 +193,7 @@ def test_a_number_for_all_layers_is_what_a_list_of_it_was(journal):
 )
 def test_a_change_is_refused_and_named(journal, settings, space, message):
     make(journal, epochs=3)
-    with pytest.raises(MisconfigurationException, match=message):
+    with pytest.raises(UserError, match=message):
         make(journal, space, **settings)
 
 
@@ -201,7 +201,7 @@ def test_a_study_of_someone_else_is_left_alone(journal):
     storage = open_storage(journal)
     other = optuna.create_study(storage=storage, study_name="study", direction="maximize")
     other.tell(other.ask(SPACE), 1.0)
-    with pytest.raises(MisconfigurationException, match="not made by tune"):
+    with pytest.raises(UserError, match="not made by tune"):
         make(journal)
 
 
@@ -212,7 +212,7 @@ def test_a_setting_that_a_study_lacks_has_its_default(journal):
     for default, is_refused in (("step", False), ("epoch", True)):
         try:
             open_study(open_storage(journal), "study", metrics, newer, SPACE, {"model.lr_interval": default})
-        except MisconfigurationException as error:
+        except UserError as error:
             assert is_refused
             assert "model.lr_interval is epoch in the study, step in the command" in str(error)  # noqa: PT017
         else:

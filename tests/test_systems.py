@@ -12,7 +12,7 @@ import pytest
 from conftest import load, tune_options, wait_for
 from optuna.trial import TrialState
 
-from mnist_lightning.runs import atomic_write
+from mnist_lightning.files import atomic_write
 from mnist_lightning.tune.recovery import process_name
 
 LIKE_WINDOWS = {

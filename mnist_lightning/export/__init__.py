@@ -1,25 +1,31 @@
 """``export``: the network of a run as a file for other programs, or as a page to draw on."""
 
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 from lightning.pytorch.cli import LightningArgumentParser
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from torch import Tensor
 
-from mnist_lightning.checkpoints import check_finite, checkpoint_errors, load_checkpoint
-from mnist_lightning.cli import RunCLI, quieten_lightning
+from mnist_lightning.cli import RunCLI
+from mnist_lightning.console import note
+from mnist_lightning.errors import UserError
+from mnist_lightning.errors import user_errors as user_errors
 from mnist_lightning.export import formats
 from mnist_lightning.export.page import write_page
-from mnist_lightning.parsing import corrected
-from mnist_lightning.runs import newest_result, note, place, user_errors
-from mnist_lightning.signals import leave_as_usual
+from mnist_lightning.files import place
+from mnist_lightning.parsing import corrected as corrected
+from mnist_lightning.runs import newest_result
+from mnist_lightning.saved_run import check_finite, outputs
+from mnist_lightning.signals import leave_as_usual as leave_as_usual
 
 
 class ExportCLI(RunCLI):
-    """Takes the newest tuned run, or else the newest baseline, unless ``name`` or ``ckpt_path`` is given."""
+    """Exports the newest tuned run, or else the newest baseline, unless ``name`` or ``ckpt_path`` is given."""
+
+    default_checkpoint = "last"
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         super().add_arguments_to_parser(parser)
@@ -30,44 +36,51 @@ class ExportCLI(RunCLI):
         )
         parser.set_defaults({"name": None})  # the newest tuned run, or else the newest baseline
 
-    def _find_checkpoint(self) -> Path | None:
-        if self.config.name is None:
-            self.config.name = "baseline"  # where it does not matter
-            if self.config.ckpt_path in (None, "last", "best"):
-                return newest_result(self.logs).with_name(f"{self.config.ckpt_path or 'last'}.ckpt")
-        return super()._find_checkpoint()
+    def find_checkpoint(self) -> Path | None:
+        if self.config.name is None and self.config.ckpt_path in (None, "last", "best"):
+            return newest_result(self.logs).with_name(f"{self.config.ckpt_path or 'last'}.ckpt")
+        return super().find_checkpoint()
 
+    def run(self) -> None:
+        """Write what is asked for, once it gives what the checkpoint gives."""
+        page = Path(self.config.page) if self.config.page else None
+        output = Path(self.config.output or "network.onnx") if self.config.output or page is None else None
+        for option, path in (("output", output), ("page", page)):
+            if path is not None and path.exists():
+                raise UserError(f"{path} exists and is not overwritten: choose another --{option}.")
+        form = None if output is None else formats.format_of(output)
+        checkpoint, data, classifier = self.config.ckpt_path, self.datamodule, self.model.eval()
+        data.setup("test")
+        assert self.saved is not None
+        assert data.test is not None
+        self.saved.restore(classifier)
+        note(f"Exporting {checkpoint}: {type(classifier.network).__name__} for {data.source}")
+        batches = torch.arange(len(data.test)).split(data.eval_batch_size)
+        expected = outputs(classifier, data.test, batches).softmax(dim=1)
+        check_finite(expected, checkpoint)
+        if output is not None and form is not None:
+            self.write_file(output, form, expected)
+        if page is not None:
+            self.write_page(page, expected)
 
-def export(run: RunCLI) -> None:
-    """Write what is asked for, once it gives what the checkpoint gives."""
-    checkpoint, data, classifier = run.config.ckpt_path, run.datamodule, run.model.eval()
-    page = Path(run.config.page) if run.config.page else None
-    output = Path(run.config.output or "network.onnx") if run.config.output or page is None else None
-    for option, path in (("output", output), ("page", page)):
-        if path is not None and path.exists():
-            raise MisconfigurationException(f"{path} exists and is not overwritten: choose another --{option}.")
-    form = None if output is None else formats.format_of(output)
-    data.setup("test")
-    with checkpoint_errors(checkpoint):
-        classifier.load_state_dict(load_checkpoint(checkpoint)["state_dict"])
-    note(f"Exporting {checkpoint}: {type(classifier.network).__name__} for {data.source}")
-    with torch.no_grad():
-        expected = torch.cat([classifier.predict_step(batch) for batch in data.test_dataloader()])
-    check_finite(expected, checkpoint)
-    if output is not None and form is not None:
-        with _new_file(output) as partial:
-            program = formats.exported(classifier.network, data)
+    def write_file(self, path: Path, form: formats.Format, expected: Tensor) -> None:
+        """Write a file for other programs, if it gives what the checkpoint gives."""
+        data, checkpoint = self.datamodule, self.config.ckpt_path
+        with _new_file(path) as partial:
+            program = formats.exported(self.model.network, data)
             form.write(program, formats.metadata(data, expected, checkpoint), partial)
             difference = formats.compare(expected, formats.predict(form.read(partial), data), form.checker)
         note(
-            f"{output}: {output.stat().st_size / 2**10:,.0f} KiB. {form.checker} gives all {len(expected):,} test "
-            f"images the checkpoint's labels, and probabilities that differ by at most {difference:.1e}."
+            f"{path}: {path.stat().st_size / 2**10:,.0f} KiB. {form.checker} gives all {len(expected):,} test images "
+            f"the checkpoint's labels, and probabilities that differ by at most {difference:.1e}."
         )
-    if page is not None:
-        html, weights = write_page(classifier.network, data, expected)
-        with _new_file(page) as partial:
+
+    def write_page(self, path: Path, expected: Tensor) -> None:
+        """Write a page to draw on."""
+        html, weights = write_page(self.model.network, self.datamodule, expected)
+        with _new_file(path) as partial:
             partial.write_text(html, encoding="utf-8")
-        note(f"{page}: {page.stat().st_size / 2**10:,.0f} KiB, {weights} Open it in a browser.")
+        note(f"{path}: {path.stat().st_size / 2**10:,.0f} KiB, {weights} Open it in a browser.")
 
 
 @contextmanager
@@ -80,10 +93,4 @@ def _new_file(path: Path) -> Iterator[Path]:
         place(partial, path)
 
 
-def main(command: str, description: str, arguments: Sequence[str]) -> None:
-    """Run the command."""
-    quieten_lightning()
-    with user_errors(), corrected():
-        run = ExportCLI(command, arguments, description)
-        leave_as_usual()
-        export(run)
+main = ExportCLI.main

@@ -13,11 +13,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
-from mnist_lightning.data import ImageDataModule
+from mnist_lightning.data import ImageDataModule, Split
+from mnist_lightning.errors import UserError
+from mnist_lightning.saved_run import outputs
 
 TOLERANCE = 1e-5
 """How far a probability may be from the checkpoint's: more than rounding makes of it, less than anyone reads."""
@@ -63,7 +64,7 @@ def exported(network: nn.Module, data: ImageDataModule, batch: int | None = None
         batch: Images in a batch; any number by default.
 
     Raises:
-        MisconfigurationException: ``torch.export`` cannot follow the network.
+        UserError: If ``torch.export`` cannot follow the network.
     """
     assert data.test is not None
     module = copy.deepcopy(Deployed(network, data.test.statistics)).eval()
@@ -78,9 +79,7 @@ def exported(network: nn.Module, data: ImageDataModule, batch: int | None = None
             return torch.export.export(module, (example,), dynamic_shapes=None if batch else DYNAMIC)
     except Exception as error:  # a network may be anybody's
         reason = str(error).strip().partition("\n")[0]
-        raise MisconfigurationException(
-            f"{type(network).__name__} cannot be exported: torch.export says {reason}"
-        ) from error
+        raise UserError(f"{type(network).__name__} cannot be exported: torch.export says {reason}") from error
 
 
 def metadata(data: ImageDataModule, probabilities: Tensor, checkpoint: str) -> dict[str, str]:
@@ -98,13 +97,13 @@ def metadata(data: ImageDataModule, probabilities: Tensor, checkpoint: str) -> d
     }
 
 
-@torch.no_grad()
 def predict(function: Predict, data: ImageDataModule) -> Tensor:
-    """Probabilities of all test images, of shape (n, classes), by a function that maps images in [0, 1] to them."""
+    """Return the probabilities of all test images, of shape (n, classes), by a function from images in [0, 1]."""
     assert data.test is not None
-    first, *others = torch.arange(len(data.test)).split([1, len(data.test) - 1])  # a batch of any size will do
-    batches = [first, *(batch for rest in others for batch in rest.split(data.eval_batch_size))]
-    return torch.cat([function(data.test.scaled(batch)) for batch in batches if len(batch)])
+    images = Split(data.test.images, data.test.labels)  # the function standardises them itself
+    first, others = torch.arange(len(images)).split([1, len(images) - 1])
+    # the first alone: a batch of any size will do
+    return outputs(function, images, [first, *others.split(data.eval_batch_size)] if len(others) else [first])
 
 
 def compare(expected: Tensor, found: Tensor, what: str, tolerance: float = TOLERANCE) -> float:
@@ -117,12 +116,12 @@ def compare(expected: Tensor, found: Tensor, what: str, tolerance: float = TOLER
         tolerance: The largest difference that is taken for rounding.
 
     Raises:
-        MisconfigurationException: A label differs, or a probability by more.
+        UserError: If a label differs, or a probability by more than that.
     """
     difference = (expected - found).abs().max().item()
     labels = int((expected.argmax(dim=1) != found.argmax(dim=1)).sum())
     if labels or not difference <= tolerance:  # nor if it is no number
-        raise MisconfigurationException(
+        raise UserError(
             f"Nothing is written: {what} gives {labels} of {len(expected)} test images another label than the "
             f"checkpoint, and probabilities that differ by up to {difference:.1e}; {tolerance:.0e} would be rounding."
         )
@@ -139,7 +138,7 @@ def write_onnx(program: ExportedProgram, metadata: dict[str, str], path: Path) -
         while cause.__cause__ is not None:
             cause = cause.__cause__
         reason = str(cause).strip().partition("\n")[0]
-        raise MisconfigurationException(f"ONNX cannot have this network: {reason} Take .pt2.") from error
+        raise UserError(f"ONNX cannot have this network: {reason} Take .pt2.") from error
     assert onnx is not None
     onnx.model.metadata_props.update(metadata)
     onnx.save(path, external_data=False)  # one file
@@ -194,12 +193,12 @@ def format_of(path: Path) -> Format:
     """The format that a file's name ends in.
 
     Raises:
-        MisconfigurationException: There is no such format, or a package that it needs is missing.
+        UserError: If there is no such format, or a package that it needs is missing.
     """
     if path.suffix not in FORMATS:
-        raise MisconfigurationException(f"{path} must end in {' or '.join(FORMATS)}, which says the format.")
+        raise UserError(f"{path} must end in {' or '.join(FORMATS)}, which says the format.")
     if missing := [name for name in FORMATS[path.suffix].packages if find_spec(name) is None]:
-        raise MisconfigurationException(
+        raise UserError(
             f"{path.suffix} needs {' and '.join(missing)}: pip install 'mnist_lightning[export]'. A file that ends in "
             ".pt2 needs nothing but torch."
         )

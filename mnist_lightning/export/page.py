@@ -10,13 +10,13 @@ from typing import Any, NamedTuple
 
 import jinja2
 from jinja2.utils import htmlsafe_json_dumps
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from markupsafe import Markup
 from torch import Tensor, fx, nn
 from torch.export import ExportedProgram, default_decompositions
 from torch.export.graph_signature import InputKind
 
 from mnist_lightning.data import ImageDataModule
+from mnist_lightning.errors import UserError
 from mnist_lightning.export import formats
 
 LIMIT = 2 * 2**20
@@ -65,7 +65,7 @@ def panel(contestants: Sequence[Contestant], classes: Sequence[str]) -> tuple[Ma
         for model in contestants:
             try:
                 on_page[model.name], said[model.name] = _network(model, len(classes), supported, integers)
-            except MisconfigurationException as error:
+            except UserError as error:
                 on_page.pop(model.name, None)
                 said[model.name] = str(error)
         if sum(map(len, on_page.values())) < ROOM:
@@ -104,9 +104,9 @@ def _network(model: Contestant, outputs: int, supported: set[str], integers: boo
     assert data.test is not None
     channels = data.image_shape[0]
     if (count := sum(value.numel() for value in network.parameters())) > ROOM * 3 / 8:  # in 16 bits and base64
-        raise MisconfigurationException(f"a page has room for {ROOM * 3 // 8:,} weights, and it has {count:,}.")
+        raise UserError(f"a page has room for {ROOM * 3 // 8:,} weights, and it has {count:,}.")
     if channels != 1:
-        raise MisconfigurationException(f"one draws in grey, but the images of {data.source} have {channels} channels.")
+        raise UserError(f"one draws in grey, but the images of {data.source} have {channels} channels.")
     if integers:
         network = rounded(network)
         expected, found = (
@@ -117,9 +117,9 @@ def _network(model: Contestant, outputs: int, supported: set[str], integers: boo
     samples = data.test.scaled(range(min(3, len(data.test))))
     probabilities = formats.Deployed(model.network, data.test.statistics)(samples)
     if probabilities.shape[1] != outputs:
-        raise MisconfigurationException(f"it has {probabilities.shape[1]} outputs, and the page {outputs} bars.")
+        raise UserError(f"it has {probabilities.shape[1]} outputs, and the page {outputs} bars.")
     if not probabilities.isfinite().all():
-        raise MisconfigurationException("it has diverged.")
+        raise UserError("it has diverged.")
     content = graph(formats.exported(network, data, batch=1), supported, integers) | {
         "name": model.name,
         "samples": [
@@ -142,14 +142,14 @@ def write_page(network: nn.Module, data: ImageDataModule, probabilities: Tensor)
         The page, and how it has the weights.
 
     Raises:
-        MisconfigurationException: The images are in colour, the script lacks an operation of the network, or it has too
+        UserError: If the images are in colour, the script lacks an operation of the network, or it has too
             many weights.
     """
     name, count = type(network).__name__, sum(value.numel() for value in network.parameters())
     classes = data.names(probabilities.shape[1])
     fragment, said = panel([Contestant(name, "var(--accent)", network, data)], classes)
     if not fragment:
-        raise MisconfigurationException(
+        raise UserError(
             f"No page is written for this {name} of {count:,} weights: {said[name]} Take the MLP or CNN of the "
             "package, or export the network with --output network.onnx."
         )
@@ -211,7 +211,7 @@ def graph(program: ExportedProgram, supported: set[str], integers: bool) -> dict
         ``weights`` by name, ``nodes`` in their order, and the names ``input`` and ``output``.
 
     Raises:
-        MisconfigurationException: The script lacks an operation.
+        UserError: If the script lacks an operation.
     """
     program = program.run_decompositions(default_decompositions())
     values = {**program.state_dict, **program.constants}
@@ -226,7 +226,7 @@ def graph(program: ExportedProgram, supported: set[str], integers: bool) -> dict
             continue
         name = "getitem" if node.target is operator.getitem else str(node.target)
         if name not in supported or not _is_as_in_script(node):
-            raise MisconfigurationException(f"the page's script has no operation {name} as it is used there.")
+            raise UserError(f"the page's script has no operation {name} as it is used there.")
         shape = [*_value(node).shape]
         nodes.append({"name": node.name, "operation": name, "shape": shape, "inputs": [*map(_plain, _inputs(node))]})
     (output,) = program.graph_signature.user_outputs

@@ -8,17 +8,15 @@ import numpy as np
 import pandas as pd
 import torch
 import yaml
-from lightning.fabric import Fabric
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from numpy.typing import NDArray
 from sklearn.metrics import confusion_matrix, precision_recall_fscore_support
 from torch.nn import functional as F
 
-from mnist_lightning.checkpoints import checkpoint_errors, read_history
 from mnist_lightning.classifier import Classifier
 from mnist_lightning.data import ImageDataModule, Split
-from mnist_lightning.predictor import load_classifier, load_data
+from mnist_lightning.errors import UserError
 from mnist_lightning.report.comparison import calibration_error
+from mnist_lightning.saved_run import SavedRun
 
 WEIGHTS = ("last", "best")
 """Checkpoints of a run: of its last epoch, and of the best by validation accuracy."""
@@ -154,49 +152,42 @@ def load_run(path: Path) -> Run:
     """Read a run from its folder, or from one of its checkpoints, and evaluate it.
 
     Raises:
-        MisconfigurationException: There is no checkpoint, or it cannot be used.
+        UserError: If there is no checkpoint, or it cannot be used.
     """
     files = {weights: path / f"checkpoints/{weights}.ckpt" for weights in WEIGHTS} if path.is_dir() else {"last": path}
     if not files["last"].is_file():
-        raise MisconfigurationException(
+        raise UserError(
             f"{path} has no checkpoint: it was stopped before the end of its first epoch, or is no run."
             if path.is_dir()
             else f"There is no run or checkpoint at {path}."
         )
-    loaded = {weights: load_classifier(file) for weights, file in files.items() if file.is_file()}
-    classifiers = {weights: classifier for weights, (_, classifier) in loaded.items()}
-    checkpoint, _ = loaded["last"]
-    with checkpoint_errors(files["last"]):
-        state = checkpoint["callbacks"]["RunCheckpoint"]
-        history, seconds = read_history(state), float(state["seconds"])
-        data = load_data(checkpoint)
-        data.setup("fit")
-        data.setup("test")
+    saved = {weights: SavedRun.read(file) for weights, file in files.items() if file.is_file()}
+    last = saved["last"]
+    history, seconds, data = last.history, last.seconds, last.datamodule
+    for stage in ("fit", "test"):
+        data.setup(stage)
     config_file = files["last"].absolute().parent.parent / "config.yaml"
     try:
         config = dict(yaml.safe_load(config_file.read_text(encoding="utf-8"))) if config_file.is_file() else {}
-        precision = (state.get("config") or config).get("trainer", {}).get("precision")
-        fabric = Fabric(accelerator="cpu", devices=1, precision=precision)
-    except (AttributeError, yaml.YAMLError, TypeError, ValueError) as error:
-        raise MisconfigurationException(f"{config_file} is damaged: {' '.join(str(error).split())}") from error
+    except (yaml.YAMLError, TypeError, ValueError) as error:
+        raise UserError(f"{config_file} is damaged: {' '.join(str(error).split())}") from error
     assert data.val is not None
     assert data.test is not None
     evaluations = {
-        (weights, name): evaluate(classifier, data, split, fabric)
-        for weights, classifier in classifiers.items()
+        (weights, name): evaluate(run, data, split)
+        for weights, run in saved.items()
         for name, split in (("val", data.val), ("test", data.test))
     }
+    classifiers = {weights: run.classifier for weights, run in saved.items()}
     parameters = sum(parameter.numel() for parameter in classifiers["last"].parameters() if parameter.requires_grad)
     return Run(path, config, history, seconds, parameters, evaluations, classifiers, data)
 
 
-@torch.inference_mode()
-def evaluate(classifier: Classifier, data: ImageDataModule, split: Split, fabric: Fabric) -> Evaluation:
-    """Predict a whole split, with a classifier in evaluation mode, as the commands do: in the fabric's precision."""
-    predict = fabric.setup_module(classifier)
-    batches = torch.arange(len(split)).split(data.eval_batch_size)
-    logits = torch.cat([predict(split.__getitems__(batch)[0]).float() for batch in batches])
-    metrics = classifier.metrics(logits, split.labels, F.cross_entropy(logits, split.labels))
+@torch.no_grad()
+def evaluate(run: SavedRun, data: ImageDataModule, split: Split) -> Evaluation:
+    """Predict a whole split as the commands do, in the precision of the run."""
+    logits = run.predict(split)
+    metrics = run.classifier.metrics(logits, split.labels, F.cross_entropy(logits, split.labels))
     means = {name: values.float().mean().item() for name, values in metrics.items()}
     return Evaluation(split, logits.softmax(dim=1).numpy(), data.names(logits.shape[1]), means)
 

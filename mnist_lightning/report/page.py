@@ -16,13 +16,13 @@ from typing import Any
 import jinja2
 import optuna
 import pandas as pd
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from markupsafe import Markup
 from optuna.distributions import BaseDistribution
 from optuna.trial import TrialState
 from tensorboard.compat.proto.summary_pb2 import Summary
 from torch.utils.tensorboard import SummaryWriter
 
+from mnist_lightning.errors import UserError
 from mnist_lightning.export.page import Contestant, panel
 from mnist_lightning.report import interactive, plots
 from mnist_lightning.report.comparison import Comparison, accuracy_interval, compare_to_first, verdict
@@ -179,15 +179,15 @@ def write(
         output: Folder of the report, or None for ``report`` in ``logs``.
 
     Raises:
-        MisconfigurationException: A run or the study is missing or damaged, or the models do not compare.
+        UserError: If a run or the study is missing or damaged, or the models do not compare.
     """
     output = output or logs / "report"
     if output.exists() and any(output.iterdir()) and not (output / "report.json").is_file():
-        raise MisconfigurationException(f"{output} holds something else than a report: choose another --output.")
+        raise UserError(f"{output} holds something else than a report: choose another --output.")
     loaded = load_models(models, weights, logs)
     found = load_study(study, storage, logs, loaded)
     if not loaded and found is None:
-        raise MisconfigurationException(f"The study {study} has no complete trial yet.")
+        raise UserError(f"The study {study} has no complete trial yet.")
     report = Report(loaded, found)
     sections = [*(model_sections(report) if loaded else ()), *study_sections(report)]
     save(report, sections, output)
@@ -202,7 +202,7 @@ def load_models(arguments: Sequence[str], weights: str, logs: Path) -> list[Mode
     for argument in arguments:
         name, _, paths = argument.partition("=")
         if not name or name in folders:
-            raise MisconfigurationException(f"Each model needs a name of its own, as NAME=PATH: {' '.join(arguments)}")
+            raise UserError(f"Each model needs a name of its own, as NAME=PATH: {' '.join(arguments)}")
         found = [run for path in paths.split(",") for run in find_runs(name, path)] if paths else []
         folders[name] = [*dict.fromkeys(found)] or [newest_complete_run(logs / name)]
     models: list[Model] = []
@@ -214,11 +214,11 @@ def load_models(arguments: Sequence[str], weights: str, logs: Path) -> list[Mode
     runs = [run for model in models for run in model.runs]
     for run in runs:
         if not have_same("test", runs[0], run):
-            raise MisconfigurationException(
+            raise UserError(
                 f"{runs[0].path} and {run.path} have other test images than each other: their results do not compare."
             )
         if (weights, "test") not in run.evaluations:
-            raise MisconfigurationException(f"{run.path} has no weights of its best epoch; take --weights last.")
+            raise UserError(f"{run.path} has no weights of its best epoch; take --ckpt_path last.")
     return models
 
 
@@ -226,7 +226,7 @@ def find_runs(name: str, pattern: str) -> list[Path]:
     """The runs that a model's path names, or the complete ones that its pattern matches, in natural order.
 
     Raises:
-        MisconfigurationException: A pattern matches none.
+        UserError: If no complete run matches the pattern.
     """
     if Path(pattern).exists() or not re.search(r"[*?[]", pattern):
         return [Path(pattern)]
@@ -240,7 +240,7 @@ def find_runs(name: str, pattern: str) -> list[Path]:
     left_out = ", ".join(str(path) for path in matches if path not in complete)
     if not complete:
         remedy = f"; without a checkpoint, or stopped before their end: {left_out}" if left_out else ""
-        raise MisconfigurationException(f"{name}: no complete run matches {pattern}{remedy}.")
+        raise UserError(f"{name}: no complete run matches {pattern}{remedy}.")
     if left_out:
         print(f"{name}: left out, without a checkpoint or stopped before their end: {left_out}\n")
     return complete
@@ -260,7 +260,7 @@ def load_study(name: str | None, storage: str | None, logs: Path, models: Sequen
         if name is None and storage is None:
             print(f"{origins[found].name} is of the study {found}, which is not in {source}. Show it: --storage URL\n")
             return None
-        raise MisconfigurationException(f"There is no study {found} in {source}.")
+        raise UserError(f"There is no study {found} in {source}.")
     if not study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,)):
         return None
     return study

@@ -16,24 +16,18 @@ import yaml
 from jsonargparse import Namespace, get_loader, lazy_instance
 from jsonargparse.typing import NonNegativeInt, PositiveFloat, restricted_number_type
 from lightning.pytorch.cli import LightningArgumentParser
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from optuna.pruners import BasePruner, NopPruner
 from optuna.samplers import BaseSampler, RandomSampler
 from optuna.study import Study
 from optuna.trial import FrozenTrial, TrialState
 
-from mnist_lightning.cli import DEFAULTS, RunCLI, fit, quieten_lightning
+from mnist_lightning.cli import DEFAULTS, RunCLI, add_training_options, quieten_lightning
+from mnist_lightning.commands.fit import FitCLI
+from mnist_lightning.console import PROG, command_line, format_table
+from mnist_lightning.errors import UserError, user_errors
+from mnist_lightning.files import atomic_write
 from mnist_lightning.parsing import corrected
-from mnist_lightning.runs import (
-    PROG,
-    RUN_KEYS,
-    atomic_write,
-    command_line,
-    flatten,
-    format_table,
-    newest_file,
-    user_errors,
-)
+from mnist_lightning.runs import RUN_KEYS, flatten, newest_file
 from mnist_lightning.signals import Interrupt, interruptible
 from mnist_lightning.tune.pool import Pool, devices
 from mnist_lightning.tune.record import COMPUTED, Direction, Metric, TrialRecord, is_counted, metrics_of
@@ -141,6 +135,7 @@ class SearchCLI(RunCLI):
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         super().add_arguments_to_parser(parser)
+        add_training_options(parser)
         parser.add_class_arguments(SearchOptions, as_group=False)
         parser.add_argument("--show", action="store_true", help="Print the results so far of the study, and no more.")
         parser.set_defaults({"name": "tuned", "trainer.max_epochs": 10})
@@ -159,7 +154,7 @@ class SearchCLI(RunCLI):
         if not self.config.show:  # the study says which
             check_limits(self.config.limits)
         if len(self.metrics) > 1 and not self.config.pruner.class_path.endswith("NopPruner"):
-            raise MisconfigurationException("A pruner knows one metric only: leave --pruner, or give one --metric.")
+            raise UserError("A pruner knows one metric only: leave --pruner, or give one --metric.")
         for key in ("sampler", "pruner"):
             arguments = self.config[key].get("init_args", {})
             for name, value in arguments.items():  # a number is taken for text where both may stand: max_resource
@@ -170,18 +165,18 @@ def _metrics(names: str | list[str], directions: Direction | list[Direction] | N
     """Return what a search optimizes.
 
     Raises:
-        MisconfigurationException: If names and directions do not fit together.
+        UserError: If names and directions do not fit together.
     """
     names = [names] if isinstance(names, str) else names
     given: Sequence[Direction | None] = (
         [directions] if isinstance(directions, str) else directions or [None] * len(names)
     )
     if len(given) != len(names) or len({*names}) != len(names) or not names:
-        raise MisconfigurationException(
+        raise UserError(
             f"Each metric needs one direction: metric is {', '.join(names)}, direction {', '.join(map(str, given))}."
         )
     if names[0] in COMPUTED:
-        raise MisconfigurationException(f"The first metric tells the best epoch; {names[0]} cannot.")
+        raise UserError(f"The first metric tells the best epoch; {names[0]} cannot.")
     return [Metric(name, direction) for name, direction in zip(names, given, strict=True)]
 
 
@@ -208,15 +203,15 @@ def show(run: SearchCLI) -> None:
     """Print the results so far of a study, from any machine and while it is searched.
 
     Raises:
-        MisconfigurationException: There is no such study.
+        UserError: There is no such study.
     """
     name = run.config.study_name
     source = run.config.storage or str(run.logs / name / "journal.log")
     study = find_study(name, source)
     if study is None:
-        raise MisconfigurationException(f"There is no study {name} in {hide_password(source)}.")
+        raise UserError(f"There is no study {name} in {hide_password(source)}.")
     if not isinstance(study.user_attrs.get("settings"), dict):
-        raise MisconfigurationException(f"The study {name} was not made by tune.")
+        raise UserError(f"The study {name} was not made by tune.")
     _print_results(study, run.config.limits)
 
 
@@ -254,7 +249,7 @@ def tune(run: SearchCLI, command: str, interrupt: Interrupt) -> None:
     if chosen is None:
         failed = [trial for trial in study.trials if "error" in trial.user_attrs]
         reason = f" The first failed: {failed[0].user_attrs['error']}" if failed else ""
-        raise MisconfigurationException(f"No trial was completed, so there is nothing to refit.{reason}")
+        raise UserError(f"No trial was completed, so there is nothing to refit.{reason}")
     if options.refit:
         # several commands that share the study end together
         finished = [t for t in study.get_trials(deepcopy=False) if t.datetime_complete is not None and is_counted(t)]
@@ -270,7 +265,7 @@ def _make_search(run: SearchCLI) -> Search:
     base = {key: value for key, value in run.plain_config().items() if key in ("name", "origin", *RUN_KEYS)}
     base = spread(base, run.config.search_space or {})
     space = make_space(run.config.search_space, base)
-    check_values(space, base, run.parser)  # type: ignore[arg-type]
+    check_values(space, base, run.parser)
     options = Namespace(**{field.name: run.config[field.name] for field in fields(SearchOptions)})
     folder = run.logs / options.study_name
     return Search(options, run.metrics, base, space, options.storage or str(folder / "journal.log"), folder)
@@ -337,7 +332,7 @@ def _first_trials(run: SearchCLI, space: SearchSpace, base: dict[str, Any]) -> l
     """Return the trials that the options want to be run first, each with where it comes from.
 
     Raises:
-        MisconfigurationException: If a file or study does not exist, or has a value that is not searched.
+        UserError: If a file or study does not exist, or has a value that is not searched.
     """
     options, trials = run.config, []
     given = [("enqueue_baseline", base)] if options.enqueue_baseline else []
@@ -352,7 +347,7 @@ def _first_trials(run: SearchCLI, space: SearchSpace, base: dict[str, Any]) -> l
                 found[key] = values[key] if key in values else get_value(values, full_key(key))
         params = params_of(found, space, source)
         if values.keys() <= space.keys() and (ignored := values.keys() - params.keys()):
-            raise MisconfigurationException(
+            raise UserError(
                 f"{source}: {', '.join(ignored)} is not drawn beside the other values. Leave it, or change those."
             )
         if params:
@@ -365,7 +360,7 @@ def _best_of(name: str, run: SearchCLI, space: SearchSpace) -> dict[str, Any]:
     source = run.config.storage or str(run.logs / name / "journal.log")
     study = find_study(name, source)
     if study is None:
-        raise MisconfigurationException(f"like: there is no study {name} in {hide_password(source)}.")
+        raise UserError(f"like: there is no study {name} in {hide_password(source)}.")
     best = best_trial(study).params
     values = {key: best[key] for key in space if key in best and in_distribution(best[key], space[key])}
     values = params_of(values, space, "")  # without what depends on something that is not taken
@@ -380,14 +375,14 @@ def _read_trials(path: str, space: SearchSpace) -> Iterator[tuple[str, dict[str,
         # as configs are read: to YAML 1.1 alone, 1e-5 is not a number, but to json.dump it is
         items = get_loader("yaml")(Path(path).read_text(encoding="utf-8"))
     except (yaml.YAMLError, ValueError) as error:
-        raise MisconfigurationException(f"{path} is no YAML: {' '.join(str(error).split())}") from error
+        raise UserError(f"{path} is no YAML: {' '.join(str(error).split())}") from error
     items = items if isinstance(items, list) else [items]
     for number, item in enumerate(items):
         source = f"{path}, trial {number + 1} of {len(items)}"
         if not isinstance(item, dict) or not item:
-            raise MisconfigurationException(f"{source} is no mapping from keys of the search space to values.")
+            raise UserError(f"{source} is no mapping from keys of the search space to values.")
         if "model" not in item and (unknown := item.keys() - space.keys()):
-            raise MisconfigurationException(f"{source}: {', '.join(map(str, unknown))} is not searched.")
+            raise UserError(f"{source}: {', '.join(map(str, unknown))} is not searched.")
         yield source, item
 
 
@@ -410,14 +405,14 @@ def _seconds(timeout: float | str) -> float:
     match = re.fullmatch(r"(\d+(?:\.\d+)?)([smhd]?)", str(timeout))
     seconds = float(match[1]) * {"m": 60, "h": 3600, "d": 86400}.get(match[2], 1) if match else 0
     if not 0 < seconds < math.inf:
-        raise MisconfigurationException(f"timeout {timeout} is no time: give seconds, or 30m, 2h, 1d.")
+        raise UserError(f"timeout {timeout} is no time: give seconds, or 30m, 2h, 1d.")
     return seconds
 
 
 def _check_training(run: SearchCLI, search: Search) -> None:
     """See that data, network and metrics fit together, before anything is trained."""
     if run.trainer.world_size > 1:
-        raise MisconfigurationException(
+        raise UserError(
             "A trial trains on one device, and the workers share the devices out: leave --trainer.devices at 1, and "
             "say --workers N for another number of workers."
         )
@@ -426,7 +421,7 @@ def _check_training(run: SearchCLI, search: Search) -> None:
     (logged,) = run.trainer.validate(run.model, datamodule=run.datamodule, verbose=False)
     for metric in (*search.metrics, *search.limited):
         if metric.name not in logged and metric.name not in COMPUTED and not metric.name.startswith("train/"):
-            raise MisconfigurationException(
+            raise UserError(
                 f"The metric {metric.name} is not logged in validation. These are: {', '.join(logged)}; "
                 f"those of train/ and {', '.join(COMPUTED)} can be taken as well."
             )
@@ -500,7 +495,7 @@ def _refit(path: Path, config: dict[str, Any], logs: Path, options: Namespace) -
         if epochs != options.refit_epochs:
             print(f"\ntrainer.max_epochs was searched: {epochs}. --refit_epochs {options.refit_epochs} is not used.")
         print(f"\nRefit: {command_line('fit', '--config', path)}")
-        fit(RunCLI("fit", ["--config", str(path)]))
+        FitCLI("fit", ["--config", str(path)]).run()
     tests = {}
     for name in ("baseline", config["name"]):
         newest = newest_file((logs / name).glob("version_*/test.csv"))

@@ -9,12 +9,12 @@ from multiprocessing.connection import wait
 from typing import Any
 
 import torch
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from optuna.pruners import WilcoxonPruner
 from optuna.study import Study
 from optuna.trial import FrozenTrial, TrialState
 from tqdm import tqdm
 
+from mnist_lightning.errors import UserError
 from mnist_lightning.signals import Interrupt
 from mnist_lightning.tune.record import TrialRecord, is_counted
 from mnist_lightning.tune.recovery import ATTEMPTS, SWEEPS, Recovery
@@ -77,7 +77,7 @@ class Pool:
             for worker in self._workers:
                 worker.end()
             self.storage.patience = 0.0
-            with suppress(MisconfigurationException):  # the storage is away: the next command will notice
+            with suppress(UserError):  # the storage is away: the next command will notice
                 for trial in self._recovery.running(self.names):
                     self._recovery.put_back(trial.number, died=False)
             self.bar.close()
@@ -123,7 +123,7 @@ class Pool:
         """Look at how a worker ended, and put its trial back."""
         code, words = worker.end(), worker.last_words()
         if words is not None:
-            raise MisconfigurationException(words)
+            raise UserError(words)
         if code == 0:  # it found nothing to begin
             self._is_exhausted = True
             return
@@ -133,7 +133,7 @@ class Pool:
             self._print(f"Trial {trial.number:3} goes on with another worker: one died (exit code {code})")
         self._early_deaths = 0 if trials else self._early_deaths + 1
         if self._early_deaths == ATTEMPTS:
-            raise MisconfigurationException(
+            raise UserError(
                 f"{ATTEMPTS} workers died before they had begun, the last with exit code {code}. "
                 f"Is there enough memory for {len(self._workers) + 1} workers?"
             )

@@ -9,12 +9,12 @@ from typing import Any
 import numpy as np
 import optuna
 from jsonargparse import Namespace
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
 from optuna.samplers import BaseSampler, BruteForceSampler, GridSampler, QMCSampler
 from optuna.study import Study
 from optuna.trial import FrozenTrial, Trial, TrialState
 
+from mnist_lightning.errors import UserError
 from mnist_lightning.tune.record import Metric, directions_of, is_counted
 from mnist_lightning.tune.space import SearchSpace, instantiate
 
@@ -87,10 +87,10 @@ def make_sampler(study: Study, config: Namespace, seed: int, space: SearchSpace)
         space: The search space.
 
     Raises:
-        MisconfigurationException: If the sampler does not suit the space.
+        UserError: If the sampler does not suit the space.
     """
     if space.conditions and issubclass(resolve_name(config.class_path), GridSampler):
-        raise MisconfigurationException("GridSampler knows no conditions (when): take BruteForceSampler.")
+        raise UserError("GridSampler knows no conditions (when): take BruteForceSampler.")
 
     def make(ordinal: int) -> BaseSampler:
         seeded = copy.deepcopy(config)
@@ -124,7 +124,7 @@ def check_sampler(config: Namespace, seed: int, space: SearchSpace, metrics: Seq
     """See that two trials can be drawn, before anything is trained.
 
     Raises:
-        MisconfigurationException: If the sampler lacks a package, or does not suit the space or the metrics.
+        UserError: If the sampler lacks a package, or does not suit the space or the metrics.
     """
     study = optuna.create_study(directions=directions_of(metrics))
     study.sampler = make_sampler(study, config, seed, space)
@@ -137,4 +137,4 @@ def check_sampler(config: Namespace, seed: int, space: SearchSpace, metrics: Seq
         study.optimize(objective, n_trials=2)
     except Exception as error:  # a sampler may be anybody's
         name = config.class_path.rpartition(".")[2]
-        raise MisconfigurationException(f"sampler: {name} cannot draw. {' '.join(str(error).split())}") from error
+        raise UserError(f"sampler: {name} cannot draw. {' '.join(str(error).split())}") from error

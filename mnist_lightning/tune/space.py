@@ -8,12 +8,12 @@ from contextlib import suppress
 from typing import Any
 
 from jsonargparse import ArgumentParser
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
 from torch.nn import Module
 
+from mnist_lightning.console import PROG
+from mnist_lightning.errors import UserError
 from mnist_lightning.parsing import Parser, shorten
-from mnist_lightning.runs import PROG
 
 
 class SearchSpace(dict[str, BaseDistribution]):
@@ -96,10 +96,10 @@ def make_space(config: dict[str, Any] | None, base: dict[str, Any]) -> SearchSpa
         base: Config of a run.
 
     Raises:
-        MisconfigurationException: A distribution, a condition or a key is none, or there are none.
+        UserError: A distribution, a condition or a key is none, or there are none.
     """
     if not config:
-        raise MisconfigurationException("search_space is empty: give at least one key and its distribution.")
+        raise UserError("search_space is empty: give at least one key and its distribution.")
     distributions: dict[str, BaseDistribution] = {}
     conditions: dict[str, Any] = {}
     for key, distribution in config.items():
@@ -113,16 +113,14 @@ def make_space(config: dict[str, Any] | None, base: dict[str, Any]) -> SearchSpa
             json.dumps(distributions[key]._asdict(), allow_nan=False)  # Optuna takes infinite bounds, fails at a draw
         except Exception as error:  # jsonargparse and Optuna have many
             reason = " ".join(str(error).split())
-            raise MisconfigurationException(f"search_space: {key} has no valid distribution. {reason}") from error
+            raise UserError(f"search_space: {key} has no valid distribution. {reason}") from error
     space = SearchSpace()
     while len(space) < len(distributions):
         ready = [key for key in distributions if key not in space and conditions[key].keys() <= space.keys()]
         if not ready:
             key = next(key for key in distributions if key not in space)
             parents = ", ".join(conditions[key].keys() - space.keys())
-            raise MisconfigurationException(
-                f"search_space: {key} depends on {parents}, which is not searched, or depends on it."
-            )
+            raise UserError(f"search_space: {key} depends on {parents}, which is not searched, or depends on it.")
         for key in ready:
             space[key] = distributions[key]
             if conditions[key]:
@@ -132,13 +130,13 @@ def make_space(config: dict[str, Any] | None, base: dict[str, Any]) -> SearchSpa
     for key in space:
         for part in space:
             if f"{full_key(part)}.".startswith(f"{full_key(key)}.") and part != key:
-                raise MisconfigurationException(f"search_space: {part} is a part of {key}: search one of them.")
+                raise UserError(f"search_space: {part} is a part of {key}: search one of them.")
         try:
             if not key.startswith(("trainer.", "model.", "data.")):
                 raise KeyError(key)
             config_with(base, space.example({key: bounds(space[key])[0]}), space)
         except (AttributeError, KeyError, IndexError, ValueError, TypeError) as error:
-            raise MisconfigurationException(
+            raise UserError(
                 f"search_space: trainer, model and data have no key {key}. "
                 f"`{PROG} tune --print_config` shows their keys; an item of a list is its key with .0, .1, ..., "
                 "its number of items the key with .length."
@@ -146,7 +144,7 @@ def make_space(config: dict[str, Any] | None, base: dict[str, Any]) -> SearchSpa
     epochs = space.get("trainer.max_epochs")
     for value in bounds(epochs) if epochs else [base["trainer"]["max_epochs"]]:
         if not isinstance(value, int) or value < 1:
-            raise MisconfigurationException(f"A search needs a number of epochs: trainer.max_epochs is {value}.")
+            raise UserError(f"A search needs a number of epochs: trainer.max_epochs is {value}.")
     return space
 
 
@@ -156,7 +154,7 @@ def _condition(key: str, parent: str, values: Any, distribution: BaseDistributio
     for value in values if isinstance(values, list) else [values]:
         among = in_distribution(value, distribution)
         if not among:
-            raise MisconfigurationException(
+            raise UserError(
                 f"search_space: {key} is drawn when {parent} is {value}, but {describe(distribution)} is searched."
             )
         found += among
@@ -187,14 +185,14 @@ def check_values(space: SearchSpace, base: dict[str, Any], parser: Parser) -> No
     """See that each key can have the outermost of its values, or all that it chooses from.
 
     Raises:
-        MisconfigurationException: It cannot.
+        UserError: It cannot.
     """
     parser.exit_on_error = False
     for key, distribution in space.items():
         for value in bounds(distribution):
             params = space.example({key: value})  # with what depends on the value
             if key not in params:
-                raise MisconfigurationException(f"search_space: the conditions of {key} exclude each other.")
+                raise UserError(f"search_space: the conditions of {key} exclude each other.")
             config = config_with(base, params, space)
             try:
                 parser.parse_object(config)
@@ -203,7 +201,7 @@ def check_values(space: SearchSpace, base: dict[str, Any], parser: Parser) -> No
                     instantiate(Module, config["model"]["network"])
             except Exception as error:  # networks raise what they like
                 reason = shorten(str(getattr(error, "message", error)))
-                raise MisconfigurationException(f"search_space: {key} cannot be {value!r}. {reason}") from error
+                raise UserError(f"search_space: {key} cannot be {value!r}. {reason}") from error
     parser.exit_on_error = True
 
 
@@ -216,14 +214,14 @@ def params_of(values: Mapping[str, Any], space: SearchSpace, what: str) -> dict[
         what: Where the values come from, for the message.
 
     Raises:
-        MisconfigurationException: One is not among those that are searched.
+        UserError: One is not among those that are searched.
     """
     params: dict[str, Any] = {}
     for key, distribution in space.items():
         if key in values and space.is_drawn(key, params):
             found = in_distribution(values[key], distribution)
             if not found:
-                raise MisconfigurationException(
+                raise UserError(
                     f"{what}: {key} is {values[key]}, but {describe(distribution)} is searched. "
                     f"Give another value, or widen its space."
                 )

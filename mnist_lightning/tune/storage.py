@@ -13,11 +13,12 @@ from pathlib import Path
 from typing import Any
 
 import optuna
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from optuna.exceptions import StorageInternalError
 from optuna.storages import BaseStorage, GrpcStorageProxy, JournalStorage
 from optuna.storages.journal import JournalFileBackend, JournalFileOpenLock
 from tqdm import tqdm
+
+from mnist_lightning.errors import UserError
 
 PATIENCE = 600.0
 """Seconds for which a storage that does not answer is asked again."""
@@ -43,7 +44,7 @@ class JournalFile(JournalFileBackend):
 
     def _check(self) -> None:
         if self._identify() != self._identity:
-            raise MisconfigurationException(
+            raise UserError(
                 f"{self._path} was moved or deleted while it was in use. Put it back, and give the command again; "
                 "or give it where the study is now."
             )
@@ -110,7 +111,7 @@ class PatientStorage:
                 since = since or time.monotonic()
                 if time.monotonic() - since >= self.patience:
                     self.patience = 0.0
-                    raise MisconfigurationException(
+                    raise UserError(
                         f"The storage {self._name} does not answer: {_reason(error)}. What is finished is kept: when "
                         "it is back, the same command goes on."
                     ) from error
@@ -168,7 +169,7 @@ def open_storage(storage: str) -> Any:
         A :class:`PatientStorage`, which does whatever an Optuna storage does.
 
     Raises:
-        MisconfigurationException: It cannot be opened.
+        UserError: It cannot be opened.
     """
     name = hide_password(storage)
     opened: BaseStorage
@@ -186,14 +187,14 @@ def open_storage(storage: str) -> Any:
             if _is_last_line_damaged(path):  # of which Optuna says nothing
                 raise ValueError("its last line is damaged; without that line, the study can go on")
     except ImportError as error:
-        raise MisconfigurationException(
+        raise UserError(
             f"The storage {name} needs a database driver ({error.__cause__ or error}). For postgresql://: pip install "
             "'psycopg[binary]'; for mysql+pymysql://: pip install pymysql"
         ) from error
     except Exception as error:  # each database driver raises its own
         if isinstance(error, OSError) and "://" not in storage:
             raise
-        raise MisconfigurationException(
+        raise UserError(
             f"The storage {name} cannot be opened: {_reason(error)}. It must be the path of a journal file, "
             "grpc://host:port of Optuna's proxy, or a database's URL such as postgresql://user@host/database."
         ) from error

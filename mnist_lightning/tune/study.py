@@ -13,13 +13,13 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import optuna
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from optuna.distributions import distribution_to_json, json_to_distribution
 from optuna.exceptions import ExperimentalWarning
 from optuna.storages import BaseStorage
 from optuna.study import Study
 from optuna.trial import FrozenTrial, TrialState
 
+from mnist_lightning.errors import UserError
 from mnist_lightning.parsing import shorten
 from mnist_lightning.runs import flatten
 from mnist_lightning.tune.record import Metric, TrialRecord, check_finite, directions_of, is_counted, metrics_of
@@ -65,7 +65,7 @@ def open_study(
         defaults: From a setting's key with dots to its value in a study that was made before there was such a setting.
 
     Raises:
-        MisconfigurationException: If there is a study of this name with other settings or another space.
+        UserError: If there is a study of this name with other settings or another space.
     """
     searched = {key: json.loads(distribution_to_json(space[key])) for key in space}
     for key, conditions in space.conditions.items():
@@ -95,9 +95,9 @@ def open_study(
     if found is None and not study.get_trials(deepcopy=False):
         study.set_user_attr("settings", own)
     elif not isinstance(found, dict):
-        raise MisconfigurationException(f"The study {name} was not made by tune. Take another --study_name.")
+        raise UserError(f"The study {name} was not made by tune. Take another --study_name.")
     elif differences := _differences(found, own, defaults):
-        raise MisconfigurationException(
+        raise UserError(
             f"The study {name} has other settings: {'; '.join(differences)}. "
             "Give those to continue it, or take another --study_name."
         )
@@ -109,7 +109,7 @@ def find_study(name: str, source: str) -> Study | None:
     """Load a study from a journal's path or a storage's URL; None if there is none, and nothing is made.
 
     Raises:
-        MisconfigurationException: If it is damaged.
+        UserError: If it is damaged.
     """
     if "://" not in source and not Path(source).is_file():
         return None
@@ -129,7 +129,7 @@ def check_study(study: Study, space: SearchSpace | None = None) -> None:
         space: Its search space, if it is known: complete trials have values of the whole of it.
 
     Raises:
-        MisconfigurationException: If something of it is not what ``tune`` writes.
+        UserError: If something of it is not what ``tune`` writes.
     """
     of_study = f"the study {study.study_name}"
     with _damage(f"The{of_study[3:]}"):
@@ -150,9 +150,7 @@ def _damage(what: str) -> Iterator[None]:
         yield
     except (AttributeError, KeyError, OverflowError, TypeError, ValueError) as error:
         reason = shorten(str(error) if isinstance(error, ValueError) else repr(error))
-        raise MisconfigurationException(
-            f"{what} is damaged or was not made by tune: {reason}. Take another study."
-        ) from error
+        raise UserError(f"{what} is damaged or was not made by tune: {reason}. Take another study.") from error
 
 
 def _check_trial(trial: FrozenTrial, n_values: int) -> None:
@@ -210,10 +208,10 @@ def check_limits(limits: Mapping[str, float]) -> None:
     """See that limits are finite numbers.
 
     Raises:
-        MisconfigurationException: If one is not.
+        UserError: If one is not.
     """
     if unlimited := [name for name, limit in limits.items() if not math.isfinite(limit)]:
-        raise MisconfigurationException(f"limits: that of {', '.join(unlimited)} must be a finite number.")
+        raise UserError(f"limits: that of {', '.join(unlimited)} must be a finite number.")
 
 
 def best_trial(study: Study, limits: Mapping[str, float] | None = None) -> FrozenTrial:
@@ -225,7 +223,7 @@ def best_trial(study: Study, limits: Mapping[str, float] | None = None) -> Froze
             that searched.
 
     Raises:
-        MisconfigurationException: If no completed trial is within the limits.
+        UserError: If no completed trial is within the limits.
     """
     metrics, limits = metrics_of(study), study.user_attrs.get("limits", {}) if limits is None else limits
     check_limits(limits)
@@ -233,7 +231,7 @@ def best_trial(study: Study, limits: Mapping[str, float] | None = None) -> Froze
     if limits:
         trials = [trial for trial in trials if _is_within(trial, metrics, limits)]
     if not trials:
-        raise MisconfigurationException(
+        raise UserError(
             f"No completed trial is within {', '.join(f'{name} {limit:g}' for name, limit in limits.items())}: "
             "give other --limits, or take any with --trial N."
         )
@@ -322,13 +320,13 @@ def find_trial(study: Study, number: int, space: SearchSpace) -> FrozenTrial:
     """A trial with all of its parameters.
 
     Raises:
-        MisconfigurationException: There is none of this number.
+        UserError: There is none of this number.
     """
     trials = study.get_trials(deepcopy=False)
     if number < len(trials) and space.has_all(trials[number].params):
         return trials[number]
     drawn = [str(trial.number) for trial in trials if space.has_all(trial.params)]
-    raise MisconfigurationException(
+    raise UserError(
         f"The study {study.study_name} has no trial {number}: its numbers are {', '.join(drawn) or 'none yet'}."
     )
 

@@ -19,7 +19,6 @@ from jsonargparse import Namespace
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.loggers import TensorBoardLogger, WandbLogger
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from optuna.exceptions import UpdateFinishedTrialError
 from optuna.pruners import BasePruner, WilcoxonPruner
 from optuna.storages import BaseStorage
@@ -28,8 +27,9 @@ from optuna.trial import FrozenTrial, Trial, TrialState
 from torch.utils.flop_counter import FlopCounterMode
 
 from mnist_lightning.checkpoints import RunCheckpoint
-from mnist_lightning.cli import EXECUTION, RunCLI
+from mnist_lightning.commands.fit import TrainingCLI
 from mnist_lightning.data import ImageDataModule
+from mnist_lightning.errors import UserError
 from mnist_lightning.tune.record import Metric, TrialRecord, is_counted
 from mnist_lightning.tune.recovery import ATTEMPTS, process_name
 from mnist_lightning.tune.sampler import draw, make_sampler
@@ -235,7 +235,7 @@ class Objective:
         named = copy.deepcopy(config)
         _name_loggers(named["trainer"]["logger"], "_".join([search.options.study_name, *folder.parts[-2:]]))
         try:
-            run = RunCLI(EXECUTION, named)
+            run = TrainingCLI(named)
             complete = {key: value for key, value in run.plain_config().items() if key in config}
             complete["trainer"]["logger"] = config["trainer"]["logger"]
             (folder / "config.yaml").write_text(yaml.safe_dump(complete, sort_keys=False), encoding="utf-8")
@@ -312,7 +312,7 @@ def kept_weights(search: Search, trial: FrozenTrial) -> list[Path]:
 def delete_weights(search: Search, study: Study) -> None:
     """Delete the weights of the trials that are finished, but not the best."""
     best = None
-    with suppress(MisconfigurationException):  # none is complete, or within the limits
+    with suppress(UserError):  # none is complete, or within the limits
         best = best_trial(study, search.options.limits)
     for trial in study.get_trials(deepcopy=False):
         if trial.state.is_finished() and (best is None or trial.number != best.number):

@@ -115,8 +115,8 @@ def _work(search: "Search", device: str | None, connection: "Connection[str, Non
         os.environ["CUDA_VISIBLE_DEVICES"] = device
     warnings.simplefilter("ignore")
     logging.disable(logging.WARNING)
+    from mnist_lightning.errors import describe_os_error, silence_os_errors_of_threads
     from mnist_lightning.parsing import corrected
-    from mnist_lightning.runs import describe_os_error, silence_os_errors_of_threads
     from mnist_lightning.tune.storage import open_storage
     from mnist_lightning.tune.trial import run_trials
 

@@ -1,0 +1,33 @@
+"""``validate`` and ``test``: evaluate a checkpoint."""
+
+from jsonargparse import Namespace
+from lightning.pytorch import Callback
+from lightning.pytorch.cli import LightningArgumentParser
+
+from mnist_lightning.cli import RunCLI, add_method_options
+from mnist_lightning.console import note
+from mnist_lightning.errors import UserError
+
+
+class EvaluateCLI(RunCLI):
+    """Evaluates a checkpoint, by default the last of the newest run."""
+
+    default_checkpoint = "last"
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        super().add_arguments_to_parser(parser)
+        add_method_options(parser, self.command)
+
+    def make_callbacks(self, options: Namespace) -> list[Callback]:
+        if options.barebones:
+            raise UserError(f"--trainer.barebones logs nothing, and so {self.command} has no result.")
+        return super().make_callbacks(options)
+
+    def run(self) -> None:
+        self.datamodule.setup(self.command)
+        note(self.datamodule.describe())
+        evaluate = getattr(self.trainer, self.command)
+        evaluate(self.model, datamodule=self.datamodule, ckpt_path=self.config.ckpt_path, verbose=self.config.verbose)
+
+
+main = EvaluateCLI.main

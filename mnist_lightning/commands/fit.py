@@ -1,0 +1,291 @@
+"""``fit``: train, and evaluate what was trained."""
+
+import math
+import shutil
+import tempfile
+from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import torch
+from jsonargparse import Namespace
+from lightning.fabric.plugins.environments import SLURMEnvironment
+from lightning.pytorch import Callback
+from lightning.pytorch.callbacks import Checkpoint, LearningRateFinder
+from lightning.pytorch.cli import LightningArgumentParser
+from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.tuner import Tuner
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities.model_summary import summarize
+from lightning.pytorch.utilities.seed import isolate_rng
+
+from mnist_lightning.callbacks import Figures
+from mnist_lightning.checkpoints import RunCheckpoint
+from mnist_lightning.classifier import SCHEDULE
+from mnist_lightning.cli import RunCLI, add_method_options, add_training_options, get_class
+from mnist_lightning.console import command_line, format_table, note
+from mnist_lightning.errors import UserError, library_errors
+from mnist_lightning.files import write_csv
+from mnist_lightning.loops import NoProfiler
+from mnist_lightning.precision import Trainer
+from mnist_lightning.runs import RUN_KEYS, flatten, new_version
+from mnist_lightning.saved_run import SavedRun
+from mnist_lightning.slurm import SlurmJob
+
+
+class FitCLI(RunCLI):
+    """Trains, then evaluates on the test images: the weights of the last epoch and those of the best.
+
+    Attributes:
+        checkpoint: Keeps the run on disk; None where nothing is kept.
+        job: The SLURM job that this process is of, if it is of one.
+        run_dir: Folder of the run, once it exists.
+    """
+
+    trains = True
+    kept = SCHEDULE
+    checkpoint: RunCheckpoint | None = None
+    job: SlurmJob | None = None
+    run_dir: Path | None = None
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        super().add_arguments_to_parser(parser)
+        add_training_options(parser)
+        add_method_options(parser, "fit")
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        if isinstance(args, list) and SLURMEnvironment.detect():
+            self.job = SlurmJob(args)
+        super().parse_arguments(parser, args)
+
+    def find_checkpoint(self) -> Path | None:
+        path = self.job.checkpoint(self.logs / self.config.name) if self.job else None
+        return path or super().find_checkpoint()
+
+    def taken(self, saved: SavedRun) -> dict[str, Any]:
+        return saved.config  # all of it: the run goes on as it was
+
+    def use_checkpoint(self, path: Path, args: Sequence[str]) -> None:
+        """Take the run's config from the checkpoint, and say where what was given differs."""
+        super().use_checkpoint(path, args)
+        assert self.saved is not None
+        before = self.taken(self.saved)
+        if "trainer" not in before:
+            note(
+                f"{path} is of an earlier version and does not hold the options of its trainer. To continue exactly, "
+                f"add --config {path.absolute().parent.parent / 'config.yaml'}"
+            )
+        now = flatten(self.plain_config())
+        for key, value in flatten({**before, "data": self.saved.data, "model": {}, "name": {}, "origin": {}}).items():
+            if now.get(key, value) != value:
+                note(f"Continuing with {key.replace('.init_args', '')} {now[key]}: the run had {value}")
+
+    def use_finders(self) -> None:
+        """Replace Lightning's BatchSizeFinder and LearningRateFinder by what they find, before the run begins.
+
+        So the run is one with a plain batch size and learning rate, which its config says, and can be continued.
+
+        Raises:
+            UserError: If there are several devices, on each of which they might find something else.
+        """
+        trainer = self.config.trainer
+        if self.config.ckpt_path or trainer.fast_dev_run:
+            super().use_finders()
+            return
+        for finder in self.take_finders():
+            kind = get_class(finder.class_path)
+            if str(trainer.devices) != "1":
+                raise UserError(
+                    f"{kind.__name__} works on one device: find with --trainer.devices 1, then give what was found."
+                )
+            key, found = self.find(kind, {**vars(finder.init_args)})
+            option = f"--{key.replace('.init_args', '')}"
+            if found is None:
+                note(f"{kind.__name__} found nothing in so few steps: {option} stays {self.config[key]}.")
+            else:
+                note(f"{kind.__name__} found {option} {found:.4g}, with which the run goes on.")
+                self.config[key] = found
+
+    def find(self, kind: type, arguments: dict[str, Any]) -> tuple[str, float | None]:
+        """Let a finder try; return the key and the value that it finds, if it finds one."""
+        config = {key: value for key, value in self.plain_config().items() if key in ("name", *RUN_KEYS)}
+        with tempfile.TemporaryDirectory() as folder:  # for the checkpoint to which it returns
+            config["trainer"] |= {"callbacks": None, "logger": False, "default_root_dir": folder}
+            trial = TrainingCLI(config)
+            tuner: Any = Tuner(trial.trainer)
+            if kind is not LearningRateFinder:
+                size = tuner.scale_batch_size(trial.model, datamodule=trial.datamodule, **arguments)
+                return "data.init_args.batch_size", size
+            arguments |= {"num_training": arguments.pop("num_training_steps"), "update_attr": False}
+            finder = tuner.lr_find(trial.model, datamodule=trial.datamodule, **arguments)
+            return "model.optimizer.init_args.lr", finder.suggestion()
+
+    def check_training(self) -> None:
+        """See that augmented images are of the size of the others.
+
+        Raises:
+            UserError: If they are not.
+        """
+        shape = self.datamodule.image_shape
+        images, labels = torch.zeros(2, *shape), torch.zeros(2, dtype=torch.long)
+        with isolate_rng():  # the training must not draw other numbers
+            for augment in self.datamodule.augmentation:
+                images, labels = augment(images, labels)
+                if images.shape != (2, *shape):
+                    raise UserError(
+                        f"--data.augmentation {type(augment).__name__} makes images of shape {tuple(images.shape)} "
+                        f"(batch, channels, height, width) of a batch of shape {(2, *shape)}."
+                    )
+
+    @property
+    def keeps_run(self) -> bool:
+        """Whether a run folder is left."""
+        options = self.config.trainer
+        return not (options.logger is False or options.fast_dev_run or options.barebones)
+
+    def make_callbacks(self, options: Namespace) -> list[Callback]:
+        callbacks = super().make_callbacks(options)
+        if self.keeps_run and options.enable_checkpointing is not False:
+            config = self.plain_config()
+            self.checkpoint = RunCheckpoint({key: config[key] for key in ("name", "origin", *RUN_KEYS)})
+            callbacks += [self.checkpoint, Figures(self.checkpoint)]
+        return callbacks
+
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        if self.keeps_run:
+            kwargs["enable_checkpointing"] = self.config_init.trainer.enable_checkpointing
+        trainer = super().instantiate_trainer(**kwargs)
+        if self.checkpoint is not None:  # before the user's own, whose files then hold the epoch's metrics too
+            listeners: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
+            listeners.remove(self.checkpoint)
+            others = [isinstance(callback, Checkpoint) for callback in listeners]
+            listeners.insert(others.index(True) if any(others) else len(others), self.checkpoint)
+        return trainer
+
+    def run(self) -> None:
+        trainer, data = self.trainer, self.datamodule
+        for stage in ("fit", "test"):  # all data is checked before anything is trained
+            data.setup(stage)
+        if trainer.is_global_zero:
+            self.print_data_and_layers()
+        if self.keeps_run:
+            self.make_folder()
+        try:
+            with library_errors(self.run_dir, self.options):
+                with isolate_rng():  # MLflow draws the name of a run
+                    _start_loggers(trainer.loggers)
+                trainer.fit(self.model, datamodule=data, ckpt_path=self.config.ckpt_path)
+        except (UserError, MisconfigurationException):
+            if trainer.is_global_zero:
+                self.remove_untrained()
+            raise
+        except (SystemExit, OSError):  # Ctrl-C, a full disk
+            if trainer.is_global_zero and self.checkpoint and Path(self.checkpoint.last_model_path).is_file():
+                print(f"Continue: {command_line('fit', '--ckpt_path', self.checkpoint.last_model_path)}")
+            raise
+        if trainer.limit_test_batches != 0 and not trainer.barebones:
+            self.test()
+        if self.run_dir is not None and trainer.is_global_zero:
+            print(f"\nRun: {self.run_dir}    Look at it: tensorboard --logdir {self.logs}")
+
+    def print_data_and_layers(self) -> None:
+        """Print what is trained with what."""
+        data = self.datamodule
+        print(data.describe())
+        for name in ("train", "val", "test"):
+            split = getattr(data, name)
+            shapes = [tuple(tensor.shape) for tensor in (split.images, split.labels)]
+            dtypes = [tensor.dtype for tensor in (split.scaled([0]), split.labels)]  # a batch would be augmented: draw
+            print(f"  {name:5}  images {shapes[0]} {dtypes[0]}, labels {shapes[1]} {dtypes[1]}")
+        if self.config.trainer.enable_model_summary is not False and not self.trainer.barebones:
+            print(summarize(self.model, max_depth=2))
+
+    def make_folder(self) -> None:
+        """Make the run's folder, with its config, and tell those who write there."""
+        config, trainer = self.config, self.trainer
+        version = new_version(self.logs / config.name)
+        self.run_dir = self.logs / config.name / f"version_{version}"
+        if trainer.is_global_zero:
+            (self.run_dir / "config.yaml").write_text(self.parser.dump(config, skip_none=False), encoding="utf-8")
+        if config.tensorboard:
+            own_logger = TensorBoardLogger(self.logs, config.name, version, default_hp_metric=False)
+            trainer.loggers = [own_logger, *trainer.loggers]
+        if self.checkpoint is not None:
+            self.checkpoint.dirpath = str(self.run_dir / "checkpoints")
+            if self.job is not None:
+                self.job.watch(trainer, self.run_dir)
+
+    def remove_untrained(self) -> None:
+        """Remove the run's folder if it was refused before its first epoch ended: then there is no run."""
+        if self.run_dir is None or (self.run_dir / "checkpoints/last.ckpt").is_file():
+            return
+        for logger in self.trainer.loggers:
+            logger.finalize("failed")
+        shutil.rmtree(self.run_dir)
+        with suppress(OSError):  # other runs exist
+            self.run_dir.parent.rmdir()
+            self.logs.rmdir()
+
+    def test(self) -> None:
+        """Evaluate what was trained, in the run's folder and as a table."""
+        checkpoint, trainer = self.checkpoint, self.trainer
+        epochs = checkpoint.history[-1]["epoch"] + 1 if checkpoint and checkpoint.history else trainer.current_epoch
+        loggers, trainer.loggers = trainer.loggers, []
+        trainer.profiler = NoProfiler()  # type: ignore[attr-defined] # PyTorch's is used up by the training
+        (results,) = trainer.test(self.model, datamodule=self.datamodule, verbose=False)
+        for logger in loggers:
+            logger.log_metrics(dict(results), step=trainer.global_step)
+        rows: dict[str, dict[str, float]] = {f"last epoch ({epochs})": dict(results)}
+        if checkpoint is not None and checkpoint.best_model_path:
+            best = SavedRun.read(checkpoint.best_model_path)
+            best.restore(self.model)
+            (results,) = trainer.test(self.model, datamodule=self.datamodule, verbose=False)
+            rows[f"best val/accuracy (epoch {best.epoch + 1})"] = dict(results)
+        if not trainer.is_global_zero:
+            return
+        if self.run_dir is not None:
+            write_csv(self.run_dir / "test.csv", [{"weights": name, **metrics} for name, metrics in rows.items()])
+        if not all(math.isfinite(value) for metrics in rows.values() for value in metrics.values()):
+            note("The training has diverged: some of its weights are no numbers. A smaller learning rate may help.")
+        titles = ["weights after the", *(name.replace("/", " ").replace("_", " ") for name in results)]
+        cells = [[weights, *(f"{value:.4f}" for value in metrics.values())] for weights, metrics in rows.items()]
+        print(f"\n{format_table([titles, *cells])}")
+
+
+class TrainingCLI(FitCLI):
+    """One training that says nothing, keeps nothing and shows no progress: of a search, or to find a batch size.
+
+    Args:
+        config: Of a run.
+    """
+
+    keeps_run = False
+
+    def __init__(self, config: dict[str, Any]) -> None:
+        super().__init__("fit", config)
+
+    def say(self, line: str) -> None:
+        pass
+
+    def make_callbacks(self, options: Namespace) -> list[Callback]:
+        return []
+
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        return super().instantiate_trainer(enable_progress_bar=False, **kwargs)
+
+
+def _start_loggers(loggers: Sequence[Any]) -> None:
+    """See that what loggers need is there, such as an account or a server, before anything is trained."""
+    for logger in loggers:
+        try:
+            logger.experiment  # noqa: B018
+        except Exception as error:  # each has its own
+            reason = str(error).strip().partition("\n")[0].rstrip(".")
+            raise UserError(
+                f"{type(logger).__name__} cannot be used: {reason}. Mend that, give it other arguments "
+                "(--trainer.logger.…), or leave it."
+            ) from error
+
+
+main = FitCLI.main

@@ -1,0 +1,202 @@
+"""``predict``: classify the test images, or anybody's pictures."""
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from jsonargparse import Namespace
+from lightning.pytorch.cli import LightningArgumentParser
+from numpy.typing import NDArray
+from PIL import Image
+from torch import Tensor
+
+from mnist_lightning import figures
+from mnist_lightning.cli import DEFAULTS, RunCLI, add_method_options
+from mnist_lightning.console import format_table, note
+from mnist_lightning.data import Split
+from mnist_lightning.errors import UserError
+from mnist_lightning.files import atomic_write, write_csv
+from mnist_lightning.pictures import PictureError, find, read
+from mnist_lightning.precision import Trainer
+from mnist_lightning.runs import newest_result
+from mnist_lightning.saliency import integrated_gradients, smoothed
+from mnist_lightning.saved_run import check_finite
+
+SHOWN = 500
+"""Pictures on a contact sheet."""
+
+
+class PredictCLI(RunCLI):
+    """Predicts with a checkpoint: by default the newest baseline, for pictures the newest tuned run if one exists."""
+
+    default_checkpoint = "last"
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        super().add_arguments_to_parser(parser)
+        parser.add_argument(
+            "--output", type=str, default="predictions.csv", help="CSV file to write; must not exist yet."
+        )
+        parser.add_argument(
+            "--images", type=str, nargs="+", help="Pictures to predict instead: files, folders, patterns."
+        )
+        parser.add_argument("--sheet", action="store_true", help="Whether each has many digits, to be cut out.")
+        parser.add_argument(
+            "--explain", action="store_true", help="Whether to draw what speaks for class and runner-up."
+        )
+        add_method_options(parser, "predict")
+        parser.set_defaults({"name": None})  # which run that is depends on the images
+
+    def settle(self, config: Namespace) -> None:
+        super().settle(config)
+        for option in ("sheet", "explain"):
+            if config[option] and not config.images:
+                raise UserError(f"--{option} is for the pictures of --images: name some.")
+
+    def find_checkpoint(self) -> Path | None:
+        if self.config.images and not (self.config.ckpt_path or self.config.name):
+            return newest_result(self.logs)
+        self.config.name = self.config.name or DEFAULTS["name"]
+        return super().find_checkpoint()
+
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        trainer = super().instantiate_trainer(**kwargs)
+        if trainer.world_size > 1:
+            raise UserError("predict writes one file and runs on one device: --trainer.devices 1")
+        return trainer
+
+    def run(self) -> None:
+        output = Path(self.config.output)
+        if self.config.images:
+            self.predict_pictures(output)
+        else:
+            self.predict_test_images(output)
+
+    def predict_test_images(self, output: Path) -> None:
+        """Write true label, predicted label and the probabilities of each test image."""
+        _make_room(output)
+        import pandas as pd  # takes a while, and only this command needs it
+
+        self.datamodule.setup("predict")
+        note(self.datamodule.describe())
+        if self.trainer.limit_predict_batches == 0:
+            raise UserError("--trainer.limit_predict_batches 0 leaves nothing to predict.")
+        probabilities = self.probabilities()
+        names = np.array(self.datamodule.names(probabilities.shape[1]))
+        table = pd.DataFrame(probabilities.numpy(), columns=names).add_prefix("probability_")
+        assert self.datamodule.test is not None
+        table.insert(0, "label", names[self.datamodule.test.labels[: len(table)]])
+        table.insert(1, "predicted", names[probabilities.argmax(dim=1)])
+        with atomic_write(output, overwrite=False) as partial:
+            table.to_csv(partial, index_label="index", encoding="utf-8")
+        print(f"{len(table)} predictions of {self.config.ckpt_path} in {output}")
+
+    def predict_pictures(self, output: Path) -> None:
+        """Write and print class, probability and runner-up of each picture, and draw what the network sees of it."""
+        if not output.name or output.suffix == ".png":
+            raise UserError("--output names the CSV file; the pictures are drawn beside it, as .png.")
+        sheet, data, checkpoint = output.with_suffix(".png"), self.datamodule, self.config.ckpt_path
+        _make_room(output, sheet)
+        note(f"Network: {checkpoint}, of {data.source}")
+        places, made, skipped = self.read_pictures()
+        if data.standardize or self.config.explain:
+            data.setup("fit")
+        images = torch.from_numpy(made)
+        statistics = data.train.statistics if data.train else None
+        data.test = Split(images, torch.zeros(len(images), dtype=torch.long), statistics=statistics)
+        probabilities = self.probabilities().float()
+        rows = self.rows(places, probabilities)
+        cells = [[f"{cell:.4f}" if isinstance(cell, float) else str(cell) for cell in row.values()] for row in rows]
+        print(format_table([[title.replace("_", " ") for title in rows[0]], *cells]))
+        pixels = figures.render(self.draw(rows[:SHOWN], probabilities))  # before anything is written
+        write_csv(output, rows, overwrite=False)
+        with atomic_write(sheet, overwrite=False) as partial:
+            Image.fromarray(pixels).save(partial, "PNG")
+        limit = f" (the first {SHOWN})" if len(rows) > SHOWN else ""
+        left_out = f", {skipped} left out" if skipped else ""
+        print(f"{len(rows)} predictions of {checkpoint} in {output}{left_out}; what the network sees{limit}: {sheet}")
+
+    def read_pictures(self) -> tuple[list[tuple[str, int]], NDArray[np.uint8], int]:
+        """Read the pictures, and say which are left out, and why.
+
+        Returns:
+            The file and the number in the file of each image, the images, and how many pictures are left out.
+
+        Raises:
+            UserError: If all are left out.
+        """
+        places, images, skipped = [], [], 0
+        for path, problem in find(self.config.images):
+            try:
+                if problem:
+                    raise PictureError(problem)
+                picture, remark = read(path)
+                found = self.datamodule.from_picture(picture, self.config.sheet)
+            except PictureError as error:
+                print(f"{path} is left out: {error}", file=sys.stderr)
+                skipped += 1
+                continue
+            if remark:
+                print(f"{path}: {remark}", file=sys.stderr)
+            file = str(path).encode(errors="backslashreplace").decode()  # a name may be no UTF-8
+            places += [(file, number + 1) for number in range(len(found))]
+            images.append(found)
+        if not images:
+            raise UserError("There is nothing to predict: none of --images can be used.")
+        return places, np.concatenate(images), skipped
+
+    def probabilities(self) -> Tensor:
+        """Return the probabilities of the test images, of shape (n, classes).
+
+        Raises:
+            UserError: If one is not a number.
+        """
+        checkpoint = self.config.ckpt_path
+        batches: Any = self.trainer.predict(self.model, datamodule=self.datamodule, ckpt_path=checkpoint)
+        probabilities = torch.cat(batches)
+        check_finite(probabilities, checkpoint)
+        return probabilities
+
+    def rows(self, places: Sequence[tuple[str, int]], probabilities: Tensor) -> list[dict[str, Any]]:
+        """Return a row of the table for each image."""
+        names, best = self.datamodule.names(probabilities.shape[1]), probabilities.topk(2)
+        rows: list[dict[str, Any]] = []
+        for (file, number), values, indices in zip(places, best.values.tolist(), best.indices.tolist(), strict=False):
+            rows.append({"file": file} | ({"number": number} if self.config.sheet else {}))
+            rows[-1] |= {"class": names[indices[0]], "probability": values[0]}
+            rows[-1] |= {"runner_up": names[indices[1]], "runner_up_probability": values[1]}
+        return rows
+
+    def draw(self, rows: list[dict[str, Any]], probabilities: Tensor) -> Any:
+        """Draw the images as the network sees them and, if that is wanted, what speaks for class and runner-up."""
+        data = self.datamodule
+        assert data.test is not None
+        titles = [f"{Path(row['file']).name[-14:]}\n{row['class']}  {row['probability']:.1%}" for row in rows]
+        images = data.test.scaled(range(len(rows)))
+        drawn = figures.pictures(images)
+        if self.config.explain:  # each picture beside the image
+            assert data.train is not None
+            pairs = probabilities.topk(2).indices[: len(rows)].T
+            attributions = integrated_gradients(self.model.network, images, data.train, *pairs)
+            explained = figures.colored(drawn, smoothed(attributions))
+            drawn = np.stack([figures.colored(drawn), explained], axis=1).reshape(-1, *explained.shape[1:])
+            reasons = [f"orange: {row['class']}\nblue: {row['runner_up']}" for row in rows]
+            titles = [title for pair in zip(titles, reasons, strict=True) for title in pair]
+        return figures.image_grid(drawn, titles, columns=min(10, len(titles)))
+
+
+def _make_room(*paths: Path) -> None:
+    """Make the folder of files that do not exist yet.
+
+    Raises:
+        UserError: If one exists.
+    """
+    for path in paths:
+        if path.exists():
+            raise UserError(f"{path} exists and is not overwritten: choose another --output.")
+    paths[0].parent.mkdir(parents=True, exist_ok=True)
+
+
+main = PredictCLI.main
