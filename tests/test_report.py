@@ -26,7 +26,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from mnist_lightning.__main__ import main
 from mnist_lightning.classifier import Classifier
-from mnist_lightning.report import page
+from mnist_lightning.report import loading, page, summary
 from mnist_lightning.report.comparison import (
     accuracy_interval,
     calibration_error,
@@ -613,7 +613,7 @@ def test_a_pattern_takes_the_complete_runs_in_natural_order(run, made):
     shutil.rmtree("lightning_logs/baseline/version_0/checkpoints")
     Path("lightning_logs/baseline/version_1/test.csv").unlink()
     base = "lightning_logs/baseline"
-    assert page.find_runs("all", f"{base}/*") == [Path(f"{base}/version_2"), Path(f"{base}/version_10")]
+    assert loading.find_runs("all", f"{base}/*") == [Path(f"{base}/version_2"), Path(f"{base}/version_10")]
     code, output = run("all=nowhere/*,lightning_logs/tuned/version_0")
     assert code == "error: all: no complete run matches nowhere/*."
     code, output = run(f"all={base}/version_?,{base}/version_2")
@@ -665,12 +665,12 @@ def test_a_study_alone_of_many_trials(tmp_path, monkeypatch, capfd):
     found = json.loads((folder / "report.json").read_text())
     assert (found["models"], found["study"]["trials"]["complete"]) == ({}, 500)
     assert "batch_size" in [path.stem.removeprefix("study_slice_") for path in (folder / "figures").glob("*.png")]
-    assert page.searched(study).keys() == trials[0].params.keys()
+    assert summary.searched(study).keys() == trials[0].params.keys()
 
 
 def test_a_missing_study_is_named_without_the_password_of_its_storage(tmp_path, monkeypatch, capfd):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(page, "find_study", lambda name, source: None)
+    monkeypatch.setattr(loading, "find_study", lambda name, source: None)
     code, _, errors = in_process(capfd, "report", "--study=x", "--storage=postgresql://me:secret@host/database")
     assert (code, errors) == (1, "error: There is no study x in postgresql://me:***@host/database.\n")
 
