@@ -15,51 +15,28 @@ import random
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from functools import partial
 from typing import Any
 from unittest import mock
 
-import torch
-from lightning.pytorch import LightningModule
-from lightning.pytorch.callbacks import ModelCheckpoint
-from lightning.pytorch.profilers import Profiler
 from torch import nn
-from torch.optim import Optimizer
-from torch.utils.data import BatchSampler
 
+from mnist_lightning import fast
 from mnist_lightning.__main__ import main as command
 from mnist_lightning.callbacks import EpochProgressBar
-from mnist_lightning.checkpoints import RunCheckpoint
 from mnist_lightning.classifier import Classifier
-from mnist_lightning.data import TensorBatchSampler
-from mnist_lightning.loops import EpochLoop, NoProfiler
 from mnist_lightning.networks import Dropout
-from mnist_lightning.optimizers import _KerasOptimizer
 
 STEPS = 100
 """In a stretch."""
 
 
-@contextmanager
-def subnormals() -> Iterator[None]:
-    """Compute with subnormal numbers, as processors do unless they are told otherwise."""
-    torch.set_flush_denormal(False)
-    yield
-    torch.set_flush_denormal(True)
-
-
 WITHOUT: dict[str, Callable[[], AbstractContextManager[Any]]] = {
     "nothing": contextlib.nullcontext,
-    "short way": partial(mock.patch.object, EpochLoop, "_can_skip_hooks", lambda _: False),
-    "flushed subnormals": subnormals,
+    "short way": partial(mock.patch.object, fast, "is_unwatched", lambda _: False),
     "dropout mask": partial(mock.patch.object, Dropout, "forward", nn.Dropout.forward),
-    "indices as a tensor": partial(mock.patch.object, TensorBatchSampler, "__iter__", BatchSampler.__iter__),
-    "zero_grad": partial(mock.patch.object, _KerasOptimizer, "zero_grad", Optimizer.zero_grad),
-    "note of the hook": partial(mock.patch.object, Classifier, "__setattr__", LightningModule.__setattr__),
-    "profiler's context": partial(mock.patch.object, NoProfiler, "profile", Profiler.profile),
-    "checkpoint's key": partial(mock.patch.object, RunCheckpoint, "state_key", ModelCheckpoint.state_key),
 }
 
 

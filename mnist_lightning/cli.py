@@ -27,6 +27,7 @@ from lightning.pytorch.callbacks import BatchSizeFinder, Checkpoint, LearningRat
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.plugins import CheckpointIO as LightningCheckpointIO
+from lightning.pytorch.profilers import PassThroughProfiler
 from lightning.pytorch.tuner import Tuner
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.model_summary import summarize
@@ -41,6 +42,7 @@ from mnist_lightning.checkpoints import (
     INSTANTIATOR,
     CheckpointConnector,
     CheckpointIO,
+    FitLoop,
     RunCheckpoint,
     check_finite,
     checkpoint_errors,
@@ -48,7 +50,7 @@ from mnist_lightning.checkpoints import (
 )
 from mnist_lightning.classifier import SCHEDULE, Classifier
 from mnist_lightning.data import ImageDataModule, Split
-from mnist_lightning.loops import FitLoop, NoProfiler
+from mnist_lightning.fast import speed_up
 from mnist_lightning.parsing import Parser, check_numbers, corrected, fill_nulls, shorten
 from mnist_lightning.pictures import PictureError, find, read
 from mnist_lightning.precision import Trainer, choose_precision, has_bf16
@@ -138,6 +140,12 @@ class RunCLI(LightningCLI):
         if self.command in ("fit", "tune", EXECUTION):
             parser.add_argument(
                 "--tensorboard", type=bool, default=True, help="Whether TensorBoard's events are written."
+            )
+            parser.add_argument(
+                "--fast",
+                type=bool,
+                default=True,
+                help="Whether steps go around hooks to which nothing listens.",
             )
         if self.command == "predict":
             parser.add_argument(
@@ -347,7 +355,7 @@ class RunCLI(LightningCLI):
         for group in ("model", "data"):
             check_numbers(config[group], group)
         defaults = self.parser.get_defaults()
-        for name in ("name", "num_threads", "tensorboard", "output"):
+        for name in ("name", "num_threads", "tensorboard", "fast", "output"):
             if name in config and config[name] is None:
                 config[name] = defaults[name]
         if "ckpt_path" in config and config.ckpt_path == "":
@@ -458,8 +466,6 @@ class RunCLI(LightningCLI):
         elif options.enable_progress_bar is not False and not _has(options.callbacks, ProgressBar):
             callbacks.append(EpochProgressBar())
         kwargs["enable_model_summary"] = False  # Lightning's own shows no layers
-        if options.profiler is None and not options.barebones:
-            kwargs["profiler"] = NoProfiler()
         self.checkpoint: RunCheckpoint | None = None
         is_bare = options.logger is False or options.fast_dev_run or options.barebones
         self.keeps_run = self.command == "fit" and not is_bare
@@ -498,6 +504,8 @@ class RunCLI(LightningCLI):
             listeners.insert(others.index(True) if any(others) else len(others), self.checkpoint)
         trainer._checkpoint_connector = CheckpointConnector(trainer)
         trainer.fit_loop = FitLoop(trainer)
+        if self.config_init.get("fast"):
+            speed_up(trainer)
         return trainer  # type: ignore[no-any-return]
 
 
@@ -639,7 +647,7 @@ def _test(run: RunCLI, run_dir: Path | None) -> None:
     checkpoint, trainer = run.checkpoint, run.trainer
     epochs = checkpoint.history[-1]["epoch"] + 1 if checkpoint and checkpoint.history else trainer.current_epoch
     loggers, trainer.loggers = trainer.loggers, []
-    trainer.profiler = NoProfiler()  # type: ignore[attr-defined] # PyTorch's is used up by the training
+    trainer.profiler = PassThroughProfiler()  # type: ignore[attr-defined] # PyTorch's is used up by the training
     (results,) = trainer.test(run.model, datamodule=run.datamodule, verbose=False)
     for logger in loggers:
         logger.log_metrics(dict(results), step=trainer.global_step)

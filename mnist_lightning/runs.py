@@ -25,7 +25,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_only
 PROG = "python -m mnist_lightning"
 LOGS = "lightning_logs"
 """Folder of all runs, studies and reports."""
-RUN_KEYS = ("seed_everything", "num_threads", "tensorboard", "trainer", "model", "data")
+RUN_KEYS = ("seed_everything", "num_threads", "tensorboard", "fast", "trainer", "model", "data")
 """What the config of a run consists of, beside its name and origin."""
 
 

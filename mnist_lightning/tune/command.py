@@ -404,7 +404,7 @@ PLUMBING = {
 def _settings(search: Search, digest: str) -> dict[str, Any]:
     """What a value of the study depends on, beside its space."""
     settings = config_with(search.base, search.space.example({}), search.space)
-    for key in ("name", "origin", "num_threads", "tensorboard"):
+    for key in ("name", "origin", "num_threads", "tensorboard", "fast"):
         del settings[key]
     settings["trainer"] = {key: value for key, value in settings["trainer"].items() if key not in PLUMBING}
     data = {
