@@ -6,13 +6,14 @@ from dataclasses import dataclass
 import pandas as pd
 
 from mnist_lightning.export.page import Contestant, panel
-from mnist_lightning.report import interactive, plots
+from mnist_lightning.report import plots
 from mnist_lightning.report.evaluation import Model, have_same
 from mnist_lightning.report.loading import origin_of
 from mnist_lightning.report.summary import Report, searched
 from mnist_lightning.tune.space import short_key
 from mnist_lightning.tune.study import metrics_of
 
+CONFUSION = "Rows are true, columns predicted classes. A click on a number shows its images below."
 TRIALS = 100
 """Rows of the page's table of a study."""
 
@@ -27,7 +28,6 @@ class Section:
         table: Its index is the first column.
         is_code: Whether the table's cells are code.
         summary: If given, the table is folded below it.
-        pictures: On the page, or in their files only if a widget shows the same.
         widget: A macro of the page: what its script makes interactive.
         fragment: HTML, below all else.
     """
@@ -51,8 +51,8 @@ def model_sections(report: Report) -> list[Section]:
         curves(models),
         Section("Predictions", pictures=[plots.first_images(models)]),
         drawing(models),
-        confusion(models),
-        mistakes(models),
+        Section("Confusion matrices", level=3, text=CONFUSION, widget="confusion"),
+        Section("Misclassified images", level=3, widget="gallery"),
         *differences(models),
         classes(models),
         calibration_and_cost(models),
@@ -79,16 +79,13 @@ def comparison(report: Report) -> Section:
 
 def curves(models: Sequence[Model]) -> Section:
     """Return the curves of all metrics over the epochs."""
-    metrics = interactive.metrics(models)
-    pictures = [plots.comparison_curves(models, stage, metric) for metric in metrics for stage in ("val", "train")]
-    pictures += [plots.training_curves(model, metric) for model in models for metric in metrics]
     augmented = [
         model.name
         for model in models
         if (model.runs[0].config.get("data") or {}).get("init_args", {}).get("augmentation")
     ]
     text = f"The training metrics of {', '.join(augmented)} are of augmented images." if augmented else ""
-    return Section("Curves", text=text, pictures=pictures, widget="curves")
+    return Section("Curves", text=text, widget="curves")
 
 
 def drawing(models: Sequence[Model]) -> Section:
@@ -101,19 +98,6 @@ def drawing(models: Sequence[Model]) -> Section:
     text = ["The networks run in this page; nothing that is drawn leaves it."] if pad else []
     text += [f"{name}: {remark}" for name, remark in remarks.items() if remark]
     return Section("Draw", level=3, text=" ".join(text), fragment=pad)
-
-
-def confusion(models: Sequence[Model]) -> Section:
-    """Return the confusion matrix of each model."""
-    text = "Rows are true, columns predicted classes. A click on a number shows its images below."
-    pictures = [*map(plots.confusion_matrix, models)]
-    return Section("Confusion matrices", level=3, text=text, pictures=pictures, widget="confusion")
-
-
-def mistakes(models: Sequence[Model]) -> Section:
-    """Return the images that any model gets wrong."""
-    pictures = [*map(plots.misclassified, models), *map(plots.confident_mistakes, models)]
-    return Section("Misclassified images", level=3, pictures=pictures, widget="gallery")
 
 
 def differences(models: Sequence[Model]) -> list[Section]:
