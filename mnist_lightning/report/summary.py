@@ -60,21 +60,7 @@ class Report:
             **_describe_best(self.study),
             "edges": self.edges,
         }
-        models = {
-            model.name: {
-                "runs": [str(run.path) for run in model.runs],
-                "parameters": model.runs[0].parameters,
-                "training_seconds": [round(run.seconds, 1) for run in model.runs],
-                "epochs": [len(run.history) for run in model.runs],
-                "best_epoch": [run.best_epoch for run in model.runs],
-                "metrics": {metric: values for metric, values in model.metrics.items() if values},
-                "accuracy_interval": accuracy_interval(model.test.correct),
-                "calibration_error": model.test.calibration_error,
-                "confusion_matrix": model.test.confusion_matrix.tolist(),
-                "per_class": model.test.scores.to_dict("list"),
-            }
-            for model in self.models
-        }
+        models = {model.name: _describe_model(model) for model in self.models}
         return {
             "weights": self.models[0].weights if models else None,
             "images": len(self.models[0].test.labels) if models else 0,
@@ -84,6 +70,21 @@ class Report:
             "comparison": [{"name": name, "values": values} for name, *values in self.quantities.itertuples()],
             "study": study,
         }
+
+
+def _describe_model(model: Model) -> dict[str, Any]:
+    return {
+        "runs": [str(run.path) for run in model.runs],
+        "parameters": model.runs[0].parameters,
+        "training_seconds": [round(run.seconds, 1) for run in model.runs],
+        "epochs": [len(run.history) for run in model.runs],
+        "best_epoch": [run.best_epoch for run in model.runs],
+        "metrics": {metric: values for metric, values in model.metrics.items() if values},
+        "accuracy_interval": accuracy_interval(model.test.correct),
+        "calibration_error": model.test.calibration_error,
+        "confusion_matrix": model.test.confusion_matrix.tolist(),
+        "per_class": model.test.scores.to_dict("list"),
+    }
 
 
 def _describe(model: Model) -> str:
