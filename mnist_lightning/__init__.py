@@ -1,3 +1,3 @@
 """MNIST classifiers with PyTorch Lightning and Optuna: a Keras notebook, rebuilt and taken further."""
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"

@@ -14,6 +14,7 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.loops.fit_loop import _FitLoop
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 from lightning.pytorch.trainer.connectors.checkpoint_connector import _CheckpointConnector
 from lightning.pytorch.trainer.states import TrainerFn
@@ -38,6 +39,29 @@ class CheckpointConnector(_CheckpointConnector):
     def restore_training_state(self) -> None:
         with checkpoint_errors(self._ckpt_path):
             super().restore_training_state()
+
+
+class FitLoop(_FitLoop):
+    """Lightning's loop over the epochs, which also starts and ends a resumed training of which no epoch is left.
+
+    So a run that was killed between its last epoch and its evaluation gets all that a run folder holds.
+
+    Args:
+        trainer: The trainer whose loop it becomes.
+    """
+
+    def __init__(self, trainer: Trainer) -> None:
+        super().__init__(trainer, trainer.min_epochs, trainer.max_epochs)
+        self.epoch_loop = trainer.fit_loop.epoch_loop
+
+    def _iteration_based_training(self) -> bool:
+        # Lightning continues a training with max_steps inside an epoch; here all checkpoints are of an epoch's end
+        return False
+
+    @property
+    def skip(self) -> bool:
+        """Whether not even the start and the end of the training are run."""
+        return bool(self.trainer.limit_train_batches == 0 or (self.done and not self.is_resuming))
 
 
 class CheckpointIO(TorchCheckpointIO):
@@ -104,8 +128,7 @@ class RunCheckpoint(ModelCheckpoint):
 
     @property
     def state_key(self) -> str:
-        # Lightning asks for it several times a step, and its own takes long to make
-        return "RunCheckpoint"
+        return "RunCheckpoint"  # the name of this part in a checkpoint file
 
     @property
     def run_dir(self) -> Path:

@@ -102,16 +102,6 @@ class Classifier(LightningModule):
         self.earlier_schedule: str | None = None
         self.example_input_array = torch.zeros(1, 1, 28, 28)  # for the layer table
 
-    def __setattr__(self, name: str, value: Any) -> None:
-        """Set an attribute; Lightning's note of the running hook by a short way.
-
-        Lightning writes that note some 45 times a step, and ``nn.Module`` looks each time whether it is a parameter.
-        """
-        if name == "_current_fx_name":
-            self.__dict__[name] = value
-        else:
-            super().__setattr__(name, value)
-
     def __deepcopy__(self, memo: dict[int, Any]) -> "Classifier":
         """Copy all but what makes the optimizer and the schedule.
 

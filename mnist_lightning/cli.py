@@ -25,12 +25,12 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 import mnist_lightning.augmentation  # noqa: F401 - so that a name is enough for its classes
 import mnist_lightning.datasets  # noqa: F401
 from mnist_lightning.callbacks import EpochProgressBar
-from mnist_lightning.checkpoints import INSTANTIATOR, CheckpointConnector, CheckpointIO
+from mnist_lightning.checkpoints import INSTANTIATOR, CheckpointConnector, CheckpointIO, FitLoop
 from mnist_lightning.classifier import Classifier
 from mnist_lightning.console import PROG, note
 from mnist_lightning.data import ImageDataModule
 from mnist_lightning.errors import UserError, explain, is_for_users, is_from_user_code, user_errors
-from mnist_lightning.loops import FitLoop, NoProfiler
+from mnist_lightning.fast import speed_up
 from mnist_lightning.parsing import Parser, check_numbers, corrected, fill_nulls, fill_sizes, shorten
 from mnist_lightning.precision import Trainer, choose_precision, has_bf16
 from mnist_lightning.runs import LOGS, newest_checkpoint
@@ -242,7 +242,7 @@ class RunCLI(LightningCLI):
         for group in ("model", "data"):
             check_numbers(config[group], group)
         defaults = self.parser.get_defaults()
-        for name in ("name", "num_threads", "tensorboard", "output"):
+        for name in ("name", "num_threads", "tensorboard", "fast", "output"):
             if name in config and config[name] is None:
                 config[name] = defaults[name]
         if "ckpt_path" in config and config.ckpt_path == "":
@@ -337,8 +337,6 @@ class RunCLI(LightningCLI):
         """Make the trainer."""
         options = self.config_init.trainer
         kwargs = {"enable_checkpointing": False, "enable_model_summary": False, **kwargs}  # Lightning's shows no layers
-        if options.profiler is None and not options.barebones:
-            kwargs["profiler"] = NoProfiler()
         if isinstance(options.logger, bool | None) or not self.trains:
             kwargs["logger"] = False  # TensorBoard's is made where its folder is known
         given = options.plugins if isinstance(options.plugins, list) else [options.plugins] if options.plugins else []
@@ -361,12 +359,17 @@ class RunCLI(LightningCLI):
         environment.validate_settings(trainer.num_devices, trainer.num_nodes)
         trainer._checkpoint_connector = CheckpointConnector(trainer)
         trainer.fit_loop = FitLoop(trainer)
+        if self.config_init.get("fast"):
+            speed_up(trainer)
         return trainer  # type: ignore[no-any-return]
 
 
 def add_training_options(parser: LightningArgumentParser) -> None:
     """Add the options of the commands that train."""
     parser.add_argument("--tensorboard", type=bool, default=True, help="Whether TensorBoard's events are written.")
+    parser.add_argument(
+        "--fast", type=bool, default=True, help="Whether steps go around hooks to which nothing listens."
+    )
 
 
 def add_method_options(parser: LightningArgumentParser, method: str) -> None:

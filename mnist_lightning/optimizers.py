@@ -33,15 +33,6 @@ class _KerasOptimizer(Optimizer):
             self._update(group)
         return loss
 
-    def zero_grad(self, set_to_none: bool = True) -> None:
-        """Forget the gradients; torch's own takes as long for 6 parameters as a small layer's forward pass."""
-        if not set_to_none:
-            super().zero_grad(set_to_none)
-            return
-        for group in self.param_groups:
-            for param in group["params"]:
-                param.grad = None
-
     def _update(self, group: dict[str, Any]) -> None:
         raise NotImplementedError
 

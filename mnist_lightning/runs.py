@@ -11,7 +11,7 @@ from mnist_lightning.errors import UserError
 
 LOGS = "lightning_logs"
 """Folder of all runs, studies and reports."""
-RUN_KEYS = ("seed_everything", "num_threads", "tensorboard", "trainer", "model", "data")
+RUN_KEYS = ("seed_everything", "num_threads", "tensorboard", "fast", "trainer", "model", "data")
 """What the config of a run consists of, beside its name and origin."""
 
 

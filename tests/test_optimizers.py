@@ -140,14 +140,3 @@ def test_a_closure_is_run(optimizer):
 
     assert optimizer.step(closure) == 3
     assert (parameter < 1).all()
-
-
-@pytest.mark.parametrize("optimizer", [KerasAdam, KerasSGD, KerasRMSprop])
-def test_gradients_are_forgotten_or_zeroed(optimizer):
-    parameters = [torch.nn.Parameter(torch.ones(2)) for _ in range(2)]
-    optimizer = optimizer([{"params": [parameter]} for parameter in parameters])
-    sum(parameter.sum() for parameter in parameters).backward()
-    optimizer.zero_grad(set_to_none=False)
-    assert [parameter.grad.tolist() for parameter in parameters] == [[0, 0], [0, 0]]
-    optimizer.zero_grad()
-    assert [parameter.grad for parameter in parameters] == [None, None]

@@ -15,6 +15,7 @@ from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import Checkpoint, LearningRateFinder
 from lightning.pytorch.cli import LightningArgumentParser
 from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.profilers import PassThroughProfiler
 from lightning.pytorch.tuner import Tuner
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.model_summary import summarize
@@ -27,7 +28,6 @@ from mnist_lightning.cli import RunCLI, add_method_options, add_training_options
 from mnist_lightning.console import command_line, format_table, note
 from mnist_lightning.errors import UserError, library_errors
 from mnist_lightning.files import write_csv
-from mnist_lightning.loops import NoProfiler
 from mnist_lightning.precision import Trainer
 from mnist_lightning.runs import RUN_KEYS, flatten, new_version
 from mnist_lightning.saved_run import SavedRun
@@ -232,7 +232,7 @@ class FitCLI(RunCLI):
         checkpoint, trainer = self.checkpoint, self.trainer
         epochs = checkpoint.history[-1]["epoch"] + 1 if checkpoint and checkpoint.history else trainer.current_epoch
         loggers, trainer.loggers = trainer.loggers, []
-        trainer.profiler = NoProfiler()  # type: ignore[attr-defined] # PyTorch's is used up by the training
+        trainer.profiler = PassThroughProfiler()  # type: ignore[attr-defined] # PyTorch's is used up by the training
         (results,) = trainer.test(self.model, datamodule=self.datamodule, verbose=False)
         for logger in loggers:
             logger.log_metrics(dict(results), step=trainer.global_step)

@@ -2,7 +2,6 @@
 
 import base64
 import io
-import math
 import warnings
 from collections.abc import Sequence
 from typing import Any
@@ -63,57 +62,11 @@ def data_url(png: bytes) -> str:
     return f"data:image/png;base64,{base64.b64encode(png).decode()}"
 
 
-def comparison_curves(models: Sequence[Model], stage: str, metric: str) -> Picture:
-    """A metric of all runs in ``train`` or ``val``, over the epochs."""
-    key = f"{stage}/{metric}"
-    figure = Figure(figsize=(6, 4), layout="constrained")
-    axes = figure.add_subplot(xlabel="epoch", ylabel=key.replace("_", " "))
-    for model in models:
-        alpha = 1 if len(model.runs) == 1 else 0.6
-        for number, run in enumerate(model.runs):
-            rows = [row for row in run.history if key in row]
-            epochs, values = [row["epoch"] + 1 for row in rows], [row[key] for row in rows]
-            label = model.name if number == 0 else None
-            axes.plot(epochs, values, color=model.color, marker=".", label=label, alpha=alpha)
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    _add_grid_and_legend(axes)
-    word = {"train": "training", "val": "validation"}[stage]
-    last = ", ".join(f"{model.name} {model.runs[0].history[-1].get(key, math.nan):.4f}" for model in models)
-    alt = f"{word} {metric.replace('_', ' ')} of {_names(models)} over the epochs, at the end {last}"
-    return Picture(f"{stage}_{metric}", figure, alt)
-
-
-def training_curves(model: Model, metric: str) -> Picture:
-    """A metric of a model in training and validation, over the epochs."""
-    alt = f"{metric.replace('_', ' ')} of {model.name} in training and validation over the epochs"
-    return Picture(f"curves_{model.slug}_{metric}", figures.curves(model.runs[0].history, [metric]), alt)
-
-
-def confusion_matrix(model: Model) -> Picture:
-    """The confusion matrix of a model on the test images."""
-    counts = model.test.confusion_matrix
-    alt = f"confusion matrix of {model.name} on the test images: {counts.trace()} of {counts.sum()} on the diagonal"
-    return Picture(f"confusion_{model.slug}", figures.confusion_matrix(counts, model.name, model.test.classes), alt)
-
-
 def first_images(models: Sequence[Model]) -> Picture:
     """The first test images."""
     caption = f"The first ten test images: green where {['all are', 'the model is'][len(models) == 1]} right"
     alt = f"the first ten test images with what {_names(models)} predict"
     return _predictions("samples", models, np.arange(min(SAMPLES, len(models[0].test.labels))), alt, caption)
-
-
-def misclassified(model: Model) -> Picture:
-    """The first test images that a model gets wrong."""
-    caption = f"{model.name}: the first of {len(model.test.mistakes)}"
-    alt = f"ten images that {model.name} gets wrong"
-    return _predictions(f"misclassified_{model.slug}", [model], model.test.mistakes, alt, caption)
-
-
-def confident_mistakes(model: Model) -> Picture:
-    """The test images that a model is surest of and yet gets wrong."""
-    alt = f"the mistakes of which {model.name} is most confident"
-    return _predictions(f"confident_{model.slug}", [model], model.test.confident_mistakes, alt, model.name)
 
 
 def right_in_one(model: Model, other: Model) -> Picture:
