@@ -124,6 +124,10 @@ def test_the_refit_is_a_run_beside_the_baseline(tune, quick, tmp_path):
     _, output, _ = tune(*arguments)
     assert "it is there already" in output
     assert not run.with_name("version_1").exists()
+    (run / "config.yaml").write_text("[damaged")
+    code, output, errors = tune(*arguments)
+    assert code == 0, errors
+    assert (run.with_name("version_1") / "test.csv").is_file()
 
 
 @pytest.mark.slow
@@ -346,12 +350,12 @@ def test_a_study_is_of_its_data_and_its_training(tune, data_dir, tmp_path):
     assert "2 completed" in output
 
 
-def test_a_study_of_the_version_before_is_compared_in_what_it_has(tune, tmp_path):
+def test_what_an_older_study_lacks_is_what_is_done_by_default(tune, tmp_path):
     options = ["--n_trials=1", "--executions_per_trial=1"]
     tune(*options)
     study = load(tmp_path / "here")
     settings = study.user_attrs["settings"]
-    del settings["version"], settings["data"]["digest"]
+    del settings["data"]["digest"]
     settings["trainer"] = {"max_epochs": 2}
     study.set_user_attr("settings", settings)
     assert tune(*options, "--trainer.gradient_clip_val=0.1")[0] == 0

@@ -485,30 +485,43 @@ def _print_results(study: Study, limits: dict[str, float]) -> None:
 def _refit(path: Path, config: dict[str, Any], logs: Path, options: Namespace) -> None:
     """Train a config as an ordinary run, unless there is one already, and show it beside the baseline."""
     epochs = config["trainer"]["max_epochs"]
-    for run in sorted((logs / config["name"]).glob("version_*")):
-        if (run / "test.csv").exists():
-            found = flatten(yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8")))
-            if all(found.get(key, value) == value for key, value in flatten(config).items()):
-                print(f"Refit: it is there already, {run}")
-                break
+    if run := _find_run(logs / config["name"], config):
+        print(f"Refit: it is there already, {run}")
     else:
         if epochs != options.refit_epochs:
             print(f"\ntrainer.max_epochs was searched: {epochs}. --refit_epochs {options.refit_epochs} is not used.")
         print(f"\nRefit: {command_line('fit', '--config', path)}")
         FitCLI("fit", ["--config", str(path)]).run()
+    models = _compare([logs / "baseline", logs / config["name"]])
+    if len(models) == 2:
+        storage = ["--storage", options.storage] if options.storage else []
+        print(f"\nCompare them: {command_line('report', *models, '--study_name', options.study_name, *storage)}")
+    else:
+        print(f"\nTrain the notebook's baseline, to compare: {PROG} fit")
+
+
+def _find_run(folder: Path, config: dict[str, Any]) -> Path | None:
+    """Return the complete run of a config, if there is one."""
+    for path in sorted(folder.glob("version_*/test.csv")):
+        try:
+            found = flatten(yaml.safe_load(path.with_name("config.yaml").read_text(encoding="utf-8")))
+        except (OSError, ValueError, AttributeError, yaml.YAMLError):  # damaged: it is of another config
+            continue
+        if all(found.get(key, value) == value for key, value in flatten(config).items()):
+            return path.parent
+    return None
+
+
+def _compare(folders: Sequence[Path]) -> list[str]:
+    """Print the tests of the newest complete runs in folders; return the runs as ``report`` takes them."""
     tests = {}
-    for name in ("baseline", config["name"]):
-        newest = newest_file((logs / name).glob("version_*/test.csv"))
+    for folder in folders:
+        newest = newest_file(folder.glob("version_*/test.csv"))
         if newest is not None:
             with newest.open(newline="", encoding="utf-8") as file:
-                tests[name] = newest.parent, next(csv.DictReader(file))
+                tests[folder.name] = newest.parent, next(csv.DictReader(file))
     metrics = [key for key in list(tests.values())[-1][1] if key.startswith("test/")]
     rows = [[str(run), *(f"{float(test.get(k, 'nan')):.4f}" for k in metrics)] for run, test in tests.values()]
     titles = ["test, weights of the last epoch", *(key.removeprefix("test/").replace("_", " ") for key in metrics)]
     print(f"\n{format_table([titles, *rows])}")
-    if len(tests) == 2:
-        models = [f"{name}={run}" for name, (run, _) in tests.items()]
-        storage = ["--storage", options.storage] if options.storage else []
-        print(f"\nCompare them: {command_line('report', *models, '--study', options.study_name, *storage)}")
-    else:
-        print(f"\nTrain the notebook's baseline, to compare: {PROG} fit")
+    return [f"{name}={run}" for name, (run, _) in tests.items()]
