@@ -56,6 +56,7 @@ def test_other_devices_and_other_precisions_are_left_alone(monkeypatch):
 @pytest.mark.parametrize(("has", "taken"), [(True, "bf16-mixed"), (False, "32-true")])
 def test_a_run_keeps_what_was_taken(quick, monkeypatch, tmp_path, has, taken):
     monkeypatch.setattr(precision, "has_bf16", lambda accelerator: has)
+    monkeypatch.setattr(cli, "has_bf16", lambda accelerator: True)  # or it would say what it imitates
     short = ["--trainer.max_epochs=1", "--trainer.limit_train_batches=2"]
     assert "imitated" not in quick(tmp_path, "fit", *short, "--trainer.precision=auto").stdout
     run = tmp_path / "lightning_logs/baseline/version_0"
