@@ -82,8 +82,9 @@ def test_ctrl_c_puts_trials_back_and_says_how_to_continue(whole, data_dir, tune,
     cwd.mkdir()
     parent = start(data_dir, cwd, "--n_trials=5", "--workers=2")
     wait_for(lambda: reported(cwd))
-    os.killpg(parent.pid, signal.SIGINT)  # a terminal sends it to all
-    output, _ = parent.communicate(timeout=300)
+    with stopped_worker(cwd, execution=1):  # or all might be over by then
+        os.killpg(parent.pid, signal.SIGINT)  # a terminal sends it to all
+        output, _ = parent.communicate(timeout=300)
     assert parent.returncode == 130
     assert "Traceback" not in output
     assert "Best: trial" in output

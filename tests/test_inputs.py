@@ -644,7 +644,7 @@ def test_a_record_of_a_study_is_read_or_refused(run, studied, monkeypatch, reade
     records = [json.loads(line) for line in studied.read_bytes().splitlines()]
     places = [(number, path) for number, record in enumerate(records) for path in paths(record)]
     generator = random.Random(0)
-    for _ in range({"show": 80, "report": 20}[reader]):
+    for _ in range({"show": 40, "report": 10}[reader]):
         number, path = generator.choice(places)
         value = generator.choice(ODD)
         studied.write_text(odd_journal(records, number, path, value))

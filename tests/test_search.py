@@ -358,10 +358,12 @@ def test_what_an_older_study_lacks_is_what_is_done_by_default(tune, tmp_path):
     del settings["data"]["digest"]
     settings["trainer"] = {"max_epochs": 2}
     study.set_user_attr("settings", settings)
-    assert tune(*options, "--trainer.gradient_clip_val=0.1")[0] == 0
-    code, _, errors = tune(*options, "--trainer.max_epochs=3")
-    assert code == 1
-    assert "trainer.max_epochs is 2 in the study, 3 in the command" in errors
+    assert tune(*options)[0] == 0
+    for option, value in (("max_epochs=3", 2), ("gradient_clip_val=0.1", None)):
+        code, _, errors = tune(*options, f"--trainer.{option}")
+        assert code == 1
+        key, _, given = option.partition("=")
+        assert f"trainer.{key} is {value} in the study, {given} in the command" in errors
 
 
 def epochs_of(run):
