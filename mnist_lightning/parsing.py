@@ -291,7 +291,11 @@ def shorten(message: str) -> str:
     if match := re.search(rf"{union}\[(.*?)\] Errors: - (.*) Given value type: .*? Given value: ?(.*)", text):
         types, errors, value = match.groups()
         value = re.sub(r"^\[?Namespace\(class_path='([^']*)'.*", r"\1", value) or "''"
-        reasons = [error for error in errors.split(" - ") if not re.match("Expected a (<class|typing.Literal)", error)]
+        reasons = [
+            error
+            for error in errors.split(" - ")
+            if not re.match(r"Expected a (<class|typing.Literal)|Does not validate", error)
+        ]
         reason = re.sub(rf"{of_class}|\. Got value: Namespace\(.*", "", reasons[0]) if reasons else ""
         text = f"{text[: match.start()]}{value} is none of {types}{f' ({reason})' if reason else ''}"
     text = re.sub(r"\. Got value: Namespace\(.*", "", text)

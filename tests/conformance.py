@@ -18,6 +18,7 @@ Else it is refused, in one or two lines.
 import bz2
 import contextlib
 import csv
+import gc
 import hashlib
 import importlib
 import inspect
@@ -487,6 +488,8 @@ def run(
         FailedError: If it ends in a traceback.
     """
     folder.mkdir(parents=True, exist_ok=True)
+    if "profiler" in "".join(arguments):
+        gc.collect()  # PyTorch's profiler of a run that was killed would end that of this one when it is collected
     output, error_output, draws = io.StringIO(), io.StringIO(), []
     code: Any = 0
     environment = dict(os.environ)

@@ -322,6 +322,7 @@ def test_figures_go_to_wandb(command, quick, tmp_path):
     wandb = pytest.importorskip("wandb")
     options = ["--trainer.max_epochs=1", "--trainer.logger+=WandbLogger", "--trainer.logger.offline=true"]
     command(tmp_path, "fit", *options)  # what is not written yet when the process ends
+    wandb.finish()  # of a test before
     quick(tmp_path, "fit", *options)
     wandb.finish()
     runs = list(tmp_path.glob("lightning_logs/wandb/offline-run-*"))

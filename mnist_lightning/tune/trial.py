@@ -36,6 +36,9 @@ from mnist_lightning.tune.sampler import draw, make_sampler
 from mnist_lightning.tune.space import SearchSpace, config_with, instantiate, max_epochs
 from mnist_lightning.tune.study import best_trial, has_room, is_over
 
+REPEATS = 3
+"""Trials in a row that repeat others, after which a finite space is taken to be drawn to its end."""
+
 
 class FailedTrialError(Exception):
     """Ends a trial that fails, or that is one too many."""
@@ -94,6 +97,7 @@ class Objective:
         self.study = study
         self.name = name
         self._data: ImageDataModule | None = None
+        self._repeats = 0
 
     def __call__(self, trial: Trial) -> list[float]:
         """Run a trial, or what is left of one whose process died.
@@ -157,9 +161,13 @@ class Objective:
         if not getattr(self.study.sampler, "is_finite", False) or "fixed_params" in frozen.system_attrs:
             return
         before = self.study.get_trials(deepcopy=False)[: trial.number]
-        if any(is_counted(other) and other.params == trial.params for other in before):
+        if not any(is_counted(other) and other.params == trial.params for other in before):
+            self._repeats = 0
+            return
+        self._repeats += 1  # two processes may draw the same at once, but not again and again
+        if self._repeats == REPEATS:
             self.study.stop()
-            raise FailedTrialError("all combinations are drawn")
+        raise FailedTrialError("this combination has a trial")
 
     def report(
         self, trial: Trial, executions: Sequence[dict[str, Any]], curve: Mapping[int, float] | None = None
