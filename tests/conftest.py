@@ -52,6 +52,10 @@ posix = pytest.mark.skipif(os.name == "nt", reason="uses what Windows lacks")
 Run = Callable[..., subprocess.CompletedProcess[str]]
 
 
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # by a shell, for what runs in the background
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # or the commands that are tested would ignore it, too
+
+
 def write_idx(path: Path, array: np.ndarray) -> None:
     """Write an array as an IDX file."""
     header = struct.pack(f">{1 + array.ndim}I", 0x800 + array.ndim, *array.shape)
