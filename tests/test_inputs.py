@@ -504,7 +504,7 @@ def test_a_study_with_odd_settings_is_refused(refused, cwd, settings):
         *[("executions", value) for value in (5, [{}])],
         *[("executions", [{"execution": "x", "score": 1, "values": v}]) for v in ([[0, "x"]], [[0, 0.5]])],
         ("owner", 5),
-        ("workers", {"x": "y"}),
+        ("attempts", "x"),
     ],
 )
 def test_trials_with_odd_attributes_are_refused(refused, cwd, name, value, finished):

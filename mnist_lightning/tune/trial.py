@@ -76,6 +76,16 @@ class Search:
         """Epochs of the longest execution."""
         return int(max_epochs(self.space, self.base))
 
+    def lock(self) -> FileLock:
+        """Return a lock that one worker of this machine can hold.
+
+        Raises:
+            FileNotFoundError: If the study's folder was moved or deleted, which the lock would make anew.
+        """
+        if not self.folder.is_dir():
+            raise FileNotFoundError(f"{self.folder} was moved or deleted while its study was searched.")
+        return FileLock(self.folder / ".lock")
+
     @property
     def limited(self) -> list[Metric]:
         """What has limits: metrics of the study, and others."""
@@ -122,8 +132,9 @@ class Objective:
             raise FailedTrialError("two processes asked for the last trial at once")
         trial.set_user_attr("owner", self.name)
         record = TrialRecord.of(self._frozen(trial))
-        draw(trial, self.search.space)
-        self._check_repeat(trial)
+        with self.search.lock():  # or two workers could draw the same of a finite space
+            draw(trial, self.search.space)
+            self._check_repeat(trial)
         if record.error is None and record.attempts >= ATTEMPTS:
             self._fail(trial, f"{ATTEMPTS} processes died that ran it")
         if record.error is not None:  # its process died before it could say so
@@ -252,7 +263,7 @@ class Objective:
             self._data = run.datamodule
             loggers = [*run.trainer.loggers]
             if loggers:
-                with FileLock(search.folder / ".lock"):  # two at once could fail to make the same database
+                with search.lock():  # two at once could fail to make the same database
                     for logger in loggers:
                         logger.experiment  # noqa: B018
             if config["tensorboard"]:
@@ -332,8 +343,6 @@ def delete_weights(search: Search, study: Study) -> None:
 
 def _new_folder(study_folder: Path, trial: int, execution: int) -> Path:
     """Make the folder of an execution; the log of one that was lost stays."""
-    if not study_folder.is_dir():
-        raise FileNotFoundError(f"{study_folder} was moved or deleted while its study was searched.")
     lost = 0
     while True:
         again = f"_again_{lost}" if lost else ""
