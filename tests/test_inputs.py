@@ -66,6 +66,7 @@ def one_trial(pool, _):
     trial = pool.study.ask({UNITS: IntDistribution(8, 32)})
     pool.names.add("worker")
     trial.set_user_attr("owner", "worker")
+    trial.set_user_attr("attempts", 0)
     trial.set_user_attr(
         "executions", [{"execution": 0, "seed": 42, "score": 0.5, "seconds": 1.0, "values": [[0, 0.5]]}]
     )
