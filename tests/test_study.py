@@ -233,6 +233,19 @@ def test_the_total_counts_every_trial_but_those_too_many(journal):
     assert len(work(journal, 6).trials) == 7
 
 
+def test_a_limit_is_a_constraint_but_not_of_executions_that_are_older(journal, monkeypatch):
+    def train(objective, trial, number, executions):
+        limited = {"limited": {"parameters": 5.0}} if trial.number or number else {}
+        return trained(objective, trial, number, executions) | limited
+
+    monkeypatch.setattr(Objective, "train", train)
+    make(journal)
+    limited = search(journal, 2, executions=2)
+    limited.options.limits = {"parameters": 3.0}
+    run_trials(limited, open_storage(journal))
+    assert [trial.constraints for trial in make(journal).trials] == [{}, {"parameters": 2.0}]
+
+
 def test_a_trial_too_many_shifts_no_draw(journal):
     study = work(journal, 2)
     study.tell(study.ask(), state=TrialState.FAIL)

@@ -267,7 +267,11 @@ def _is_within(trial: FrozenTrial, metrics: Sequence[Metric], limits: Mapping[st
 def limited_values(trial: FrozenTrial, limits: Iterable[str]) -> dict[str, float]:
     """Return the means over a trial's executions of what has limits, as far as it was recorded."""
     records = [execution.get("limited", {}) for execution in TrialRecord.of(trial).executions]
-    return {name: mean(each[name] for each in records) for name in limits if records and name in records[0]}
+    return {
+        name: mean(each[name] for each in records)
+        for name in limits
+        if records and all(name in each for each in records)
+    }
 
 
 def format_value(value: float) -> str:

@@ -34,7 +34,7 @@ from mnist_lightning.tune.record import Metric, TrialRecord, is_counted
 from mnist_lightning.tune.recovery import ATTEMPTS, process_name
 from mnist_lightning.tune.sampler import draw, make_sampler
 from mnist_lightning.tune.space import SearchSpace, config_with, instantiate, max_epochs
-from mnist_lightning.tune.study import best_trial, has_room, is_over
+from mnist_lightning.tune.study import best_trial, has_room, is_over, limited_values
 
 REPEATS = 3
 """Trials in a row that repeat others, after which a finite space is taken to be drawn to its end."""
@@ -149,9 +149,11 @@ class Objective:
                     trial.set_user_attr("attempts", 0)
             if self.report(trial, executions) and len(executions) < self.search.options.executions_per_trial:
                 raise optuna.TrialPruned
+        limits = self.search.options.limits
+        values = limited_values(self._frozen(trial), limits)  # not of executions that are older than the limit
         for metric in self.search.limited:
-            value = mean(execution["limited"][metric.name] for execution in executions)
-            trial.set_constraint(metric.name, metric.excess(value, self.search.options.limits[metric.name]))
+            if metric.name in values:
+                trial.set_constraint(metric.name, metric.excess(values[metric.name], limits[metric.name]))
         return [mean(values) for values in zip(*map(scores_of, executions), strict=True)]
 
     def _frozen(self, trial: Trial) -> FrozenTrial:
