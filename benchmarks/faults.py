@@ -34,8 +34,8 @@ from pathlib import Path
 import optuna
 import torch
 
-from mnist_lightning.tune.record import is_counted
-from mnist_lightning.tune.storage import open_storage
+from mnist_lightning.search.record import is_counted
+from mnist_lightning.search.storage import open_storage
 
 SHORT = ["--trainer.limit_train_batches=60", "--trainer.limit_val_batches=10"]
 FIT = ["fit", "--trainer.max_epochs=60", *SHORT]

@@ -84,8 +84,8 @@ def bare(epochs: int) -> list[float]:
 
 def fit(epochs: int) -> list[float]:
     """Run the command, with the time taken where its progress bar turns to the next epoch."""
-    from mnist_lightning import callbacks
     from mnist_lightning.__main__ import main
+    from mnist_lightning.training import callbacks
 
     marks, mark = timed()
     original = callbacks.EpochProgressBar._print_line
@@ -163,7 +163,9 @@ def mnist(prefix: str) -> tuple[Any, Any]:
     import numpy as np
 
     def read(name: str, offset: int) -> Any:
-        content = (Path(__file__).parents[1] / "mnist_lightning" / "mnist" / f"{prefix}-{name}.gz").read_bytes()
+        content = (
+            Path(__file__).parents[1] / "mnist_lightning" / "data" / "mnist" / f"{prefix}-{name}.gz"
+        ).read_bytes()
         return np.frombuffer(gzip.decompress(content), np.uint8, offset=offset)
 
     images = read("images-idx3-ubyte", 16).reshape(-1, 28, 28).astype("float32") / 255

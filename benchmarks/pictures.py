@@ -21,7 +21,7 @@ from sklearn.datasets import load_digits
 
 from mnist_lightning.classifier import Classifier
 from mnist_lightning.data import MNISTDataModule
-from mnist_lightning.pictures import PictureError, read
+from mnist_lightning.data.pictures import PictureError, read
 
 COUNT = 300
 generator = np.random.default_rng(0)

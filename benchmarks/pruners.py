@@ -28,7 +28,7 @@ from optuna.pruners import (
 )
 from optuna.trial import TrialState
 
-from mnist_lightning.tune.study import find_study
+from mnist_lightning.search.study import find_study
 
 
 def pruners(epochs: int) -> dict[str, BasePruner]:

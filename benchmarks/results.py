@@ -25,7 +25,7 @@ import torch
 import yaml
 
 from mnist_lightning.classifier import Classifier
-from mnist_lightning.precision import has_bf16
+from mnist_lightning.training.precision import has_bf16
 
 HERE = Path(__file__).resolve().parent
 SEEDS = (42, 1, 2, 3, 4)

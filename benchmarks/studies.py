@@ -13,7 +13,7 @@ import optuna
 from matplotlib import pyplot
 from optuna.trial import TrialState
 
-from mnist_lightning.tune.study import find_study
+from mnist_lightning.search.study import find_study
 
 MARKS = (1 / 12, 1 / 6, 1 / 3, 1 / 2, 2 / 3, 5 / 6, 1)
 """Moments of the table, as shares of the time."""

@@ -23,11 +23,11 @@ from unittest import mock
 
 from torch import nn
 
-from mnist_lightning import fast
 from mnist_lightning.__main__ import main as command
-from mnist_lightning.callbacks import EpochProgressBar
 from mnist_lightning.classifier import Classifier
 from mnist_lightning.networks import Dropout
+from mnist_lightning.training import fast
+from mnist_lightning.training.callbacks import EpochProgressBar
 
 STEPS = 100
 """In a stretch."""

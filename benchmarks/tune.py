@@ -63,8 +63,8 @@ def drawn(journal: Path) -> list[dict[str, Any]]:
     """The trials of a study, by KerasTuner's names."""
     import optuna
 
-    from mnist_lightning.tune.space import short_key
-    from mnist_lightning.tune.storage import open_storage
+    from mnist_lightning.search.space import short_key
+    from mnist_lightning.search.storage import open_storage
 
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     study = optuna.load_study(storage=open_storage(str(journal)), study_name="tune")

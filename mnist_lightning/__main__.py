@@ -1,4 +1,4 @@
-"""``python -m mnist_lightning <command>``: names the commands and loads only what the chosen one needs."""
+"""``python -m mnist_lightning <command>``: name the commands, load only the chosen one."""
 
 import argparse
 import atexit
@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import mnist_lightning
-from mnist_lightning import signals
+from mnist_lightning.system import signals
 
 COMMANDS = {
     "fit": "Train the network on MNIST and evaluate it on the test set.",
@@ -26,8 +26,11 @@ MODULES = {
     "validate": "commands.evaluate",
     "test": "commands.evaluate",
     "predict": "commands.predict",
+    "tune": "search",
+    "report": "comparison.command",
+    "export": "deployment.command",
 }
-"""Where a command is, if not in a folder of its name."""
+"""The module whose ``main`` runs a command."""
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -50,7 +53,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for name, text in COMMANDS.items():
         commands.add_parser(name, help=text, add_help=False)
     command = parser.parse_args(arguments[:1] or ["--help"]).command
-    help_file = Path(__file__).parent / f"help/{command}.txt"
+    help_file = Path(__file__).parent / f"commands/help/{command}.txt"
     if {"-h", "--help"} & {*arguments} and arguments[-1] != "all" and help_file.is_file():
         print(help_file.read_text(encoding="utf-8"), end="")  # what the parser says, but without the seconds to load it
         return
@@ -58,7 +61,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         Path.cwd()
     except FileNotFoundError:
         sys.exit("error: The current folder has been deleted: change to another.")
-    module = importlib.import_module(f"mnist_lightning.{MODULES.get(command, command)}")
+    module = importlib.import_module(f"mnist_lightning.{MODULES[command]}")
     module.main(command, COMMANDS[command], arguments[1:])  # the import takes seconds: torch, Lightning
 
 

@@ -1,4 +1,4 @@
-"""Augmentation of training batches: modules that map images and labels to others, with draws for each image.
+"""Augment training batches: distort, erase, mirror and mix images.
 
 Those of torchvision (``torchvision.transforms.v2``) are called alike and will do as well: ``MixUp`` and ``CutMix``,
 whose labels are shares of the classes, of shape (batch, classes), for example. But what torchvision draws, it draws

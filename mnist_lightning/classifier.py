@@ -1,4 +1,4 @@
-"""The LightningModule: cross-entropy and L2 on any network, with any optimizer and learning-rate schedule."""
+"""The LightningModule: cross-entropy and L2, metrics, any optimizer and schedule."""
 
 import copy
 import math
@@ -18,11 +18,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim import lr_scheduler as schedulers
 
-from mnist_lightning.console import note
 from mnist_lightning.data import Batch
-from mnist_lightning.errors import UserError
 from mnist_lightning.optimizers import KerasAdam, KerasRMSprop
-from mnist_lightning.runs import flatten
+from mnist_lightning.system.console import rank_zero_print
+from mnist_lightning.system.errors import UserError
+from mnist_lightning.system.nested import flatten
 
 COUPLED = (
     KerasAdam,
@@ -39,7 +39,7 @@ COUPLED = (
 )
 """Optimizers that add ``weight_decay * parameter`` to the gradient, unless their ``decoupled_weight_decay`` is set."""
 
-TOTALS = ("total_steps", "T_max", "total_iters")
+TOTAL_STEPS = ("total_steps", "T_max", "total_iters")
 """Arguments of a scheduler for its steps in all: -1 stands for those of the training."""
 
 BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
@@ -209,7 +209,7 @@ class Classifier(LightningModule):
         if self.lr_scheduler is None:
             return optimizer
         given = getattr(self.lr_scheduler, "keywords", {})  # of a partial
-        totals = [name for name in TOTALS if given.get(name) == -1]
+        totals = [name for name in TOTAL_STEPS if given.get(name) == -1]
         if "total_steps" in given and given["total_steps"] is given.get("epochs") is None:  # OneCycleLR's defaults
             totals.append("total_steps")
         # what kind it is decides how often it steps, so how many steps it must have: one is made to be looked at
@@ -319,7 +319,9 @@ class Classifier(LightningModule):
             return  # it brings a schedule of its own, and with batch normalization an epoch more
         for config in self.trainer.lr_scheduler_configs:
             name = type(config.scheduler).__name__
-            for argument in TOTALS if name == "PolynomialLR" else TOTALS[:2]:  # other total_iters are of a warm-up
+            for argument in (
+                TOTAL_STEPS if name == "PolynomialLR" else TOTAL_STEPS[:2]
+            ):  # other total_iters are of a warm-up
                 total: float = getattr(config.scheduler, argument, math.inf)
                 steps = self._scheduler_steps(config.interval, config.frequency)
                 if total < steps < math.inf:
@@ -335,17 +337,19 @@ class Classifier(LightningModule):
         if not trainer.lr_scheduler_configs:
             if earlier is not None:
                 rate = optimizer.param_groups[0]["lr"]
-                note(f"Continuing with the learning rate {rate:.4g}, which stays: the run had {earlier}")
+                rank_zero_print(f"Continuing with the learning rate {rate:.4g}, which stays: the run had {earlier}")
             return
         (config,) = trainer.lr_scheduler_configs
         name = type(config.scheduler).__name__
         lengths = [(getattr(config.scheduler, total, now), now) for total, now in self.schedule_steps.items()]
         longer = [(before, now) for before, now in lengths if before < now]
         if earlier is not None:
-            note(f"Continuing with {name}: the run had {'other options of it' if earlier == name else earlier}")
+            rank_zero_print(
+                f"Continuing with {name}: the run had {'other options of it' if earlier == name else earlier}"
+            )
         elif longer:
             ((before, now),) = longer
-            note(
+            rank_zero_print(
                 f"Continuing with {name} over {now} steps: the run had {before}. For a learning rate that stays as it "
                 "is, add --model.lr_scheduler null"
             )

@@ -1,4 +1,4 @@
-"""More data sets, by their names: those that torchvision downloads, and folders of images."""
+"""More data sets by name: those that torchvision downloads, and folders of images."""
 
 import hashlib
 import os
@@ -19,11 +19,11 @@ from numpy.typing import NDArray
 from PIL import Image, ImageChops, ImageOps
 from tqdm import tqdm
 
-from mnist_lightning.console import note
-from mnist_lightning.data import KINDS, ImageDataModule, MNISTDataModule, held_out_by_class, lacks, memory_for
-from mnist_lightning.errors import UserError
-from mnist_lightning.idx import MD5, find_idx
-from mnist_lightning.pictures import PictureError, Placing, flatten, pictures_in, resized
+from mnist_lightning.data import FILE_NAMES, ImageDataModule, MNISTDataModule, held_out_by_class, lacks, memory_for
+from mnist_lightning.data.idx import MD5, find_idx
+from mnist_lightning.data.pictures import PictureError, Placing, opaque, pictures_in, resized
+from mnist_lightning.system.console import rank_zero_print
+from mnist_lightning.system.errors import UserError
 
 
 def downloads() -> Path:
@@ -80,8 +80,8 @@ class MNISTLike(MNISTDataModule):
         folders = [downloads() / name / "raw", *self.others]
         if self.data_dir:
             folders = [self.data_dir, self.data_dir / name / "raw"]
-        if find_idx(folders, self.files[0].format(KINDS["images"])) is None:
-            files = ", ".join(prefix.format(kind) for prefix in self.files for kind in KINDS.values())
+        if find_idx(folders, self.files[0].format(FILE_NAMES["images"])) is None:
+            files = ", ".join(prefix.format(kind) for prefix in self.files for kind in FILE_NAMES.values())
             from_torchvision(name, self.data_dir, f"{files} (raw or gzipped)", **self.arguments)
         return folders
 
@@ -111,7 +111,7 @@ class FashionMNIST(MNISTLike):
         """
         if is_sheet:
             raise UserError("--sheet is for characters, but the images of FashionMNIST are of clothes.")
-        grey = flatten(picture).convert("L")
+        grey = opaque(picture).convert("L")
         corner = grey.getpixel((0, 0))
         assert isinstance(corner, int)
         if corner > 127:
@@ -262,7 +262,7 @@ class ImageFolder(ImageDataModule):
             return None
         if self._left_out:
             endings = ", ".join(f"{count} {ending}" for ending, count in sorted(self._left_out.items()))
-            note(f"{self.source}: files left out, as Pillow reads none with such endings: {endings}")
+            rank_zero_print(f"{self.source}: files left out, as Pillow reads none with such endings: {endings}")
             self._left_out.clear()
         channels, height, width = self.image_shape
         with memory_for(self.source, len(files) * channels * height * width):
@@ -287,7 +287,9 @@ class ImageFolder(ImageDataModule):
                     )
                 images[index] = resized(image, (channels, height, width))
         if len(images) > 1 and (images == images[0]).all():
-            note(f"{self.source}: all {len(images)} {split} images are alike, so nothing can be learned from them.")
+            rank_zero_print(
+                f"{self.source}: all {len(images)} {split} images are alike, so nothing can be learned from them."
+            )
         return images, np.array([label for _, label in files])
 
     def from_picture(self, picture: Image.Image, is_sheet: bool = False) -> NDArray[np.uint8]:
@@ -343,7 +345,7 @@ class ImageFolder(ImageDataModule):
                 raise ValueError("it has more than 8 bits a channel, which would be cut off")
             is_grey = image.mode in GREY
             if image.has_transparency_data:  # a drawing saved from a canvas is black on nothing
-                image = flatten(image.convert("RGBA"))
+                image = opaque(image.convert("RGBA"))
         except (OSError, ValueError, Image.DecompressionBombError) as error:
             raise UserError(f"{path} cannot be read: {error}") from error
         return image.convert("L") if is_grey else image

@@ -1,4 +1,4 @@
-"""Networks: plain ``nn.Module`` classes that map images to logits. Any other class does as well, by its class path."""
+"""Networks that map images to logits: MLP, CNN and those of torchvision."""
 
 import difflib
 from collections.abc import Callable, Sequence
@@ -106,7 +106,7 @@ class MLP(nn.Sequential):
             raise ValueError(f"units {list(units)}: a hidden layer needs at least one unit")
         make_activation = _activation(activation)
         layers = "hidden layers (units)"
-        rates, factors = _each("dropout", dropout, len(units), layers), _each("l2", l2, len(units), layers)
+        rates, factors = _per_layer("dropout", dropout, len(units), layers), _per_layer("l2", l2, len(units), layers)
         _check_l2(factors)
         _check_shares(dropout=rates, input_dropout=[input_dropout])
         self.add_module("flatten", nn.Flatten())
@@ -160,7 +160,9 @@ class CNN(nn.Sequential):
     ) -> None:
         super().__init__()
         given = {"convolutions": convolutions, "kernel_size": kernel_size, "dropout": dropout, "l2": l2}
-        per_stage = {name: _each(name, values, len(channels), "stages (channels)") for name, values in given.items()}
+        per_stage = {
+            name: _per_layer(name, values, len(channels), "stages (channels)") for name, values in given.items()
+        }
         if not channels or min(*channels, *per_stage["convolutions"]) < 1:
             raise ValueError(
                 f"channels {list(channels)}, convolutions {per_stage['convolutions']}: there must be a stage, and each "
@@ -260,7 +262,7 @@ class TorchvisionModel(nn.Module):
         return logits
 
 
-def _each(name: str, values: Any, count: int, what: str) -> Sequence[Any]:
+def _per_layer(name: str, values: Any, count: int, what: str) -> Sequence[Any]:
     """The values of each layer, given one by one or as one for all."""
     if not isinstance(values, Sequence):
         return [values] * count

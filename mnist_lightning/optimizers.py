@@ -1,4 +1,4 @@
-"""Adam, SGD and RMSprop with the defaults and the update rules of Keras 3.
+"""Adam, SGD and RMSprop with the defaults and update rules of Keras 3.
 
 ``weight_decay`` is coupled in all three: ``weight_decay * parameter`` is added to the gradient, so that 2λ is the same
 as a penalty λ‖W‖² in the loss.

@@ -10,8 +10,8 @@ from PIL import Image
 from torch import Tensor
 
 from mnist_lightning.data import Split
-from mnist_lightning.pictures import read, usable
-from mnist_lightning.saved_run import SavedRun
+from mnist_lightning.data.pictures import normalize_mode, read
+from mnist_lightning.training.saved_run import SavedRun
 
 
 class Predictor:
@@ -52,7 +52,7 @@ class Predictor:
         if isinstance(images, str | Path):
             images, _ = read(Path(images))
         if isinstance(images, Image.Image):
-            images = self.data.from_picture(usable(images))
+            images = self.data.from_picture(normalize_mode(images))
         array, shape = torch.as_tensor(np.asarray(images)), self.data.image_shape
         if shape[0] == 1 and array.shape[-3:] != shape:
             array = array.unsqueeze(-3)

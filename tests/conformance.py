@@ -56,13 +56,13 @@ from torchvision.transforms import v2
 import mnist_lightning.augmentation
 import mnist_lightning.datasets
 import mnist_lightning.optimizers
-from mnist_lightning import errors
 from mnist_lightning.__main__ import main as command
-from mnist_lightning.callbacks import Figures
-from mnist_lightning.checkpoints import RunCheckpoint
 from mnist_lightning.classifier import Classifier
 from mnist_lightning.data import ImageDataModule, MNISTDataModule
-from mnist_lightning.saved_run import SavedRun
+from mnist_lightning.system import errors
+from mnist_lightning.training.callbacks import Figures
+from mnist_lightning.training.checkpoints import RunCheckpoint
+from mnist_lightning.training.saved_run import SavedRun
 
 ROOT = Path(__file__).parents[1]
 EPOCHS = 3

@@ -29,8 +29,8 @@ from optuna.trial import TrialState
 
 from mnist_lightning.__main__ import main
 from mnist_lightning.data import MNISTDataModule
-from mnist_lightning.tune.record import is_counted
-from mnist_lightning.tune.storage import open_storage
+from mnist_lightning.search.record import is_counted
+from mnist_lightning.search.storage import open_storage
 
 ROOT = Path(__file__).parents[1]
 SPACE = {

@@ -18,13 +18,13 @@ from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint, Sto
 from lightning.pytorch.cli import ReduceLROnPlateau
 from lightning.pytorch.loggers import TensorBoardLogger
 
-from mnist_lightning.checkpoints import CheckpointIO, FitLoop, RunCheckpoint
 from mnist_lightning.classifier import Classifier
 from mnist_lightning.data import MNISTDataModule
-from mnist_lightning.errors import UserError
 from mnist_lightning.networks import CNN, MLP
 from mnist_lightning.optimizers import KerasAdam
 from mnist_lightning.predictor import Predictor
+from mnist_lightning.system.errors import UserError
+from mnist_lightning.training.checkpoints import CheckpointIO, FitLoop, RunCheckpoint
 
 pytestmark = pytest.mark.numeric
 

@@ -15,13 +15,13 @@ from torch import nn
 from torch.nn import functional as F
 from torch.optim.lr_scheduler import StepLR
 
-from mnist_lightning.callbacks import Figures
-from mnist_lightning.checkpoints import RunCheckpoint
 from mnist_lightning.classifier import Classifier
 from mnist_lightning.data import MNISTDataModule
-from mnist_lightning.errors import UserError
 from mnist_lightning.networks import CNN, MLP
 from mnist_lightning.optimizers import KerasAdam, KerasRMSprop, KerasSGD
+from mnist_lightning.system.errors import UserError
+from mnist_lightning.training.callbacks import Figures
+from mnist_lightning.training.checkpoints import RunCheckpoint
 
 pytestmark = pytest.mark.numeric
 

@@ -21,9 +21,10 @@ from conftest import ROOT, ROUNDING, in_process, posix, spelled_and_default
 from lightning.pytorch.loggers import CSVLogger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from mnist_lightning import checkpoints, cli
 from mnist_lightning.__main__ import COMMANDS, MODULES
 from mnist_lightning.classifier import Classifier
+from mnist_lightning.commands import cli
+from mnist_lightning.training import checkpoints
 
 METRICS = [f"{stage}/{name}" for stage in ("train", "val") for name in ("loss", "penalized_loss", "accuracy")]
 
@@ -74,7 +75,7 @@ def test_help_of_a_command_is_what_its_parser_says(monkeypatch, capfd, name):
     assert len(out.splitlines()) < (90 if name == "tune" else 45)
     monkeypatch.setenv("COLUMNS", "100")
     with pytest.raises(SystemExit):
-        importlib.import_module(f"mnist_lightning.{MODULES.get(name, name)}").main(name, COMMANDS[name], ["--help"])
+        importlib.import_module(f"mnist_lightning.{MODULES[name]}").main(name, COMMANDS[name], ["--help"])
     said = capfd.readouterr().out
     if "UPDATE_HELP" in os.environ:
         Path(cli.__file__).with_name("help").joinpath(f"{name}.txt").write_text(said)

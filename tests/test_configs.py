@@ -1,4 +1,4 @@
-"""Each config of tests/conf goes through fit, test and predict; those of earlier versions still work."""
+"""Each config of tests/conf goes through fit, test and predict."""
 
 import csv
 import re
@@ -8,11 +8,8 @@ import textwrap
 
 import pandas as pd
 import pytest
-import torch
 import yaml
 from conftest import ROOT
-
-from mnist_lightning.classifier import Classifier
 
 CONF = ROOT / "tests/conf"
 
@@ -67,22 +64,3 @@ def test_a_recommended_search_can_be_run(quick, tmp_path, name):
     quick(tmp_path, "tune", f"--config={config}", *small, "--trainer.limit_train_batches=2")
     given = yaml.safe_load(config.read_text())
     assert (tmp_path / f"lightning_logs/{given['name']}/version_0/test.csv").is_file()
-
-
-@pytest.mark.numeric
-def test_a_run_of_an_earlier_version_is_evaluated_continued_and_repeated(quick, tmp_path):
-    """Made by the version of November 2026, before options stood without their command's name."""
-    checkpoint, config = CONF / "before/last.ckpt", CONF / "before/config.yaml"
-    expected = pd.read_csv(CONF / "before/test.csv").iloc[0]
-    assert "mnist_lightning.networks.MLP" in config.read_text()
-    result = quick(tmp_path, "test", f"--ckpt_path={checkpoint}", data=False)
-    assert printed_accuracy(result) == pytest.approx(expected["test/accuracy"])
-    quick(tmp_path, "fit", f"--config={config}", f"--ckpt_path={checkpoint}", "--trainer.max_epochs=2", data=False)
-    metrics = pd.read_csv(tmp_path / "lightning_logs/baseline/version_0/metrics.csv")
-    assert metrics.epoch.tolist() == [0, 1]
-    assert metrics["train/loss"].is_monotonic_decreasing
-    quick(tmp_path, "fit", f"--config={config}", data=False)
-    repeated = torch.load(tmp_path / "lightning_logs/baseline/version_1/checkpoints/last.ckpt", weights_only=True)
-    for name, tensor in Classifier.load_from_checkpoint(checkpoint, weights_only=True).state_dict().items():
-        # another processor rounds differently
-        assert torch.allclose(tensor, repeated["state_dict"][name], atol=1e-4)

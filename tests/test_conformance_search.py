@@ -18,11 +18,11 @@ from optuna.testing import pytest_samplers, pytest_storages
 from optuna.trial import TrialState
 from scipy import stats
 
-from mnist_lightning.parsing import corrected
-from mnist_lightning.tune.command import SearchCLI
-from mnist_lightning.tune.sampler import TrialSampler, draw, make_sampler
-from mnist_lightning.tune.space import SearchSpace
-from mnist_lightning.tune.storage import open_storage
+from mnist_lightning.commands.parsing import patched_jsonargparse
+from mnist_lightning.search.command import SearchCLI
+from mnist_lightning.search.sampler import TrialSampler, draw, make_sampler
+from mnist_lightning.search.space import SearchSpace
+from mnist_lightning.search.storage import open_storage
 
 pytestmark = pytest.mark.slow
 
@@ -87,7 +87,7 @@ def options(data_dir):
 
     def parse(name, arguments):
         given = [f"--sampler.{key}={v if isinstance(v, str) else json.dumps(v)}" for key, v in arguments.items()]
-        with corrected():
+        with patched_jsonargparse():
             return SearchCLI("tune", [f"--data.data_dir={data_dir}", f"--sampler={name}", *given]).config.sampler
 
     return parse

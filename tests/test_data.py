@@ -14,9 +14,9 @@ from torchvision.datasets.mnist import read_image_file, read_label_file
 
 from mnist_lightning.classifier import Classifier
 from mnist_lightning.data import MNISTDataModule, TensorBatchSampler
-from mnist_lightning.errors import UserError
-from mnist_lightning.idx import MD5, embedded, parse_idx
+from mnist_lightning.data.idx import MD5, embedded, parse_idx
 from mnist_lightning.networks import CNN, MLP
+from mnist_lightning.system.errors import UserError
 
 QUIET = {
     "accelerator": "cpu", "logger": False, "enable_checkpointing": False, "enable_progress_bar": False,

@@ -23,9 +23,9 @@ from PIL import Image
 
 from mnist_lightning import datasets
 from mnist_lightning.data import ImageDataModule, MNISTDataModule
+from mnist_lightning.data.pictures import find, read
 from mnist_lightning.datasets import CIFAR10, EMNIST, KMNIST, QMNIST, USPS, FashionMNIST, ImageFolder
-from mnist_lightning.errors import UserError
-from mnist_lightning.pictures import find, read
+from mnist_lightning.system.errors import UserError
 
 FASHION = Path("/usr/share/datasets/fashion-mnist")
 needs_fashion = pytest.mark.skipif(not FASHION.is_dir(), reason="Debian's package dataset-fashion-mnist is not there")

@@ -17,9 +17,9 @@ from torch import nn
 from mnist_lightning.__main__ import main
 from mnist_lightning.classifier import Classifier
 from mnist_lightning.data import ImageDataModule
-from mnist_lightning.errors import UserError
-from mnist_lightning.export import formats
-from mnist_lightning.export import page as page_module
+from mnist_lightning.deployment import formats
+from mnist_lightning.deployment import page as page_module
+from mnist_lightning.system.errors import UserError
 
 SHORT = ("--trainer.max_epochs=1", "--trainer.limit_train_batches=3")
 NETWORKS = {
@@ -284,7 +284,7 @@ def test_a_browser_that_computes_something_else_says_so(page):
 def test_a_large_network_has_weights_in_16_bits_or_no_page(run, monkeypatch, mnist):
     assert run("--page=large.html")[0] == 0
     size = Path("large.html").stat().st_size
-    monkeypatch.setattr(page_module, "ROOM", size - 100_000)
+    monkeypatch.setattr(page_module, "WEIGHT_ROOM", size - 100_000)
     code, output, errors = run("--page=small.html")
     assert code == 0, errors
     assert re.search(r"weights in 16 bits, by which the probabilities of the test images change by at most \d", output)
@@ -297,7 +297,7 @@ def test_a_large_network_has_weights_in_16_bits_or_no_page(run, monkeypatch, mni
         expected = classifier(mnist.test.scaled(torch.arange(200))).softmax(dim=1).numpy()
     assert np.abs(np.array(found["probabilities"]) - expected).max() < 1e-4
     assert not found["wrong"]
-    monkeypatch.setattr(page_module, "ROOM", 100_000)
+    monkeypatch.setattr(page_module, "WEIGHT_ROOM", 100_000)
     code, _, errors = run("--page=none.html")
     assert code == 1
     assert errors.startswith("error: No page is written for this MLP of 109,386 weights: a page has room for 37,500 w")
@@ -326,7 +326,7 @@ class Activations(nn.Module):
 def test_the_page_has_every_activation(mnist):
     torch.manual_seed(0)
     network = Activations().eval()
-    expected = formats.predict(formats.Deployed(network, None), mnist)
+    expected = formats.predict(formats.ExportedNetwork(network, None), mnist)
     text, _ = page_module.write_page(network, mnist, expected)
     found = in_browser(text, as_bytes(mnist.test.images[:200].numpy()) + CLASSIFY)
     assert expected[:200].std(dim=0).max() > 0.05
@@ -376,7 +376,7 @@ def test_networks_that_cannot_be_on_a_page_are_named_and_names_are_no_code():
 
     candidates = {"good": network(10), "wide": network(12), "cosine": network(10, Cosine())}
     fragment, said = page_module.panel(
-        [page_module.Contestant(name, "red", one, data) for name, one in candidates.items()], classes
+        [page_module.PadModel(name, "red", one, data) for name, one in candidates.items()], classes
     )
     assert said == {
         "good": "",
@@ -397,7 +397,7 @@ def test_a_page_for_images_of_another_size_scales_the_drawing():
         nn.Conv2d(1, 4, 3, stride=(2, 1), padding=(2, 1), dilation=(2, 1)), nn.AvgPool2d(2), nn.PReLU(4),
         nn.Conv2d(4, 8, 3, padding=1, groups=2, bias=False), nn.MaxPool2d(3, 2, 1), nn.Flatten(), nn.LazyLinear(10),
     )  # fmt: skip
-    expected = formats.predict(formats.Deployed(network.eval(), None), data)
+    expected = formats.predict(formats.ExportedNetwork(network.eval(), None), data)
     text, _ = page_module.write_page(network, data, expected)
     found = in_browser(
         text,

@@ -13,13 +13,13 @@ from lightning.pytorch.loops.training_epoch_loop import _TrainingEpochLoop
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import DataLoader, IterableDataset
 
-from mnist_lightning import fast
-from mnist_lightning.callbacks import EpochProgressBar
-from mnist_lightning.checkpoints import RunCheckpoint
 from mnist_lightning.classifier import Classifier
 from mnist_lightning.data import MNISTDataModule
 from mnist_lightning.networks import MLP
 from mnist_lightning.optimizers import KerasAdam, KerasRMSprop, KerasSGD
+from mnist_lightning.training import fast
+from mnist_lightning.training.callbacks import EpochProgressBar
+from mnist_lightning.training.checkpoints import RunCheckpoint
 
 pytestmark = pytest.mark.numeric
 
@@ -140,7 +140,7 @@ def test_no_step_reads_a_value_from_the_device(fit, monkeypatch, optimizer):
 def test_the_progress_bar_sees_each_batch(fit, monkeypatch):
     bar = EpochProgressBar()
     moved = []
-    monkeypatch.setattr("mnist_lightning.callbacks.tqdm.update", lambda _, count: moved.append(count))
+    monkeypatch.setattr("mnist_lightning.training.callbacks.tqdm.update", lambda _, count: moved.append(count))
     _, taken = fit("bar", callbacks=[bar], enable_progress_bar=True)
     assert taken == 30
     assert moved == [1] * 32

@@ -12,9 +12,9 @@ import pytest
 from conftest import choices, load, outcome, reported, session, start, stopped_worker, wait_for
 from optuna.trial import TrialState
 
-from mnist_lightning.tune.record import is_counted
-from mnist_lightning.tune.recovery import Recovery, process_name
-from mnist_lightning.tune.storage import open_storage
+from mnist_lightning.search.record import is_counted
+from mnist_lightning.search.recovery import Recovery, process_name
+from mnist_lightning.search.storage import open_storage
 
 pytestmark = pytest.mark.slow
 

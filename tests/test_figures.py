@@ -6,9 +6,9 @@ import torch
 from matplotlib.colors import to_rgb
 from matplotlib.path import Path
 
-from mnist_lightning import figures
-from mnist_lightning.callbacks import Figures
-from mnist_lightning.checkpoints import RunCheckpoint
+from mnist_lightning.training import figures
+from mnist_lightning.training.callbacks import Figures
+from mnist_lightning.training.checkpoints import RunCheckpoint
 
 
 def test_sample_grid_shows_the_first_25_digits_under_their_labels(mnist):

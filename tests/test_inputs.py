@@ -26,14 +26,13 @@ from optuna.distributions import CategoricalDistribution, FloatDistribution, Int
 from optuna.storages.journal._storage import JournalOperation
 from optuna.trial import TrialState
 
-from mnist_lightning import idx
 from mnist_lightning.__main__ import main
-from mnist_lightning.data import MNISTDataModule
-from mnist_lightning.errors import UserError
-from mnist_lightning.report import page
-from mnist_lightning.tune.command import SearchOptions
-from mnist_lightning.tune.pool import Pool
-from mnist_lightning.tune.storage import open_storage
+from mnist_lightning.comparison import page
+from mnist_lightning.data import MNISTDataModule, idx
+from mnist_lightning.search.command import SearchOptions
+from mnist_lightning.search.pool import Pool
+from mnist_lightning.search.storage import open_storage
+from mnist_lightning.system.errors import UserError
 
 save = page.save
 LAST = "lightning_logs/baseline/version_0/checkpoints/last.ckpt"

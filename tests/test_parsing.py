@@ -10,8 +10,8 @@ from conftest import ROOT, in_process
 from jsonargparse import _typehints
 
 from mnist_lightning.commands.fit import FitCLI, TrainingCLI
-from mnist_lightning.parsing import Parser, corrected
-from mnist_lightning.runs import RUN_KEYS
+from mnist_lightning.commands.parsing import Parser, patched_jsonargparse
+from mnist_lightning.training.runs import RUN_KEYS
 
 
 @pytest.fixture
@@ -79,7 +79,7 @@ def test_a_config_may_have_a_network_of_more_outputs(tmp_path, capfd, network, d
         "data": {**({"class_path": data} if data else {}), "init_args": {"augmentation": [mix]}},
     }
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
-    with corrected():
+    with patched_jsonargparse():
         run = FitCLI("fit", [f"--config={tmp_path / 'config.yaml'}", *options])
         said = capfd.readouterr().out
         again = TrainingCLI({key: run.plain_config()[key] for key in RUN_KEYS})  # as a search has it
@@ -144,7 +144,7 @@ def test_the_config_is_printed_after_all_options(model):
 
 
 def test_what_was_typed_is_not_handed_to_a_trial_of_another_class():
-    with corrected():
+    with patched_jsonargparse():
         run = FitCLI("fit", ["--model.optimizer=KerasAdam", "--model.optimizer.lr=0.001", "--trainer.logger=false"])
         sgd = {"class_path": "mnist_lightning.optimizers.KerasSGD", "init_args": {}}
         config = run.plain_config(run.parser.parse_object({"model": {"optimizer": sgd}}))
@@ -153,9 +153,9 @@ def test_what_was_typed_is_not_handed_to_a_trial_of_another_class():
 
 def test_jsonargparse_is_corrected_only_inside():
     before = _typehints.adapt_partial_callable_class
-    with corrected():
+    with patched_jsonargparse():
         assert _typehints.adapt_partial_callable_class is not before
-    with contextlib.suppress(ZeroDivisionError), corrected():
+    with contextlib.suppress(ZeroDivisionError), patched_jsonargparse():
         raise ZeroDivisionError
     assert _typehints.adapt_partial_callable_class is before
 
@@ -178,7 +178,7 @@ def test_parsing_opens_no_data_and_makes_no_module(monkeypatch):
     monkeypatch.setattr(Parser, "instantiate", lambda *_, **__: pytest.fail("something was made"))
     monkeypatch.setattr(FitCLI, "instantiate_classes", lambda self: None)
     options = ["--data=FashionMNIST", "--data.data_dir=/nowhere", "--data.augmentation+=Distortion"]
-    with corrected():
+    with patched_jsonargparse():
         run = FitCLI("fit", [*options, "--model.network=CNN", "--model.network.channels=[4]"])
     assert run.config.model.network.class_path == "mnist_lightning.networks.CNN"
 

@@ -17,8 +17,8 @@ from PIL import Image, ImageOps
 from test_datasets import write_files
 
 from mnist_lightning.data import MNISTDataModule
+from mnist_lightning.data.pictures import PIXELS, PictureError, characters, find, ink_of, read
 from mnist_lightning.datasets import FashionMNIST, ImageFolder
-from mnist_lightning.pictures import PIXELS, PictureError, characters, find, ink_of, read
 
 pytestmark = pytest.mark.numeric
 
@@ -297,7 +297,7 @@ def test_huge_pictures_need_less_than_a_gibibyte(tmp_path):
     with pytest.raises(PictureError, match=f"more than {PIXELS // 10**6} megapixels"):
         read(tmp_path / "huge.png")
     Image.new("RGB", (10_000, 10_000), "white").save(tmp_path / "huge.jpg", quality=50)
-    code = "import sys, pathlib; from mnist_lightning.pictures import read\n"
+    code = "import sys, pathlib; from mnist_lightning.data.pictures import read\n"
     code += "print(*read(pathlib.Path(sys.argv[1]))[0].size, pathlib.Path('/proc/self/status').read_text())"
     done = subprocess.run(
         [sys.executable, "-c", code, tmp_path / "huge.jpg"], capture_output=True, text=True, check=True

@@ -6,8 +6,9 @@ import yaml
 from conftest import in_process
 from lightning.pytorch.accelerators import CUDAAccelerator
 
-from mnist_lightning import cli, precision
-from mnist_lightning.precision import Trainer, choose_precision, has_bf16
+from mnist_lightning.commands import cli
+from mnist_lightning.training import precision
+from mnist_lightning.training.precision import Trainer, choose_precision, has_bf16
 
 X86 = {"architecture": "x86_64", "avx512_bf16": False, "amx_bf16": False}
 

@@ -9,8 +9,8 @@ import torch
 from conftest import ROOT, ROUNDING
 from PIL import Image, ImageOps
 
-from mnist_lightning.errors import UserError
 from mnist_lightning.predictor import Predictor
+from mnist_lightning.system.errors import UserError
 
 pytestmark = pytest.mark.numeric
 

@@ -26,8 +26,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from mnist_lightning.__main__ import main
 from mnist_lightning.classifier import Classifier
-from mnist_lightning.report import loading, page, summary
-from mnist_lightning.report.comparison import (
+from mnist_lightning.comparison import loading, page, summary
+from mnist_lightning.comparison.significance import (
     accuracy_interval,
     calibration_error,
     compare,
@@ -37,7 +37,7 @@ from mnist_lightning.report.comparison import (
     reliability,
     verdict,
 )
-from mnist_lightning.tune.storage import open_storage
+from mnist_lightning.search.storage import open_storage
 
 
 @pytest.fixture(scope="module")

@@ -5,10 +5,10 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from mnist_lightning.console import command_line, format_table
-from mnist_lightning.errors import UserError
-from mnist_lightning.files import atomic_write
-from mnist_lightning.runs import new_version
+from mnist_lightning.system.console import command_line, format_table
+from mnist_lightning.system.errors import UserError
+from mnist_lightning.system.files import atomic_write
+from mnist_lightning.training.runs import new_version
 
 
 def test_a_version_is_claimed_by_one(tmp_path):

@@ -6,7 +6,7 @@ from torch import nn
 
 from mnist_lightning.data import Split
 from mnist_lightning.networks import CNN
-from mnist_lightning.saliency import integrated_gradients, smoothed
+from mnist_lightning.training.saliency import integrated_gradients, smoothed
 
 pytestmark = pytest.mark.numeric
 

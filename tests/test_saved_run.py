@@ -7,7 +7,7 @@ import pytest
 import yaml
 from conftest import ROUNDING
 
-from mnist_lightning.saved_run import SavedRun
+from mnist_lightning.training.saved_run import SavedRun
 
 
 @pytest.mark.numeric

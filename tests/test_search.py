@@ -34,9 +34,9 @@ from optuna.trial import TrialState
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from mnist_lightning.classifier import Classifier
-from mnist_lightning.tune.sampler import draw, make_sampler
-from mnist_lightning.tune.space import NOTEBOOK_SPACE, SearchSpace
-from mnist_lightning.tune.study import pareto_front
+from mnist_lightning.search.sampler import draw, make_sampler
+from mnist_lightning.search.space import NOTEBOOK_SPACE, SearchSpace
+from mnist_lightning.search.study import pareto_front
 
 
 def test_a_study_is_shown_and_kept(whole):

@@ -4,10 +4,9 @@ import pytest
 from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
 from optuna.samplers import BruteForceSampler, RandomSampler, TPESampler
 
-from mnist_lightning.errors import UserError
-from mnist_lightning.tune.record import Metric, is_counted
-from mnist_lightning.tune.sampler import TrialSampler, draw
-from mnist_lightning.tune.space import (
+from mnist_lightning.search.record import Metric, is_counted
+from mnist_lightning.search.sampler import TrialSampler, draw
+from mnist_lightning.search.space import (
     config_with,
     describe,
     make_space,
@@ -15,8 +14,9 @@ from mnist_lightning.tune.space import (
     short_key,
     spread,
 )
-from mnist_lightning.tune.storage import open_storage
-from mnist_lightning.tune.study import open_study
+from mnist_lightning.search.storage import open_storage
+from mnist_lightning.search.study import open_study
+from mnist_lightning.system.errors import UserError
 
 BASE = {
     "trainer": {"max_epochs": 2},

@@ -8,9 +8,9 @@ import pytest
 from conftest import posix
 from optuna.storages import BaseStorage
 
-from mnist_lightning.errors import UserError
-from mnist_lightning.tune import storage as storages
-from mnist_lightning.tune.storage import PatientStorage, open_storage
+from mnist_lightning.search import storage as storages
+from mnist_lightning.search.storage import PatientStorage, open_storage
+from mnist_lightning.system.errors import UserError
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""The picture of the imports in docs/internals.md is true, and the README's Python works."""
+"""The map of the modules in docs/internals.md is true, and the README's Python works."""
 
 import ast
 import re
@@ -23,18 +23,21 @@ def imported(path: Path) -> set[str]:
     return names - {""}
 
 
-def test_imports_go_down_the_list_of_rooms():
+def test_imports_go_down_the_map_of_modules():
     text = (ROOT / "docs/internals.md").read_text()
-    rooms = re.findall(r"^    (\S+)  +\S", text, re.MULTILINE)
+    lines = dict(re.findall(r"^    ([a-z_.]+)  +(\S.*)", text, re.MULTILINE))
+    modules = list(lines)
     files = {
         str(path.relative_to(PACKAGE).with_suffix("")).replace("/", ".").removesuffix(".__init__"): path
         for path in PACKAGE.rglob("*.py")
         if path != PACKAGE / "__init__.py"
     }
-    assert sorted(rooms) == sorted(files)
+    assert sorted(modules) == sorted(files)
     for name, path in files.items():
+        docstring = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or ""
+        assert lines[name] == docstring.partition("\n")[0].removesuffix(".").replace("``", "")
         for module in imported(path):
-            assert rooms.index(module) > rooms.index(name), f"{name} imports {module}"
+            assert modules.index(module) > modules.index(name), f"{name} imports {module}"
 
 
 def test_the_readme_s_python_works(quick, capfd, tmp_path, mnist):

@@ -17,16 +17,16 @@ from optuna.pruners import HyperbandPruner
 from optuna.samplers import RandomSampler, TPESampler
 from optuna.trial import TrialState
 
-from mnist_lightning.errors import UserError
-from mnist_lightning.tune import recovery, trial
-from mnist_lightning.tune import study as studies
-from mnist_lightning.tune.record import Metric, is_counted
-from mnist_lightning.tune.recovery import ATTEMPTS, SWEEPS, Recovery, process_name
-from mnist_lightning.tune.sampler import TrialSampler
-from mnist_lightning.tune.space import SearchSpace
-from mnist_lightning.tune.storage import open_storage
-from mnist_lightning.tune.study import is_complete, open_study
-from mnist_lightning.tune.trial import FailedTrialError, Objective, Search, run_trials
+from mnist_lightning.search import recovery, trial
+from mnist_lightning.search import study as studies
+from mnist_lightning.search.record import Metric, is_counted
+from mnist_lightning.search.recovery import ATTEMPTS, SWEEPS, Recovery, process_name
+from mnist_lightning.search.sampler import TrialSampler
+from mnist_lightning.search.space import SearchSpace
+from mnist_lightning.search.storage import open_storage
+from mnist_lightning.search.study import is_complete, open_study
+from mnist_lightning.search.trial import FailedTrialError, Objective, Search, run_trials
+from mnist_lightning.system.errors import UserError
 
 SPACE = SearchSpace({"a": IntDistribution(1, 1000), "b": CategoricalDistribution(["x", "y"])})
 
@@ -169,14 +169,6 @@ def test_the_same_settings_continue_a_study(journal):
     study.tell(study.ask(SPACE), 1.0)
     again = open_study(open_storage(journal), "study", [Metric("value", "maximize")], {"epochs": 3}, SPACE)
     assert again.best_value == 1.0
-
-
-def test_a_number_for_all_layers_is_what_a_list_of_it_was(journal):
-    """As the defaults of earlier versions were."""
-    make(journal, model={"dropout": [0.2, 0.2]})
-    make(journal, model={"dropout": 0.2})
-    with pytest.raises(UserError, match="dropout is"):
-        make(journal, model={"dropout": 0.1})
 
 
 @pytest.mark.parametrize(
@@ -421,7 +413,7 @@ def test_the_first_command_sets_the_time_of_all(journal, monkeypatch):
     assert 50 < studies.time_left(study) <= 60
     now = time.time()
     monkeypatch.setattr(studies.time, "time", lambda: now + 61)
-    assert studies.is_over(study)
+    assert studies.is_time_up(study)
     studies.renew_deadline(other, 3600.0)  # it goes on with new time
     assert 3500 < studies.time_left(study) <= 3600
     monkeypatch.setattr(studies.time, "time", lambda: now + 5000)

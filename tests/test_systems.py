@@ -12,8 +12,8 @@ import pytest
 from conftest import load, tune_options, wait_for
 from optuna.trial import TrialState
 
-from mnist_lightning.files import atomic_write
-from mnist_lightning.tune.recovery import process_name
+from mnist_lightning.search.recovery import process_name
+from mnist_lightning.system.files import atomic_write
 
 LIKE_WINDOWS = {
     **os.environ,

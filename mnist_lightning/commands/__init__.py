@@ -1,1 +1,1 @@
-"""The commands that train, evaluate and predict: a class each, with its options and its ``run``."""
+"""The commands that train, evaluate and predict."""

@@ -4,9 +4,9 @@ from jsonargparse import Namespace
 from lightning.pytorch import Callback
 from lightning.pytorch.cli import LightningArgumentParser
 
-from mnist_lightning.cli import RunCLI, add_method_options
-from mnist_lightning.console import note
-from mnist_lightning.errors import UserError
+from mnist_lightning.commands.cli import RunCLI, add_method_options
+from mnist_lightning.system.console import rank_zero_print
+from mnist_lightning.system.errors import UserError
 
 
 class EvaluateCLI(RunCLI):
@@ -25,7 +25,7 @@ class EvaluateCLI(RunCLI):
 
     def run(self) -> None:
         self.datamodule.setup(self.command)
-        note(self.datamodule.describe())
+        rank_zero_print(self.datamodule.describe())
         evaluate = getattr(self.trainer, self.command)
         evaluate(self.model, datamodule=self.datamodule, ckpt_path=self.config.ckpt_path, verbose=self.config.verbose)
 

@@ -1,4 +1,4 @@
-"""``fit``: train, and evaluate what was trained."""
+"""``fit``: train a network and evaluate it."""
 
 import math
 import shutil
@@ -21,17 +21,18 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.model_summary import summarize
 from lightning.pytorch.utilities.seed import isolate_rng
 
-from mnist_lightning.callbacks import Figures
-from mnist_lightning.checkpoints import RunCheckpoint
 from mnist_lightning.classifier import SCHEDULE
-from mnist_lightning.cli import RunCLI, add_method_options, add_training_options, get_class
-from mnist_lightning.console import command_line, format_table, note
-from mnist_lightning.errors import UserError, library_errors
-from mnist_lightning.files import write_csv
-from mnist_lightning.precision import Trainer
-from mnist_lightning.runs import RUN_KEYS, flatten, new_version
-from mnist_lightning.saved_run import SavedRun
-from mnist_lightning.slurm import SlurmJob
+from mnist_lightning.commands.cli import RunCLI, add_method_options, add_training_options, get_class
+from mnist_lightning.system.console import command_line, format_table, rank_zero_print
+from mnist_lightning.system.errors import UserError, library_errors
+from mnist_lightning.system.files import write_csv
+from mnist_lightning.system.nested import flatten
+from mnist_lightning.training.callbacks import Figures
+from mnist_lightning.training.checkpoints import RunCheckpoint
+from mnist_lightning.training.precision import Trainer
+from mnist_lightning.training.runs import RUN_KEYS, new_version
+from mnist_lightning.training.saved_run import SavedRun
+from mnist_lightning.training.slurm import SlurmJob
 
 
 class FitCLI(RunCLI):
@@ -72,14 +73,14 @@ class FitCLI(RunCLI):
         assert self.saved is not None
         before = self.taken(self.saved)
         if "trainer" not in before:
-            note(
-                f"{path} is of an earlier version and does not hold the options of its trainer. To continue exactly, "
-                f"add --config {path.absolute().parent.parent / 'config.yaml'}"
+            rank_zero_print(
+                f"{path} was not written by fit and does not hold the options of its trainer: those of this command "
+                "are used."
             )
         now = flatten(self.plain_config())
         for key, value in flatten({**before, "data": self.saved.data, "model": {}, "name": {}, "origin": {}}).items():
             if now.get(key, value) != value:
-                note(f"Continuing with {key.replace('.init_args', '')} {now[key]}: the run had {value}")
+                rank_zero_print(f"Continuing with {key.replace('.init_args', '')} {now[key]}: the run had {value}")
 
     def use_finders(self) -> None:
         """Replace Lightning's BatchSizeFinder and LearningRateFinder by what they find, before the run begins.
@@ -102,9 +103,9 @@ class FitCLI(RunCLI):
             key, found = self.find(kind, {**vars(finder.init_args)})
             option = f"--{key.replace('.init_args', '')}"
             if found is None:
-                note(f"{kind.__name__} found nothing in so few steps: {option} stays {self.config[key]}.")
+                rank_zero_print(f"{kind.__name__} found nothing in so few steps: {option} stays {self.config[key]}.")
             else:
-                note(f"{kind.__name__} found {option} {found:.4g}, with which the run goes on.")
+                rank_zero_print(f"{kind.__name__} found {option} {found:.4g}, with which the run goes on.")
                 self.config[key] = found
 
     def find(self, kind: type, arguments: dict[str, Any]) -> tuple[str, float | None]:
@@ -247,7 +248,9 @@ class FitCLI(RunCLI):
         if self.run_dir is not None:
             write_csv(self.run_dir / "test.csv", [{"weights": name, **metrics} for name, metrics in rows.items()])
         if not all(math.isfinite(value) for metrics in rows.values() for value in metrics.values()):
-            note("The training has diverged: some of its weights are no numbers. A smaller learning rate may help.")
+            rank_zero_print(
+                "The training has diverged: some of its weights are no numbers. A smaller learning rate may help."
+            )
         titles = ["weights after the", *(name.replace("/", " ").replace("_", " ") for name in results)]
         cells = [[weights, *(f"{value:.4f}" for value in metrics.values())] for weights, metrics in rows.items()]
         print(f"\n{format_table([titles, *cells])}")

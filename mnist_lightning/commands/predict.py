@@ -1,4 +1,4 @@
-"""``predict``: classify the test images, or anybody's pictures."""
+"""``predict``: classify the test images or your own pictures."""
 
 import sys
 from collections.abc import Sequence
@@ -13,17 +13,17 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
-from mnist_lightning import figures
-from mnist_lightning.cli import DEFAULTS, RunCLI, add_method_options
-from mnist_lightning.console import format_table, note
+from mnist_lightning.commands.cli import DEFAULTS, RunCLI, add_method_options
 from mnist_lightning.data import Split
-from mnist_lightning.errors import UserError
-from mnist_lightning.files import atomic_write, write_csv
-from mnist_lightning.pictures import PictureError, find, read
-from mnist_lightning.precision import Trainer
-from mnist_lightning.runs import newest_result
-from mnist_lightning.saliency import integrated_gradients, smoothed
-from mnist_lightning.saved_run import check_finite
+from mnist_lightning.data.pictures import PictureError, find, read
+from mnist_lightning.system.console import format_table, rank_zero_print
+from mnist_lightning.system.errors import UserError
+from mnist_lightning.system.files import atomic_write, write_csv
+from mnist_lightning.training import figures
+from mnist_lightning.training.precision import Trainer
+from mnist_lightning.training.runs import newest_result
+from mnist_lightning.training.saliency import integrated_gradients, smoothed
+from mnist_lightning.training.saved_run import check_finite
 
 SHOWN = 500
 """Pictures on a contact sheet."""
@@ -49,8 +49,8 @@ class PredictCLI(RunCLI):
         add_method_options(parser, "predict")
         parser.set_defaults({"name": None})  # which run that is depends on the images
 
-    def settle(self, config: Namespace) -> None:
-        super().settle(config)
+    def normalize(self, config: Namespace) -> None:
+        super().normalize(config)
         for option in ("sheet", "explain"):
             if config[option] and not config.images:
                 raise UserError(f"--{option} is for the pictures of --images: name some.")
@@ -80,7 +80,7 @@ class PredictCLI(RunCLI):
         import pandas as pd  # takes a while, and only this command needs it
 
         self.datamodule.setup("predict")
-        note(self.datamodule.describe())
+        rank_zero_print(self.datamodule.describe())
         if self.trainer.limit_predict_batches == 0:
             raise UserError("--trainer.limit_predict_batches 0 leaves nothing to predict.")
         probabilities = self.probabilities()
@@ -99,7 +99,7 @@ class PredictCLI(RunCLI):
             raise UserError("--output names the CSV file; the pictures are drawn beside it, as .png.")
         sheet, data, checkpoint = output.with_suffix(".png"), self.datamodule, self.config.ckpt_path
         _make_room(output, sheet)
-        note(f"Network: {checkpoint}, of {data.source}")
+        rank_zero_print(f"Network: {checkpoint}, of {data.source}")
         places, made, skipped = self.read_pictures()
         if data.standardize or self.config.explain:
             data.setup("fit")

@@ -1,0 +1,475 @@
+"""Base of the commands: a LightningCLI whose defaults are the notebook's."""
+
+import importlib
+import json
+import logging
+import re
+import secrets
+import warnings
+from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+import yaml
+from jsonargparse import ArgumentError, Namespace
+from jsonargparse.typing import restricted_number_type
+from lightning.pytorch import Callback
+from lightning.pytorch.callbacks import BatchSizeFinder, LearningRateFinder, ProgressBar, Timer
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.plugins import CheckpointIO as LightningCheckpointIO
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+
+import mnist_lightning.augmentation  # noqa: F401 - so that a name is enough for its classes
+import mnist_lightning.datasets  # noqa: F401
+from mnist_lightning.classifier import Classifier
+from mnist_lightning.commands.parsing import (
+    Parser,
+    check_numbers,
+    fill_nulls,
+    fill_sizes,
+    patched_jsonargparse,
+    shorten,
+)
+from mnist_lightning.data import ImageDataModule
+from mnist_lightning.system.console import PROG, rank_zero_print
+from mnist_lightning.system.errors import UserError, explain, is_for_users, is_from_user_code, user_errors
+from mnist_lightning.system.signals import leave_as_usual
+from mnist_lightning.training.callbacks import EpochProgressBar
+from mnist_lightning.training.checkpoints import INSTANTIATOR, CheckpointConnector, CheckpointIO, FitLoop
+from mnist_lightning.training.fast import speed_up
+from mnist_lightning.training.precision import Trainer, choose_precision, has_bf16
+from mnist_lightning.training.runs import LOGS, newest_checkpoint
+from mnist_lightning.training.saved_run import SavedRun
+
+DEFAULTS: dict[str, Any] = {
+    "name": "baseline",
+    "trainer.max_epochs": 20,
+    "trainer.devices": 1,  # the notebook's network is too small to share
+    "trainer.num_sanity_val_steps": 0,
+    "model.network": {"class_path": "mnist_lightning.networks.MLP"},
+    "data": {"class_path": "mnist_lightning.data.MNISTDataModule"},
+}
+"""Where the commands differ from Lightning, and what has no default of its own."""
+
+FINDERS = (BatchSizeFinder, LearningRateFinder)
+
+
+class RunCLI(LightningCLI):
+    """Parses the options of a command and makes data, model and trainer of them.
+
+    A command is a subclass with its own options and a method :meth:`run`.
+
+    Args:
+        command: Its name.
+        arguments: Command-line arguments, or a config.
+        description: What it does, for its ``--help``.
+
+    Attributes:
+        trains: Whether the command trains, so that the user's loggers are used.
+        default_checkpoint: The checkpoint that is used if none is given: ``last``, or None for none at all.
+        kept: Arguments of the model that are those given, though a checkpoint has others.
+        saved: The run of the checkpoint that is used, if one is.
+        options: From a class that the config names to the option that does.
+    """
+
+    parser: Parser
+    datamodule: ImageDataModule
+    model: Classifier
+    trainer: Trainer
+
+    trains = False
+    default_checkpoint: str | None = None
+    kept: Sequence[str] = ()
+
+    def __init__(self, command: str, arguments: Sequence[str] | dict[str, Any], description: str = "") -> None:
+        self.command = command
+        self.saved: SavedRun | None = None
+        super().__init__(
+            Classifier,
+            ImageDataModule,
+            trainer_class=Trainer,
+            subclass_mode_data=True,
+            seed_everything_default=42,
+            parser_class=Parser,
+            parser_kwargs={"prog": f"{PROG} {command}", "description": description},
+            save_config_callback=None,  # it would save where the first logger is
+            auto_configure_optimizers=False,
+            run=False,
+            args=arguments if isinstance(arguments, dict) else read_pipes(arguments),
+        )
+
+    @classmethod
+    def main(cls, command: str, description: str, arguments: Sequence[str]) -> None:
+        """Run the command as a process does: a user's mistake ends it with a line."""
+        quieten_lightning()
+        with user_errors(), patched_jsonargparse():
+            run = cls(command, arguments, description)
+            leave_as_usual()
+            run.run()
+
+    def run(self) -> None:
+        """Do what the command is for."""
+        raise NotImplementedError
+
+    def say(self, line: str) -> None:
+        """Tell the user something of the options."""
+        rank_zero_print(line)
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Add the options that are neither the trainer's nor the model's nor the data's."""
+        parser.add_argument("--name", type=str, help=f"Folder of the run, in {LOGS}.")
+        parser.add_argument(
+            "--num_threads",
+            type=restricted_number_type("Threads", int, [(">", 0), ("<=", 1024)]),
+            default=1,
+            help="CPU threads of one process; more only pay for large networks.",
+        )
+        parser.add_argument(
+            "--origin",
+            type=dict[str, Any] | None,
+            help="Study and trial that the config is of: written by tune, for report.",
+        )
+        parser.set_defaults(DEFAULTS)
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        """Parse, and take from a checkpoint what was not given."""
+        self.config = parser.parse_object(args) if isinstance(args, dict) else parser.parse_args(args)
+        self.normalize(self.config)
+        path = self.find_checkpoint()
+        if path is not None:
+            self.use_checkpoint(path, args)
+        seed = self.config.seed_everything
+        if seed is None or seed is False:  # to Lightning, no seed: a run can be repeated all the same
+            seed = self.config.seed_everything = secrets.randbelow(2**32)
+            self.say(f"Seed: --seed_everything {seed}, drawn for this run")
+        if not 0 <= seed < 2**32:
+            raise UserError(f"seed_everything {seed} is not from 0 to 2^32 - 1.")
+        self.use_finders()
+        trainer = self.config.trainer
+        if str(trainer.precision).startswith("bf16") and has_bf16(trainer.accelerator) is False:
+            self.say(
+                f"Precision {trainer.precision} is imitated here, several times as slow as 32-true: the device has no "
+                "instructions for bfloat16. --trainer.precision auto takes what the device is fast in."
+            )
+
+    @property
+    def logs(self) -> Path:
+        """Folder of all runs."""
+        return Path(self.config.trainer.default_root_dir or ".", LOGS)
+
+    def find_checkpoint(self) -> Path | None:
+        """Return the checkpoint that is used, if one is.
+
+        Raises:
+            UserError: If no run has one.
+        """
+        given = self.config.get("ckpt_path") or self.default_checkpoint
+        if given in ("last", "best"):
+            return newest_checkpoint(self.logs / self.config.name, given)
+        return None if given is None else Path(given)
+
+    def taken(self, saved: SavedRun) -> dict[str, Any]:
+        """Return what is taken from a checkpoint beside model and data: what the numbers of ``fit`` depend on."""
+        if not saved.config:
+            return {}
+        return {"trainer": {name: saved.config["trainer"].get(name) for name in ("precision", "plugins")}}
+
+    def use_checkpoint(self, path: Path, args: Sequence[str]) -> None:
+        """Parse once more, with what the checkpoint has below what was given; but the model is the checkpoint's.
+
+        Raises:
+            UserError: If the checkpoint cannot be used.
+        """
+        if not path.is_file():
+            raise UserError(f"No checkpoint at {path}; `last` and `best` mean the newest run's.")
+        self.saved = SavedRun.read(path)
+        values = {**self.taken(self.saved), "model": self.saved.model, "data": self.saved.data}
+        self.parser.exit_on_error = False
+        try:
+            config = self.parser.parse_args([f"--config={json.dumps(values)}", *args])
+            self._check_paths(path, paths_in(self.plain_config(config)["trainer"], "trainer"))
+            self.normalize(config)
+            given = self.plain_config(config)["model"]
+            model = self.saved.model | {name: given[name] for name in self.kept}
+            self.config = self.parser.parse_object({"model": model, "ckpt_path": str(path)}, config)
+        except ArgumentError as error:
+            raise UserError(
+                f"{path} cannot be used: its hyper-parameters are refused. {shorten(str(error))}"
+            ) from error
+        self.parser.exit_on_error = True
+        for key, value in model.items():
+            if given.get(key, value) != value:
+                self.say(f"The checkpoint's model.{key} is used, not the one given: {value}")
+
+    def _check_paths(self, checkpoint: Path, paths: dict[str, str]) -> None:
+        """See that a checkpoint from elsewhere, which may be anybody's, lets nothing be written outside of the run.
+
+        Raises:
+            UserError: If it does, and nobody has typed that.
+        """
+        typed = paths_in(self.plain_config()["trainer"]).values()
+        foreign = {key: value for key, value in paths.items() if value not in typed}
+        if foreign and not checkpoint.resolve().is_relative_to(self.logs.resolve()):
+            key, value = next(iter(foreign.items()))
+            raise UserError(
+                f"{checkpoint} is of no run in {self.logs}, and with its {key} {value} would write outside of the new "
+                "run. Give the option yourself if that is meant."
+            )
+
+    def use_finders(self) -> None:
+        """Leave out Lightning's BatchSizeFinder and LearningRateFinder, which only a new training needs."""
+        for finder in self.take_finders():
+            self.say(f"{get_class(finder.class_path).__name__} has nothing to do: no new training begins.")
+            return
+
+    def take_finders(self) -> list[Namespace]:
+        """Take Lightning's finders out of the callbacks, and return them."""
+        trainer = self.config.trainer
+        given = trainer.callbacks if isinstance(trainer.callbacks, list) else [trainer.callbacks]
+        finders = [each for each in given if each and get_class(each.class_path) in FINDERS]
+        if finders:
+            trainer.callbacks = [each for each in given if each not in finders] or None
+        return finders
+
+    def normalize(self, config: Namespace) -> None:
+        """Let a config say what ``auto``, ``~`` and null mean here, so that whatever is made from it is alike.
+
+        Raises:
+            UserError: If a value is invalid.
+        """
+        for group in ("trainer", "model", "data"):
+            if not isinstance(config[group], Namespace):
+                raise UserError(f"{group} must have keys of its own, and is not just {config[group]}.")
+        for group, made in (("trainer", pl.Trainer), ("model", Classifier)):
+            fill_nulls(config[group], made)
+        fill_nulls(Namespace(data=config.data), ImageDataModule)
+        for group in ("model", "data"):
+            check_numbers(config[group], group)
+        defaults = self.parser.get_defaults()
+        for name in ("name", "num_threads", "tensorboard", "fast", "output"):
+            if name in config and config[name] is None:
+                config[name] = defaults[name]
+        if "ckpt_path" in config and config.ckpt_path == "":
+            config.ckpt_path = None
+        data = config.data.init_args
+        if data.data_dir is not None:  # config and checkpoint may be used in another folder
+            data.data_dir = str(Path(data.data_dir).expanduser().absolute())
+        check_times(config.trainer)
+        config.trainer.precision = choose_precision(config.trainer.precision, config.trainer.accelerator)
+        folder = config.trainer.default_root_dir
+        if folder is not None:
+            if "://" in str(folder):
+                raise UserError(f"--trainer.default_root_dir {folder} is a URL: runs are kept in a folder.")
+            config.trainer.default_root_dir = str(Path(folder).expanduser())
+
+    def plain_config(self, config: Namespace | None = None) -> dict[str, Any]:
+        """Return a config, by default the command's own, complete and in types that YAML and JSON have."""
+        if config is not None and hasattr(self, "datamodule"):
+            fill_sizes(config, self.datamodule)
+        plain: dict[str, Any] = json.loads(self.parser.dump(config or self.config, skip_none=False, format="json"))
+        return plain
+
+    def before_instantiate_classes(self) -> None:
+        torch.set_num_threads(self.config.num_threads)
+
+    def instantiate_classes(self) -> None:
+        """Make data, model and trainer; a value that one of them refuses is the user's mistake."""
+        self.options = chosen_classes(self.plain_config())
+        try:
+            self._make()
+        except Exception as error:
+            if is_for_users(error) or (not isinstance(error, TypeError | ValueError) and is_from_user_code(error)):
+                raise
+            reason = explain(error, self.options)
+            if str(error).startswith("Does not validate"):
+                reason = shorten(str(error))
+            path = self.config.get("ckpt_path")
+            raise UserError(f"{path} cannot be used: {reason}" if path else reason) from error
+        # only a model made from a config has hyper-parameters that can be stored as plain types
+        self.model.save_hyperparameters({**self.plain_config()["model"], "_instantiator": INSTANTIATOR})
+
+    def _make(self) -> None:
+        data = self.parser.make_data(self.config)
+        del self.config_dump  # Lightning's, made with the data
+        network = None if self.saved else self.parser.typed
+        for line in fill_sizes(self.config, data, network):
+            self.say(line)
+        super().instantiate_classes()
+        self.datamodule.share(data)
+        if self.saved is not None and self.saved.data_state is not None:  # Lightning's needs data of the same class
+            self.datamodule.load_state_dict(self.saved.data_state)
+        self.model.check_images(self.datamodule.image_shape, len(self.datamodule.classes))
+        self.check_training()
+        optimizers = self.model.configure_optimizers()  # only to see now whether it can be done
+        self._check_monitors(optimizers)
+
+    def check_training(self) -> None:
+        """See that what is made can be trained, if the command trains."""
+
+    def _check_monitors(self, optimizers: Any) -> None:
+        """See that what callbacks and the schedule follow will be logged, as far as nobody else can log.
+
+        Raises:
+            UserError: If a metric will not be there.
+        """
+        followers: list[Any] = [*self.trainer.callbacks]  # type: ignore[attr-defined]
+        if any(
+            type(callback).__module__.partition(".")[0] not in ("lightning", "mnist_lightning")
+            for callback in followers
+        ):
+            return
+        logits = torch.zeros(1, len(self.datamodule.classes))  # to ask the network would draw its dropout
+        values = self.model.metrics(logits, torch.zeros(1, dtype=torch.long), torch.zeros(()))
+        known = ["lr", *(f"{stage}/{name}" for stage in ("train", "val") for name in values)]
+        monitored = [(type(follower).__name__, getattr(follower, "monitor", None)) for follower in followers]
+        if isinstance(optimizers, dict):
+            monitored.append(("lr_scheduler", optimizers["lr_scheduler"]["monitor"]))
+        for name, monitor in monitored:
+            if monitor is not None and monitor not in known:
+                raise UserError(f"{name} monitors {monitor}, which is not logged. These are: {', '.join(known)}.")
+
+    def make_callbacks(self, options: Namespace) -> list[Callback]:
+        """Make the callbacks that the trainer has beside the user's.
+
+        Args:
+            options: The trainer's.
+        """
+        if options.barebones:
+            self.say("With barebones nothing is logged, shown or kept.")
+        elif options.enable_progress_bar is not False and not _has(options.callbacks, ProgressBar):
+            return [EpochProgressBar()]
+        return []
+
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        """Make the trainer."""
+        options = self.config_init.trainer
+        kwargs = {"enable_checkpointing": False, "enable_model_summary": False, **kwargs}  # Lightning's shows no layers
+        if isinstance(options.logger, bool | None) or not self.trains:
+            kwargs["logger"] = False  # TensorBoard's is made where its folder is known
+        given = options.plugins if isinstance(options.plugins, list) else [options.plugins] if options.plugins else []
+        for plugin in given:
+            if isinstance(plugin, LightningCheckpointIO):
+                raise UserError(
+                    f"--trainer.plugins {type(plugin).__name__}: checkpoints are written by this package, whole or not "
+                    "at all, and read without running code. Leave it out."
+                )
+        kwargs["plugins"] = [*given, CheckpointIO()]
+        self.trainer_defaults["callbacks"] = self.make_callbacks(options)
+        trainer: Any = super().instantiate_trainer(**kwargs)
+        if any(word in str(options.strategy) for word in ("spawn", "fork", "notebook")):
+            raise UserError(
+                f"--trainer.strategy {options.strategy} starts processes that would have to copy the parser, which "
+                "cannot be copied. --trainer.strategy ddp starts the command once for each device."
+            )
+        # Lightning checks it for several devices only: two processes of one device each would both be the first
+        environment = trainer._accelerator_connector.cluster_environment
+        environment.validate_settings(trainer.num_devices, trainer.num_nodes)
+        trainer._checkpoint_connector = CheckpointConnector(trainer)
+        trainer.fit_loop = FitLoop(trainer)
+        if self.config_init.get("fast"):
+            speed_up(trainer)
+        return trainer  # type: ignore[no-any-return]
+
+
+def add_training_options(parser: LightningArgumentParser) -> None:
+    """Add the options of the commands that train."""
+    parser.add_argument("--tensorboard", type=bool, default=True, help="Whether TensorBoard's events are written.")
+    parser.add_argument(
+        "--fast", type=bool, default=True, help="Whether steps go around hooks to which nothing listens."
+    )
+
+
+def add_method_options(parser: LightningArgumentParser, method: str) -> None:
+    """Add the options that a method of the Trainer has, such as ``--ckpt_path``."""
+    skip = {"model", "datamodule", "weights_only", "return_predictions"}
+    skip |= {f"{prefix}dataloaders" for prefix in ("", "train_", "val_")}
+    parser.add_method_arguments(Trainer, method, as_group=False, skip=skip)
+
+
+def check_times(trainer: Namespace) -> None:
+    """See that the trainer's intervals are such.
+
+    Raises:
+        UserError: If one is not.
+    """
+    for name in ("val_check_interval", "check_val_every_n_epoch", "accumulate_grad_batches"):
+        if isinstance(value := trainer[name], int) and value < 1:
+            raise UserError(f"--trainer.{name} {value} must be at least 1.")
+    for name in ("max_time", "val_check_interval"):
+        if isinstance(trainer[name], str | dict):
+            try:
+                Timer(trainer[name])
+            except (MisconfigurationException, TypeError) as error:
+                raise UserError(
+                    f"--trainer.{name} {trainer[name]} must be days:hours:minutes:seconds, such as 00:00:10:00, or a "
+                    "mapping such as {minutes: 10}."
+                ) from error
+
+
+def read_pipes(words: Sequence[str]) -> list[str]:
+    """Return arguments whose configs from pipes, as by ``--config <(...)``, are read: that can be done only once."""
+    read = []
+    for index, word in enumerate(words):
+        option, sign, value = word.rpartition("=")
+        if (option or words[index - 1]) in ("--config", "-c") and Path(value).is_fifo():
+            text = Path(value).read_text(encoding="utf-8")
+            try:
+                word = f"{option}{sign}{json.dumps(yaml.safe_load(text))}"
+            except (yaml.YAMLError, TypeError) as error:
+                raise UserError(f"{value} is not a config: {error}") from error
+        read.append(word)
+    return read
+
+
+def paths_in(config: Any, key: str = "") -> dict[str, str]:
+    """Return the values of a config that name a place where something is written, by their keys."""
+    if isinstance(config, list):
+        config = dict(enumerate(config))
+    if isinstance(config, dict):
+        return {name: path for part in config for name, path in paths_in(config[part], f"{key}.{part}").items()}
+    is_path = re.search(r"(dir|path|file|filename|folder|uri|url|location)$", key) and not key.endswith("class_path")
+    return {key.lstrip(".").replace(".init_args", ""): config} if is_path and isinstance(config, str) else {}
+
+
+def chosen_classes(config: Any, option: str = "") -> dict[type, str]:
+    """Return the classes that a config names, each with the option that does."""
+    found: dict[type, str] = {}
+    if isinstance(config, list):
+        for each in config:
+            found |= chosen_classes(each, option)
+    elif isinstance(config, dict):
+        with suppress(ImportError, AttributeError, KeyError, ValueError):
+            found[get_class(config["class_path"])] = option
+        for key, value in config.items():
+            found |= chosen_classes(value, option if key == "init_args" else f"{option}.{key}".lstrip("."))
+    return found
+
+
+def get_class(path: str) -> type:
+    """Return the class that a path names."""
+    module, _, name = path.rpartition(".")
+    found: type = getattr(importlib.import_module(module), name)
+    return found
+
+
+def _has(callbacks: Any, kind: type) -> bool:
+    """Whether the user's callbacks, one or a list, have one of a kind."""
+    given = callbacks if isinstance(callbacks, list) else [callbacks]
+    return any(isinstance(callback, kind) for callback in given)
+
+
+def quieten_lightning() -> None:
+    """Leave out Lightning's tips, and its warnings of what is meant."""
+    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(lambda record: "Tip:" not in record.msg)
+    for message in (
+        ".*does not have many workers",  # the data is in memory
+        ".*smaller than the logging interval",  # metrics are logged once an epoch
+        ".*torch.jit.trace",  # TensorBoard's graph is made with it
+        ".*callbacks used to create the checkpoint",  # RunCheckpoint, which only `fit` needs
+        ".*LeafSpec",  # Lightning's own
+        ".*GrpcStorageProxy is experimental",
+    ):
+        warnings.filterwarnings("ignore", message)

@@ -1,0 +1,453 @@
+"""The command line's parser: errors in one line, checked files, corrections of jsonargparse.
+
+The corrections wrap private functions of jsonargparse (4.53). They hold within :func:`patched_jsonargparse`, which
+every command enters, so importing the package changes nothing for other programs.
+"""
+
+import argparse
+import inspect
+import math
+import os
+import re
+import sys
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from enum import Enum
+from numbers import Number
+from pathlib import Path
+from types import NoneType
+from typing import Any, NoReturn, get_args, get_type_hints
+
+import torch
+import yaml
+from jsonargparse import Namespace, _typehints, set_parsing_settings
+from jsonargparse._common import parsing_settings
+from jsonargparse.typing import register_type
+from lightning.pytorch.cli import LightningArgumentParser
+
+from mnist_lightning.classifier import TOTAL_STEPS
+from mnist_lightning.data import ImageDataModule
+from mnist_lightning.system.errors import UserError
+from mnist_lightning.training.runs import LOGS
+
+MAX_NODES = 10_000
+"""Values in a config file; aliases in a few lines of YAML may stand for billions."""
+
+USUAL_OPTIONS = (
+    *("trainer.max_epochs", "trainer.accelerator", "trainer.devices", "trainer.precision", "trainer.callbacks"),
+    *("data", "data.data_dir", "data.batch_size", "data.val_split", "data.augmentation"),
+    *("model.network", "model.optimizer", "model.lr_scheduler"),
+)
+"""What people change of a run, for the short help."""
+
+HELP = {
+    "config": "YAML file with values for any option; what is typed counts before it.",
+    "print_config": "Print the value of every option, and exit.",
+    "seed_everything": "Seed of all that is random.",
+    "ckpt_path": "Checkpoint to continue from or to evaluate: last, best (of the newest run), or a path.",
+    "verbose": "Whether the results are printed.",
+    "trainer.max_epochs": "Epochs of training.",
+    "trainer.accelerator": "cpu, gpu, mps, ...",
+    "trainer.devices": "How many of them train together.",
+    "trainer.precision": "32-true, bf16-mixed, ... or auto: bf16 where it is fast.",
+    "data": "FashionMNIST, KMNIST, EMNIST, QMNIST, USPS, CIFAR10, ImageFolder, or a class of your own.",
+    "data.data_dir": "Folder with the data set; for MNIST with any four files of its format.",
+    "data.batch_size": "Images in a training batch.",
+    "data.val_split": "Share of the training images, taken from their end, that is held out for validation.",
+    "data.augmentation": "What changes training images, such as +=Distortion --data.augmentation.degrees=10.",
+    "trainer.callbacks": "Lightning's callbacks, such as +=EarlyStopping --trainer.callbacks.monitor=val/loss.",
+}
+"""Shorter than Lightning's own."""
+
+SIZE_ARGUMENTS = ("in_features", "in_channels", "num_classes")
+"""Arguments of networks and augmentation that the data gives: numbers in an image, channels, classes."""
+
+UNKNOWN_SIZE = 1
+"""Stands for an argument of :data:`SIZE_ARGUMENTS` that a class has no default for, until the data gives it."""
+
+MLRUNS = "./mlruns"
+"""MLFlowLogger's default place, which MLflow itself has come to refuse."""
+
+typed: set[str] = set()
+"""Options on the command line while it is parsed, without their dashes."""
+
+
+class Parser(LightningArgumentParser):
+    """Says what is wrong in one line instead of a page of usage.
+
+    Attributes:
+        typed: The options of the last command line, without their dashes.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.typed: frozenset[str] = frozenset()
+
+    def parse_args(self, args: Any = None, *arguments: Any, **kwargs: Any) -> Namespace:  # type: ignore[override]
+        args = sys.argv[1:] if args is None else args
+        if {"-h", "--help"} & {*args} and args[-1] != "all":
+            self.print_short_help()
+            self.exit(0)
+        args = args[:-1] if [*args[-2:]] == ["--help", "all"] else args
+        self.typed = frozenset(word.partition("=")[0].lstrip("-") for word in args if word.startswith("--"))
+        typed.update(self.typed)
+        try:
+            config: Namespace = super().parse_args(_order(args), *arguments, **kwargs)
+        finally:
+            typed.clear()  # a config that is parsed later, as of a trial, was not typed
+        return config
+
+    def _parse_common(self, cfg: Namespace, *args: Any, **kwargs: Any) -> Namespace:
+        if isinstance(cfg.get("trainer"), Namespace):
+            _place_loggers(cfg.trainer)
+        if hasattr(self, "print_config"):  # the config that is printed is complete
+            try:
+                fill_sizes(cfg, self.make_data(cfg), self.typed)
+            except Exception as error:  # an invalid config is printed as it is
+                if isinstance(error, UserError):
+                    raise
+        config: Namespace = super()._parse_common(cfg, *args, **kwargs)
+        return config
+
+    def make_data(self, config: Namespace) -> ImageDataModule:
+        """Make the data module of a config, without what augments its images."""
+        arguments = Namespace({**vars(config.data.get("init_args", Namespace())), "augmentation": None})
+        spec = Namespace(class_path=config.data.class_path, init_args=arguments)
+        data: ImageDataModule = self.instantiate(Namespace(data=spec), instantiate_groups=False).data
+        return data
+
+    def print_short_help(self) -> None:
+        """Print the options that are not Lightning's, and what people change of those that are."""
+        short = argparse.ArgumentParser(
+            prog=self.prog,
+            usage="%(prog)s [options]",
+            description=self.description,
+            epilog="All options: --help all. Those of a class: --model.network.help MLP. All values: --print_config.",
+            add_help=False,
+        )
+        own, usual = short.add_argument_group("options of the command"), short.add_argument_group("of every run")
+        actions, defaults = {action.dest: action for action in self._actions}, self.get_defaults()
+        others = [
+            key for key in actions if "." not in key and key not in ("help", "origin", "trainer", "model", "data")
+        ]
+        for group, keys in ((own, others), (usual, USUAL_OPTIONS)):
+            for key in keys:
+                default = defaults.get(key, defaults.get(key.replace("data.", "data.init_args.")))
+                if isinstance(default, Namespace | dict):
+                    default = default.get("class_path", "").rpartition(".")[2]
+                text = HELP.get(key) or str(actions[key].help).replace("``", "")
+                text += f" (default: {default})" if default not in (None, "", argparse.SUPPRESS) else ""
+                group.add_argument(f"--{key}", metavar="", help=text.replace("%", "%%"))
+        short.print_help()
+
+    def parse_path(self, cfg_path: Any, **kwargs: Any) -> Namespace:
+        """Parse a config file, once it is known to be one that can be parsed."""
+        try:
+            nodes = [yaml.safe_load(Path(cfg_path).read_text(encoding="utf-8"))]
+            for count, node in enumerate(nodes):  # grows; an alias may stand for itself
+                nodes += node.values() if isinstance(node, dict) else node if isinstance(node, list) else []
+                if count > MAX_NODES:
+                    raise ValueError("it has too many values")
+            images = nodes[0].get("images") if isinstance(nodes[0], dict) else None
+            if images is not None and not (isinstance(images, list) and all(isinstance(each, str) for each in images)):
+                raise ValueError(f"images is {images}, and must be a list of files, folders and patterns")
+        except (yaml.YAMLError, ValueError, RecursionError) as error:
+            self.error(f"{cfg_path} is no config: {error}", error)
+        config: Namespace = super().parse_path(cfg_path, **kwargs)
+        return config
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        """Print the message and end with exit code 2."""
+        if not self.exit_on_error:
+            super().error(message, ex)
+        print(f"error: {shorten(message)}\nOptions: add --help", file=sys.stderr)
+        self.exit(2)
+
+
+def fill_sizes(config: Namespace, data: ImageDataModule, typed: Collection[str] | None = ()) -> list[str]:
+    """Give the network, and what augments, the size of the images and the number of classes.
+
+    A network may have more outputs than there are classes, and what augments has as many: a config that says more is
+    followed. A value of a config that is the class's default cannot be told from none.
+
+    Args:
+        config: The config, which is changed.
+        data: Its data module.
+        typed: Options whose values stay; None lets all of the network stay as it is, as of a checkpoint.
+
+    Returns:
+        A line for each value of the network in the config that was changed, or is not the data's.
+    """
+    channels, height, width = data.image_shape
+    sizes = dict(zip(SIZE_ARGUMENTS, (channels * height * width, channels, len(data.classes)), strict=True))
+    remarks = []
+    network = config.model.network
+    for name in [] if typed is None else _sizes_of(network):
+        found, size = network.init_args.get(name), sizes[name]
+        default = inspect.signature(_typehints.import_object(network.class_path)).parameters[name].default
+        if typed and {f"model.network.{name}", f"model.network.init_args.{name}"} & {*typed}:
+            continue
+        is_given = isinstance(found, int) and found > UNKNOWN_SIZE and found not in (default, size)
+        if is_given and name == "num_classes" and found > size:
+            remarks.append(f"model.network.{name} stays {found}, as in the config: the data has {size} classes")
+            continue
+        if is_given:
+            remarks.append(f"model.network.{name} is {size}, as the data has it, not {found} as in the config")
+        network.init_args[name] = size
+    outputs = network.get("init_args", Namespace()).get("num_classes")
+    sizes["num_classes"] = max(sizes["num_classes"], outputs if isinstance(outputs, int) else 0)
+    for spec in config.data.init_args.get("augmentation") or []:
+        for name in _sizes_of(spec):
+            spec.init_args[name] = sizes[name]
+    return remarks
+
+
+def _sizes_of(spec: Namespace) -> list[str]:
+    """Return the arguments of a class that the data gives, once there is a place for them."""
+    parameters = inspect.signature(_typehints.import_object(spec.class_path)).parameters
+    names = [name for name in SIZE_ARGUMENTS if name in parameters]
+    if names and "init_args" not in spec:
+        spec["init_args"] = Namespace()
+    return names
+
+
+def _place_loggers(trainer: Namespace) -> None:
+    """Let loggers that were given no place for their files have one beside the runs."""
+    folder, loggers = Path(trainer.get("default_root_dir") or ".").expanduser() / LOGS, trainer.get("logger")
+    for logger in loggers if isinstance(loggers, list) else [loggers]:
+        if not isinstance(logger, Namespace):
+            continue
+        name, given = str(logger.get("class_path")).rpartition(".")[2], vars(logger.get("init_args", Namespace()))
+        place: dict[str, str] = {}
+        if name in ("CSVLogger", "TensorBoardLogger") and given.get("save_dir") is None:
+            label = given.get("name", LOGS)  # the default
+            place = {"save_dir": str(folder), "name": "" if label == LOGS else label}
+        elif name == "WandbLogger" and given.get("save_dir", ".") == "." and given.get("dir") is None:
+            place = {"save_dir": os.environ.get("WANDB_DIR", str(folder))}
+        elif name == "MLFlowLogger" and given.get("save_dir", MLRUNS) == MLRUNS:
+            if given.get("tracking_uri") or os.environ.get("MLFLOW_TRACKING_URI"):
+                continue
+            place = {"tracking_uri": f"sqlite:///{(folder / 'mlflow.db').as_posix()}"}
+            place["artifact_location"] = given.get("artifact_location") or (folder / "mlruns").as_posix()
+        if place:
+            logger["init_args"] = Namespace({**given, **place})
+
+
+def fill_nulls(arguments: Namespace, made: type) -> None:
+    """Give the arguments of a class their defaults where they are null and may not be; the same within them.
+
+    jsonargparse lets null pass for every type.
+    """
+    with suppress(NameError, TypeError):  # of annotations that nobody can resolve
+        hints = get_type_hints(made.__init__)  # type: ignore[misc]
+        for name, parameter in inspect.signature(made).parameters.items():
+            may_be_null = parameter.default in (None, parameter.empty) or hints.get(name, Any) is Any
+            if name in arguments and arguments[name] is None and not may_be_null:
+                default = parameter.default
+                if isinstance(default, type):
+                    default = Namespace(class_path=f"{default.__module__}.{default.__qualname__}")
+                if NoneType not in get_args(hints[name]):
+                    arguments[name] = default
+    for value in vars(arguments).values():
+        for spec in value if isinstance(value, list) else [value]:
+            if isinstance(spec, Namespace) and "class_path" in spec and isinstance(spec.get("init_args"), Namespace):
+                fill_nulls(spec.init_args, _typehints.import_object(spec.class_path))
+
+
+def check_numbers(config: Any, key: str) -> None:
+    """See that the numbers in a config are such.
+
+    Raises:
+        UserError: If one is NaN or infinite.
+    """
+    if isinstance(config, Namespace | dict):
+        for name, value in (vars(config) if isinstance(config, Namespace) else config).items():
+            check_numbers(value, key if name == "init_args" else f"{key}.{name}")
+    elif isinstance(config, list | tuple):
+        for value in config:
+            check_numbers(value, key)
+    elif isinstance(config, float) and not math.isfinite(config):
+        raise UserError(f"--{key} is {config}, which is not a number to compute with.")
+
+
+def shorten(message: str) -> str:
+    """Return what jsonargparse says of a value in a line: the key, the value, and what was expected."""
+    text = " ".join(message.split())
+    keys, found, problem = text.rpartition("Problem with given class_path '")  # the innermost
+    if found and "Parser key" not in problem:
+        name, _, reason = problem.partition("': ")
+        reason = re.split(r" - (?:Not a valid|Expected a|Import path|Does not)|\.? Got value: | Given value", reason)[0]
+        key = ".".join(re.findall(r'Parser key "([^"]*)"', keys))
+        return f"{key}: {name.rpartition('.')[2]}: {reason}".removeprefix(": ")
+    text = re.sub(r"- Expected a path but (?:\S+ )?either not accessible or invalid - ", "", text)
+    union = "Does not validate against any of the Union subtypes Subtypes: "
+    of_class = r"(?:Problem with given class_path '[^']*'|Type \S.*? expects a function or a callable class): "
+    text = re.sub(  # of a class that may be null, only what is said of the class
+        rf"{union}\[[^],]*, <class 'NoneType'>\] Errors: - (Problem .*?) - Expected a <class 'NoneType'> Given .*",
+        r"\1",
+        text,
+    )
+    text = re.sub(rf'(Parser key "[^"]*)": {of_class}Parser key "', r"\1.", text)
+    if match := re.search(rf"{union}\[(.*?)\] Errors: - (.*) Given value type: .*? Given value: ?(.*)", text):
+        types, errors, value = match.groups()
+        value = re.sub(r"^\[?Namespace\(class_path='([^']*)'.*", r"\1", value) or "''"
+        reasons = [
+            error
+            for error in errors.split(" - ")
+            if not re.match(r"Expected a (<class|typing.Literal)|Does not validate", error)
+        ]
+        reason = re.sub(rf"{of_class}|\. Got value: Namespace\(.*", "", reasons[0]) if reasons else ""
+        text = f"{text[: match.start()]}{value} is none of {types}{f' ({reason})' if reason else ''}"
+    text = re.sub(r"\. Got value: Namespace\(.*", "", text)
+    text = re.sub(r"Expected a dot import path string: (\S+)", r"there is no class \1", text)
+    text = re.sub(r"<class '([\w.]+)'>", r"\1", text)
+    text = re.sub(r"typing\.Literal\[([^]]*)\]", r"\1", text)
+    text = re.sub(r"\b(?:typing|torch|lightning|collections)\.(?:\w+\.)*(\w+)", r"\1", text).replace("NoneType", "null")
+    return re.sub(r'Parser key "([^"]*)"', r"\1", text)
+
+
+def _order(words: Sequence[str]) -> list[str]:
+    """Files first, so that what is typed counts; ``--print_config`` last, or it would print no file behind it."""
+    options: list[list[str]] = [[]]
+    for word in words:
+        is_option = word.startswith("--") or word.partition("=")[0] == "-c"
+        options.append([word]) if is_option else options[-1].append(word)
+
+    def rank(option: list[str]) -> int:
+        name = option[0].partition("=")[0] if option else ""
+        if name == "-c" or ("--config".startswith(name) and len(name) > 2):  # argparse takes abbreviations
+            return 0
+        if name in ("--trainer", "--model", "--data"):
+            return 1
+        return 3 if "--print_config".startswith(name) and len(name) > 2 else 2
+
+    return [word for option in sorted(options, key=rank) for word in option]
+
+
+@contextmanager
+def patched_jsonargparse() -> Iterator[None]:
+    """Let jsonargparse resolve, exchange and call classes as this package documents it."""
+    corrections: dict[str, Callable[[Callable[..., Any]], Callable[..., Any]]] = {
+        "resolve_class_path_by_name": _prefer_own,
+        "discard_init_args_on_class_path_change": _discard_defaults,
+        "adapt_partial_callable_class": _require_class,
+        "sort_subtypes_for_union": _whole_numbers_first,
+        "serialize_as_import_path": _keep_names,
+    }
+    originals = {name: getattr(_typehints, name) for name in corrections}
+    settings = dict(parsing_settings)
+    try:
+        for name, correct in corrections.items():
+            setattr(_typehints, name, correct(originals[name]))
+        # A config or checkpoint may be anybody's: only classes of the type that a key wants are made, and none of os,
+        # subprocess, ... (as jsonargparse 5 will do by itself, see its pull request 959).
+        # a config must hold whatever it is made from: a device is an argument of StochasticWeightAveraging, a Number
+        # one of torchvision's rotations, an Enum of Timer
+        register_type(torch.device, fail_already_registered=False)
+        register_type(Number, _identity, _as_number, fail_already_registered=False)
+        yaml.SafeDumper.add_multi_representer(Enum, lambda dumper, member: dumper.represent_data(member.value))
+        set_parsing_settings(instantiate_subclass_spec_in_any=False, import_path_denylist=[])
+        yield
+    finally:
+        for name, original in originals.items():
+            setattr(_typehints, name, original)
+        parsing_settings.update(settings)
+        yaml.SafeDumper.yaml_multi_representers.pop(Enum, None)
+
+
+def _identity(value: Any) -> Any:
+    return value
+
+
+def _as_number(value: Any) -> Any:
+    value = yaml.safe_load(value) if isinstance(value, str) else value
+    if isinstance(value, bool) or not isinstance(value, Number):
+        raise ValueError(f"{value} is not a number")
+    return value
+
+
+def _keep_names(original: Callable[..., Any]) -> Callable[..., Any]:
+    """Let a config hold a name where a function or its name may stand, as for ModelPruning."""
+    return lambda value: value if isinstance(value, str) else original(value)
+
+
+def _prefer_own(original: Callable[..., str]) -> Callable[..., str]:
+    """Let a short name mean this package's own class, or Lightning's, where others have one of the same name.
+
+    jsonargparse refuses a name that several classes have: MLP is one of torchvision's as well, and torch's
+    ReduceLROnPlateau has no ``monitor``.
+    """
+
+    def resolve(class_type: Any, name: str) -> str:
+        try:
+            return original(class_type, name)
+        except ValueError:
+            paths = [path for path in _typehints.get_all_subclass_paths(class_type) if path.endswith(f".{name}")]
+            own = [path for path in paths if path.startswith(("mnist_lightning.", "lightning."))]
+            if len(own) != 1:
+                raise
+            return own[0]
+
+    return resolve
+
+
+def _discard_defaults(original: Callable[..., Any]) -> Callable[..., Any]:
+    """Make a class that is exchanged for another take its defaults along.
+
+    jsonargparse hands every argument that both classes have to the new one, even one that nobody gave (its issue 460):
+    SGD would train with Adam's default learning rate. Here only what was typed on the command line, and what is not
+    the old class's default, is handed on. And steps of a schedule that are left out are those of the training.
+    """
+
+    def discard(action: Any, previous: Any, value: Any) -> None:
+        if isinstance(previous, Namespace) and "init_args" in previous and previous.class_path != value["class_path"]:
+            defaults = _typehints.ActionTypeHint.get_class_parser(
+                previous.class_path, getattr(action, "sub_add_kwargs", {})
+            ).get_defaults()
+            for name, given in list(previous.init_args.items(branches=True, nested=False)):
+                default = defaults.get(name)
+                is_default = given == (list(default) if isinstance(given, list) and default else default)
+                if is_default and not any({f"{key}.{name}", f"{key}.init_args.{name}"} & typed for key in typed):
+                    previous.init_args.pop(name)
+        original(action, previous, value)
+        handed_on = previous.get("init_args", {}) if isinstance(previous, Namespace) else {}
+        arguments = value.get("init_args", Namespace())
+        parameters = inspect.signature(_typehints.import_object(value["class_path"])).parameters
+        open_values = dict.fromkeys(TOTAL_STEPS, -1) | dict.fromkeys(SIZE_ARGUMENTS, UNKNOWN_SIZE)
+        for name, open_value in open_values.items() if isinstance(arguments, Namespace) else ():
+            is_required = name in parameters and parameters[name].default is inspect.Parameter.empty
+            if is_required and name not in arguments and name not in handed_on:
+                arguments = value["init_args"] = Namespace({**vars(arguments), name: open_value})
+
+    return discard
+
+
+def _whole_numbers_first(original: Callable[..., list[Any]]) -> Callable[..., list[Any]]:
+    """Let 1 stay a whole number where both int and float may stand: to Lightning, 1 batch is not 1.0 of them.
+
+    Python keeps one union for ``int | float`` and ``float | int``, in the order that somebody wrote first.
+    """
+
+    def sort(subtypes: Any, *arguments: Any) -> list[Any]:
+        ordered = [*original(subtypes, *arguments)]
+        if int in ordered and float in ordered:
+            places = sorted((ordered.index(int), ordered.index(float)))
+            ordered[places[0]], ordered[places[1]] = int, float
+        return ordered
+
+    return sort
+
+
+def _require_class(original: Callable[..., tuple[Any, Any]]) -> Callable[..., tuple[Any, Any]]:
+    """Refuse a function as the class path of a callable.
+
+    jsonargparse calls any that its denylist does not name (pull request 959), with arguments of the config.
+    """
+
+    def adapt(callable_type: Any, spec: Any) -> tuple[Any, Any]:
+        spec, skipped = original(callable_type, spec)
+        if not isinstance(_typehints.import_object(spec["class_path"]), type):
+            raise ImportError(f"{spec['class_path']} is no class")
+        return spec, skipped
+
+    return adapt

@@ -1,0 +1,92 @@
+"""Find the models and the study that a report is about."""
+
+import re
+from collections.abc import Sequence
+from glob import glob
+from pathlib import Path
+from typing import Any
+
+import optuna
+from optuna.trial import TrialState
+
+from mnist_lightning.comparison.evaluation import COLORS, Model, have_same, load_run
+from mnist_lightning.search.storage import hide_password
+from mnist_lightning.search.study import find_study
+from mnist_lightning.system.errors import UserError
+from mnist_lightning.training.runs import newest_complete_run
+
+
+def load_models(arguments: Sequence[str], weights: str, logs: Path) -> list[Model]:
+    """Load and evaluate the models; see :func:`write`."""
+    folders: dict[str, list[Path]] = {}
+    for argument in arguments:
+        name, _, paths = argument.partition("=")
+        if not name or name in folders:
+            raise UserError(f"Each model needs a name of its own, as NAME=PATH: {' '.join(arguments)}")
+        found = [run for path in paths.split(",") for run in find_runs(name, path)] if paths else []
+        folders[name] = [*dict.fromkeys(found)] or [newest_complete_run(logs / name)]
+    models: list[Model] = []
+    for name, paths_of in folders.items():
+        slug = re.sub(r"[^\w.-]+", "_", name)[:50]
+        if slug in [model.slug for model in models]:
+            slug += f"_{len(models)}"
+        models.append(Model(name, slug, COLORS[len(models) % len(COLORS)], [*map(load_run, paths_of)], weights))
+    runs = [run for model in models for run in model.runs]
+    for run in runs:
+        if not have_same("test", runs[0], run):
+            raise UserError(
+                f"{runs[0].path} and {run.path} have other test images than each other: their results do not compare."
+            )
+        if (weights, "test") not in run.evaluations:
+            raise UserError(f"{run.path} has no weights of its best epoch; take --ckpt_path last.")
+    return models
+
+
+def find_runs(name: str, pattern: str) -> list[Path]:
+    """The runs that a model's path names, or the complete ones that its pattern matches, in natural order.
+
+    Raises:
+        UserError: If no complete run matches the pattern.
+    """
+    if Path(pattern).exists() or not re.search(r"[*?[]", pattern):
+        return [Path(pattern)]
+    natural = lambda path: [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", path)]  # noqa: E731
+    matches = [Path(path) for path in sorted(glob(pattern), key=natural)]
+    complete = [
+        path
+        for path in matches
+        if path.is_file() or all((path / file).is_file() for file in ("test.csv", "checkpoints/last.ckpt"))
+    ]
+    left_out = ", ".join(str(path) for path in matches if path not in complete)
+    if not complete:
+        remedy = f"; without a checkpoint, or stopped before their end: {left_out}" if left_out else ""
+        raise UserError(f"{name}: no complete run matches {pattern}{remedy}.")
+    if left_out:
+        print(f"{name}: left out, without a checkpoint or stopped before their end: {left_out}\n")
+    return complete
+
+
+def load_study(name: str | None, storage: str | None, logs: Path, models: Sequence[Model]) -> optuna.Study | None:
+    """Load the study, if there is one with a complete trial; see :func:`write`."""
+    origins = {origin["study_name"]: model for model in models if (origin := origin_of(model))}
+    if name is None and not origins:
+        return None
+    found = name or [*origins][-1]
+    source = storage or str(logs / found / "journal.log")
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    study = find_study(found, source)
+    if study is None:
+        source = hide_password(source)
+        if name is None and storage is None:
+            print(f"{origins[found].name} is of the study {found}, which is not in {source}. Show it: --storage URL\n")
+            return None
+        raise UserError(f"There is no study {found} in {source}.")
+    if not study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,)):
+        return None
+    return study
+
+
+def origin_of(model: Model) -> dict[str, Any] | None:
+    """The study and trial that made a model's first run, if one has."""
+    origin = model.runs[0].config.get("origin")
+    return origin if isinstance(origin, dict) and {"study_name", "trial"} <= origin.keys() else None

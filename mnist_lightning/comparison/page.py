@@ -1,0 +1,112 @@
+"""Write the files of a report: the page, JSON, CSV, PNG and TensorBoard."""
+
+import json
+import math
+import shutil
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jinja2
+from markupsafe import Markup
+from tensorboard.compat.proto.summary_pb2 import Summary
+from torch.utils.tensorboard import SummaryWriter
+
+from mnist_lightning.comparison import interactive
+from mnist_lightning.comparison.loading import load_models, load_study
+from mnist_lightning.comparison.sections import Section, model_sections, study_sections
+from mnist_lightning.comparison.summary import Report
+from mnist_lightning.system.errors import UserError
+
+
+def write(
+    models: Sequence[str], weights: str, study: str | None, storage: str | None, logs: Path, output: Path | None
+) -> None:
+    """Write the report.
+
+    Args:
+        models: Any number of NAME or NAME=PATH,PATH,..., of which a path may be a pattern; none for the study alone.
+        weights: ``last`` or ``best``.
+        study: Name of the study, or None for the one that made the last model that one has made.
+        storage: Its storage, or None for the journal in its folder.
+        logs: Folder of the runs.
+        output: Folder of the report, or None for ``report`` in ``logs``.
+
+    Raises:
+        UserError: If a run or the study is missing or damaged, or the models do not compare.
+    """
+    output = output or logs / "report"
+    if output.exists() and any(output.iterdir()) and not (output / "report.json").is_file():
+        raise UserError(f"{output} holds something else than a report: choose another --output.")
+    loaded = load_models(models, weights, logs)
+    found = load_study(study, storage, logs, loaded)
+    if not loaded and found is None:
+        raise UserError(f"The study {study} has no complete trial yet.")
+    report = Report(loaded, found)
+    sections = [*(model_sections(report) if loaded else ()), *study_sections(report)]
+    save(report, sections, output)
+    if loaded:
+        print(f"{report.quantities.rename_axis(None).to_string()}\n")
+    print("\n".join(report.lines) + f"\n\nReport: {output / 'report.html'}")
+
+
+def render(report: Report, sections: Sequence[Section]) -> str:
+    """The page: one file, which asks for no other."""
+    style, script, *libraries = [
+        Markup((Path(__file__).parent / name).read_text(encoding="utf-8"))  # noqa: S704
+        for name in ("page.css", "page.js", "uplot/uPlot.min.css", "uplot/uPlot.iife.min.js")
+    ]
+    data = interactive.content(report.models) if report.models else {}
+    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
+    template = environment.from_string(Path(__file__).with_name("page.html").read_text(encoding="utf-8"))
+    return template.render(report=report, sections=sections, style=style, script=script, libraries=libraries, data=data)
+
+
+def save(report: Report, sections: Sequence[Section], output: Path) -> None:
+    """Write all files, beside their place: an old report stays until the new one is whole."""
+    output.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".report-", dir=output.parent) as temporary:
+        new = Path(temporary, "new")
+        (new / "figures").mkdir(parents=True)
+        (new / "report.json").write_text(
+            json.dumps(_plain(report.to_json()), indent=2, allow_nan=False) + "\n", encoding="utf-8"
+        )
+        if report.models:
+            report.quantities.to_csv(new / "comparison.csv")
+        if report.trials is not None:
+            report.trials.to_csv(new / "trials.csv")
+        (new / "report.html").write_text(render(report, sections), encoding="utf-8")
+        with SummaryWriter(str(new)) as tensorboard:
+            for picture in (picture for section in sections for picture in section.pictures if picture.png):
+                (new / f"figures/{picture.name}.png").write_bytes(picture.png)
+                # add_image would compress it once more
+                image = Summary.Image(encoded_image_string=picture.png, height=picture.height, width=picture.width)
+                value = Summary.Value(tag=f"report/{picture.name}", image=image)
+                tensorboard.file_writer.add_summary(Summary(value=[value]))
+        if output.exists():
+            _keep_others(output, new)
+            output.rename(Path(temporary, "old"))
+        new.rename(output)
+
+
+def _plain(content: Any) -> Any:
+    """Content for JSON, which has no numbers but finite ones: null stands for others."""
+    if isinstance(content, dict):
+        return {key: _plain(value) for key, value in content.items()}
+    if isinstance(content, list | tuple):
+        return [*map(_plain, content)]
+    return None if isinstance(content, float) and not math.isfinite(content) else content
+
+
+def _keep_others(old: Path, new: Path) -> None:
+    """Copy what is in an old report's folder, but is not of a report."""
+    for path in old.rglob("*"):
+        name = path.relative_to(old)
+        is_of_report = str(name) in ("report.html", "report.json", "comparison.csv", "trials.csv") or (
+            (name.parent, name.suffix) == (Path("figures"), ".png") or str(name).startswith("events.out.tfevents.")
+        )
+        if path.is_dir():
+            (new / name).mkdir(exist_ok=True)
+        elif not is_of_report:
+            shutil.copy2(path, new / name)

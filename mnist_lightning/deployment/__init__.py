@@ -1,0 +1,1 @@
+"""Export the network of a run."""

@@ -1,0 +1,178 @@
+"""Workers of a command: start, watch, replace and stop them."""
+
+import math
+import os
+import time
+from collections.abc import Sequence
+from contextlib import suppress
+from multiprocessing.connection import wait
+from typing import Any
+
+import torch
+from optuna.pruners import WilcoxonPruner
+from optuna.study import Study
+from optuna.trial import FrozenTrial, TrialState
+from tqdm import tqdm
+
+from mnist_lightning.search.record import TrialRecord, is_counted
+from mnist_lightning.search.recovery import ATTEMPTS, SWEEPS, Recovery
+from mnist_lightning.search.space import short_key, short_value
+from mnist_lightning.search.study import format_value, is_time_up, time_left
+from mnist_lightning.search.trial import Search
+from mnist_lightning.search.worker import Worker
+from mnist_lightning.system.errors import UserError
+from mnist_lightning.system.signals import Interrupt
+
+
+def devices(options: Any) -> list[str | None]:
+    """Return for each worker that there may be the GPU that it sees, or None."""
+    gpus: list[str] = []
+    if options.trainer.devices == 1 and options.trainer.accelerator in ("auto", "gpu", "cuda"):
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+        gpus = visible.split(",") if visible else [str(i) for i in range(torch.cuda.device_count())]
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    count = options.workers or len(gpus) or cores
+    return [gpus[i % len(gpus)] if gpus else None for i in range(count)]
+
+
+class Pool:
+    """The workers of a command.
+
+    Args:
+        search: The search.
+        study: Its study.
+        storage: The study's storage.
+        devices: For each worker that there may be, the GPU that it sees, or None.
+
+    Attributes:
+        names: Of all workers that there have been.
+    """
+
+    def __init__(self, search: Search, study: Study, storage: Any, devices: Sequence[str | None]) -> None:
+        self.search = search
+        self.study = study
+        self.storage = storage
+        self.names: set[str] = set()
+        self._free = [*reversed(devices)]
+        self._workers: list[Worker] = []
+        self._recovery = Recovery(study, storage)
+        self._is_exhausted = False
+        self._early_deaths = 0
+        self._shown = {trial.number for trial in study.get_trials(deepcopy=False) if trial.state.is_finished()}
+
+    def run(self, interrupt: Interrupt) -> bool:
+        """Search until nothing is left to do; return whether that was interrupted."""
+        options = self.search.options
+        total = options.n_trials * options.executions_per_trial * self.search.epochs
+        shape = "{desc} |{bar}| {percentage:3.0f} % [{elapsed} < {remaining}]"
+        self.bar: tqdm[Any] = tqdm(total=total, bar_format=shape, leave=False, disable=None)
+        try:
+            self._watch(interrupt)
+        except KeyboardInterrupt:
+            pass
+        finally:
+            interrupt.is_put_off = True
+            for worker in self._workers:
+                worker.stop()  # all at once
+            for worker in self._workers:
+                worker.end()
+            self.storage.patience = 0.0
+            with suppress(UserError):  # the storage is away: the next command will notice
+                for trial in self._recovery.running(self.names):
+                    self._recovery.put_back(trial.number, died=False)
+            self.bar.close()
+            interrupt.is_put_off = False
+        return interrupt.received
+
+    def _watch(self, interrupt: Interrupt) -> None:
+        """Keep the workers at work, and show how far the study is."""
+        next_sweep = 0.0
+        while not interrupt.received:  # some code swallows a KeyboardInterrupt
+            if time.monotonic() > next_sweep:
+                self._recovery.beat(self.names)
+                for number in self._recovery.sweep():
+                    self._print(f"Trial {number:3} is run again: its process died, or was silent for too long")
+                next_sweep = time.monotonic() + self.search.options.grace_period / SWEEPS
+            trials = [trial for trial in self.study.get_trials(deepcopy=False) if is_counted(trial)]
+            is_running = any(trial.state == TrialState.RUNNING for trial in trials)
+            to_begin = 0 if is_time_up(self.study) else self._to_begin(trials)
+            if is_time_up(self.study) and not self.search.options.finish_trials:
+                return
+            if not (self._workers or is_running or to_begin):
+                return
+            own = len(self._recovery.running([worker.name for worker in self._workers]))
+            while self._free and len(self._workers) < own + to_begin:
+                self._workers.append(Worker(self.search, self._free.pop()))
+                self.names.add(self._workers[-1].name)
+            sentinels = [worker.process.sentinel for worker in self._workers]
+            ended = wait(sentinels, timeout=1)
+            if not sentinels:  # others are at work
+                time.sleep(1)
+            self._show_progress()
+            for worker in [worker for worker in self._workers if worker.process.sentinel in ended]:
+                self._workers.remove(worker)
+                self._free.append(worker.device)
+                self._end(worker)
+        self._show_progress()
+
+    def _to_begin(self, trials: Sequence[FrozenTrial]) -> int:
+        waiting = sum(trial.state == TrialState.WAITING for trial in trials)
+        return waiting + (0 if self._is_exhausted else max(0, self.search.options.n_trials - len(trials)))
+
+    def _end(self, worker: Worker) -> None:
+        """Look at how a worker ended, and put its trial back."""
+        code, words = worker.end(), worker.error_line()
+        if words is not None:
+            raise UserError(words)
+        if code == 0:  # it found nothing to begin
+            self._is_exhausted = True
+            return
+        trials = self._recovery.running([worker.name])
+        for trial in trials:
+            self._recovery.put_back(trial.number, died=True)
+            self._print(f"Trial {trial.number:3} goes on with another worker: one died (exit code {code})")
+        self._early_deaths = 0 if trials else self._early_deaths + 1
+        if self._early_deaths == ATTEMPTS:
+            raise UserError(
+                f"{ATTEMPTS} workers died before they had begun, the last with exit code {code}. "
+                f"Is there enough memory for {len(self._workers) + 1} workers?"
+            )
+
+    def _show_progress(self) -> None:
+        trials = [trial for trial in self.study.get_trials(deepcopy=False) if is_counted(trial)]
+        finished = [trial for trial in trials if trial.state.is_finished()]
+        for trial in finished:
+            if trial.number not in self._shown:
+                self._shown.add(trial.number)
+                result = " ".join(map(format_value, trial.values or [])) or TrialRecord.of(trial).error
+                params = ", ".join(f"{short_key(key)} {short_value(value)}" for key, value in trial.params.items())
+                self._print(f"Trial {trial.number:3} {trial.state.name.lower():8} {result}  {params}")
+        self.bar.desc = ", ".join([f"Trials {len(finished)}/{self.search.options.n_trials}", *self._remarks(finished)])
+        of_trial = self.search.options.executions_per_trial * self.search.epochs
+        unfinished = [trial for trial in trials if not trial.state.is_finished()]
+        self.bar.n = len(finished) * of_trial + sum(map(self._epochs_of, unfinished))
+        self.bar.refresh()
+
+    def _remarks(self, finished: Sequence[FrozenTrial]) -> list[str]:
+        states = [trial.state for trial in finished]
+        remarks = [
+            f"{states.count(state)} {name}"
+            for name, state in (("pruned", TrialState.PRUNED), ("failed", TrialState.FAIL))
+            if state in states
+        ]
+        if TrialState.COMPLETE in states:
+            complete = [trial for trial in finished if trial.state == TrialState.COMPLETE]
+            remarks.append(f"best {self.search.metrics[0].best(trial.values[0] for trial in complete):.4f}")
+        if (left := time_left(self.study)) < math.inf:
+            remarks.append(f"{tqdm.format_interval(left)} until no trial is begun")
+        return remarks
+
+    def _epochs_of(self, trial: FrozenTrial) -> int:
+        """Return how many epochs of a trial were reported."""
+        executions = len(TrialRecord.of(trial).executions)
+        is_by_epoch = not isinstance(self.study.pruner, WilcoxonPruner) and trial.intermediate_values
+        return len(trial.intermediate_values) if is_by_epoch else executions * self.search.epochs
+
+    def _print(self, line: str) -> None:
+        with self.bar.external_write_mode():
+            print(line, flush=True)

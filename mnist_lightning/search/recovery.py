@@ -1,0 +1,128 @@
+"""Notice a trial whose process died, and put it back into the queue."""
+
+import os
+import socket
+import time
+from collections.abc import Collection
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import psutil
+from optuna.exceptions import UpdateFinishedTrialError
+from optuna.storages import BaseStorage
+from optuna.study import Study
+from optuna.trial import FrozenTrial, TrialState
+
+from mnist_lightning.search.record import TrialRecord
+
+ATTEMPTS = 3
+"""How many processes may die at a trial, without finishing an execution, before it counts as failed."""
+
+SWEEPS = 6
+"""Sweeps in a grace period: a process on another machine that is silent for all of them is taken for dead."""
+
+
+def process_name(pid: int | None = None) -> str:
+    """Return machine, number and start time of a process, by default of this one: no other ever has the same."""
+    pid = pid or os.getpid()
+    return f"{_machine()}:{pid}:{_start_time(pid)}"
+
+
+def _machine() -> str:
+    """Return where the number of a process means the same: the host since its start, or a container on it."""
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii")[:8]
+        return f"{socket.gethostname()}/{boot}/{Path('/proc/self/ns/pid').stat().st_ino}"
+    except OSError:
+        return socket.gethostname()
+
+
+def _start_time(pid: int) -> str | None:
+    """Return when a process started, in seconds; empty if the system does not say, None if the process is dead."""
+    try:
+        process = psutil.Process(pid)
+        # a container's first process may never bury the dead
+        if process.status() in (psutil.STATUS_ZOMBIE, psutil.STATUS_DEAD):
+            return None
+        # Linux counts from its start: there, what psutil adds to the ticks moves when the clock is set
+        return f"{process.create_time() - (psutil.boot_time() if psutil.LINUX else 0):.2f}"
+    except psutil.NoSuchProcess:
+        return None
+    except (psutil.Error, OSError):
+        return ""
+
+
+class Recovery:
+    """Puts the running trials of dead processes back into the queue of a study.
+
+    Processes of this machine can be looked at. The commands on other machines change the ``heartbeat`` of their
+    workers' trials. Sweeps without a change are counted, not seconds, so that clocks need not agree and an outage of
+    the storage makes nobody look dead.
+
+    Args:
+        study: The study.
+        storage: Its storage.
+    """
+
+    def __init__(self, study: Study, storage: BaseStorage) -> None:
+        self._study = study
+        self._storage = storage
+        self._study_id = storage.get_study_id_from_name(study.study_name)
+        self._silence: dict[int, tuple[float | None, int]] = {}  # trial: last heartbeat, sweeps since it changed
+
+    def running(self, owners: Collection[str]) -> list[FrozenTrial]:
+        """Return the running trials of some processes."""
+        trials = self._study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
+        return [trial for trial in trials if trial.user_attrs.get("owner") in owners]
+
+    def beat(self, owners: Collection[str]) -> None:
+        """Say that the processes which run trials are alive."""
+        for trial in self.running(owners):
+            with suppress(UpdateFinishedTrialError):
+                self._set(trial.number, heartbeat=time.time())
+
+    def put_back(self, number: int, died: bool) -> None:
+        """Let a running trial wait for another process, which goes on with its parameters and executions.
+
+        Args:
+            number: Of the trial.
+            died: Whether its process died, and was not stopped.
+        """
+        # read again: it may have been finished, or put back by another command, since it was listed
+        trial = self._study.get_trials(deepcopy=False)[number]
+        if trial.state != TrialState.RUNNING:
+            return
+        with suppress(UpdateFinishedTrialError):
+            self._set(number, owner="", attempts=TrialRecord.of(trial).attempts + died)
+            self._storage.set_trial_state_values(self._id(number), TrialState.WAITING)
+
+    def sweep(self) -> list[int]:
+        """Put back the running trials whose process is dead or whose machine has vanished; return their numbers."""
+        dead = []
+        for trial in self._study.get_trials(deepcopy=False):
+            if trial.state != TrialState.RUNNING:
+                self._silence.pop(trial.number, None)
+            elif self._is_dead(trial):
+                self._silence.pop(trial.number)  # its next owner has all the time again
+                self.put_back(trial.number, died=True)
+                dead.append(trial.number)
+        return dead
+
+    def _is_dead(self, trial: FrozenTrial) -> bool:
+        record = TrialRecord.of(trial)
+        before, silent = self._silence.get(trial.number, (record.heartbeat, -1))
+        silent = silent + 1 if record.heartbeat == before else 0
+        self._silence[trial.number] = record.heartbeat, silent
+        machine, _, process = record.owner.partition(":")
+        if machine != _machine():  # or without an owner: its process is about to write its name, or died before
+            return silent >= SWEEPS
+        pid, _, start = process.partition(":")
+        return not pid.isdecimal() or _start_time(int(pid)) not in (start, "")
+
+    def _set(self, number: int, **attributes: Any) -> None:
+        for name, value in attributes.items():
+            self._storage.set_trial_user_attr(self._id(number), name, value)
+
+    def _id(self, number: int) -> int:
+        return self._storage.get_trial_id_from_study_id_trial_number(self._study_id, number)

@@ -1,0 +1,448 @@
+"""One trial: draw its parameters, train its executions, tell its values."""
+
+import copy
+import math
+import shutil
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+import optuna
+import torch
+import yaml
+from filelock import FileLock
+from jsonargparse import Namespace
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import Checkpoint
+from lightning.pytorch.loggers import TensorBoardLogger, WandbLogger
+from optuna.exceptions import UpdateFinishedTrialError
+from optuna.pruners import BasePruner, WilcoxonPruner
+from optuna.storages import BaseStorage
+from optuna.study import Study
+from optuna.trial import FrozenTrial, Trial, TrialState
+from torch.utils.flop_counter import FlopCounterMode
+
+from mnist_lightning.commands.fit import TrainingCLI
+from mnist_lightning.data import ImageDataModule
+from mnist_lightning.search.record import Metric, TrialRecord, is_counted
+from mnist_lightning.search.recovery import ATTEMPTS, process_name
+from mnist_lightning.search.sampler import draw, make_sampler
+from mnist_lightning.search.space import SearchSpace, config_with, instantiate, max_epochs
+from mnist_lightning.search.study import best_trial, has_room, is_time_up, limited_values
+from mnist_lightning.system.errors import UserError
+from mnist_lightning.training.checkpoints import RunCheckpoint
+
+REPEATS = 3
+"""Trials in a row that repeat others, after which a finite space is taken to be drawn to its end."""
+
+
+class FailedTrialError(Exception):
+    """Ends a trial that fails, or that is one too many."""
+
+
+class AbandonedTrial(BaseException):
+    """Ends a trial without a word to the study: others have it, or are to go on with it.
+
+    ``Study.optimize`` tells the study of every Exception.
+    """
+
+
+@dataclass
+class Search:
+    """What the workers of a search share.
+
+    Attributes:
+        options: The command's own options.
+        metrics: What is optimized.
+        base: Config of a run, whose keys the space changes.
+        space: The search space.
+        storage: Path or URL of the study's storage.
+        folder: Of the study, for the logs of the executions.
+    """
+
+    options: Namespace
+    metrics: list[Metric]
+    base: dict[str, Any]
+    space: SearchSpace
+    storage: str
+    folder: Path
+
+    @property
+    def epochs(self) -> int:
+        """Epochs of the longest execution."""
+        return int(max_epochs(self.space, self.base))
+
+    def lock(self) -> FileLock:
+        """Return a lock that one worker of this machine can hold.
+
+        Raises:
+            FileNotFoundError: If the study's folder was moved or deleted, which the lock would make anew.
+        """
+        if not self.folder.is_dir():
+            raise FileNotFoundError(f"{self.folder} was moved or deleted while its study was searched.")
+        return FileLock(self.folder / ".lock")
+
+    @property
+    def limited(self) -> list[Metric]:
+        """What has limits: metrics of the study, and others."""
+        known = {metric.name: metric for metric in self.metrics}
+        return [known.get(name, Metric(name)) for name in self.options.limits]
+
+
+class Objective:
+    """What ``Study.optimize`` calls for each trial.
+
+    Args:
+        search: The search.
+        study: Its study.
+        name: Name of the process.
+    """
+
+    def __init__(self, search: Search, study: Study, name: str) -> None:
+        self.search = search
+        self.study = study
+        self.name = name
+        self._data: ImageDataModule | None = None
+        self._repeats = 0
+
+    def __call__(self, trial: Trial) -> list[float]:
+        """Run a trial, or what is left of one whose process died.
+
+        Raises:
+            FailedTrialError: If it fails, or is one too many.
+            TrialPruned: If the pruner ends it.
+            AbandonedTrial: If others have it by now or, with a cause, if this process cannot go on.
+        """
+        try:
+            return self._run(trial)
+        except (FailedTrialError, optuna.TrialPruned):
+            raise
+        except UpdateFinishedTrialError:
+            raise AbandonedTrial from None
+        except Exception as error:  # the machine or the storage
+            raise AbandonedTrial from error
+
+    def _run(self, trial: Trial) -> list[float]:
+        before = self.study.get_trials(deepcopy=False)[: trial.number]
+        if sum(map(is_counted, before)) >= self.search.options.n_trials:
+            raise FailedTrialError("two processes asked for the last trial at once")
+        trial.set_user_attr("owner", self.name)
+        record = TrialRecord.of(self._frozen(trial))
+        with self.search.lock():  # or two workers could draw the same of a finite space
+            draw(trial, self.search.space)
+            self._check_repeat(trial)
+        if record.error is None and record.attempts >= ATTEMPTS:
+            self._fail(trial, f"{ATTEMPTS} processes died that ran it")
+        if record.error is not None:  # its process died before it could say so
+            raise FailedTrialError(record.error)
+        executions = [*record.executions]
+        for number in range(self.search.options.executions_per_trial):
+            if number not in [execution["execution"] for execution in executions]:
+                executions.append(self.train(trial, number, executions))
+                executions.sort(key=lambda execution: execution["execution"])
+                trial.set_user_attr("executions", executions)
+                if record.attempts:  # a trial that gets on is not what kills its processes
+                    trial.set_user_attr("attempts", 0)
+            if self.report(trial, executions) and len(executions) < self.search.options.executions_per_trial:
+                raise optuna.TrialPruned
+        limits = self.search.options.limits
+        values = limited_values(self._frozen(trial), limits)  # not of executions that are older than the limit
+        for metric in self.search.limited:
+            if metric.name in values:
+                trial.set_constraint(metric.name, metric.excess(values[metric.name], limits[metric.name]))
+        return [mean(values) for values in zip(*map(scores_of, executions), strict=True)]
+
+    def _frozen(self, trial: Trial) -> FrozenTrial:
+        return self.study.get_trials(deepcopy=False)[trial.number]
+
+    def owns(self, trial: Trial) -> bool:
+        """Return whether a trial is still this process's: others may have taken its machine for dead."""
+        frozen = self._frozen(trial)
+        return frozen.state == TrialState.RUNNING and frozen.user_attrs.get("owner") == self.name
+
+    def _fail(self, trial: Trial, error: str) -> None:
+        trial.set_user_attr("error", error)
+        raise FailedTrialError(error)
+
+    def _check_repeat(self, trial: Trial) -> None:
+        """Stop where a sampler of a finite space has nothing new: it draws again what others are still training."""
+        frozen = self._frozen(trial)
+        if not getattr(self.study.sampler, "is_finite", False) or "fixed_params" in frozen.system_attrs:
+            return
+        before = self.study.get_trials(deepcopy=False)[: trial.number]
+        if not any(is_counted(other) and other.params == trial.params for other in before):
+            self._repeats = 0
+            return
+        self._repeats += 1  # two processes may draw the same at once, but not again and again
+        if self._repeats == REPEATS:
+            self.study.stop()
+        raise FailedTrialError("this combination has a trial")
+
+    def report(
+        self, trial: Trial, executions: Sequence[dict[str, Any]], curve: Mapping[int, float] | None = None
+    ) -> bool:
+        """Report what is known of a trial, and ask the pruner.
+
+        A value is an estimate of the trial's: the mean over its executions so far, of the best epoch so far. Its step
+        counts epochs, those of earlier executions included. For Wilcoxon's test, which compares pairs, it is an
+        execution and its score.
+
+        Args:
+            trial: The trial.
+            executions: Those that are finished.
+            curve: From an epoch to its value, of the execution that is at work.
+
+        Returns:
+            Whether the trial is to end here.
+        """
+        if len(self.search.metrics) > 1:  # pruners know one
+            return False
+        metric, epochs = self.search.metrics[0], self.search.epochs
+        curves = [dict(execution["values"]) for execution in executions]
+        if curve is not None:
+            curves.append(dict(curve))
+        steps: dict[int, float] = {}
+        for number, values in enumerate(curves):
+            scores = [execution["score"] for execution in executions[:number]]
+            if not isinstance(self.study.pruner, WilcoxonPruner):
+                for epoch in values:
+                    best = metric.best(value for e, value in values.items() if e <= epoch)
+                    steps[number * epochs + epoch] = mean([*scores, best])
+            elif number < len(executions):
+                steps[number] = executions[number]["score"]
+        known = self._frozen(trial).intermediate_values
+        for step in steps.keys() - known.keys():
+            trial.report(steps[step], step)
+        return bool(steps) and trial.should_prune()
+
+    def train(self, trial: Trial, number: int, executions: Sequence[dict[str, Any]]) -> dict[str, Any]:
+        """Train an execution; return its record."""
+        start = time.perf_counter()
+        config = config_with(self.search.base, trial.params, self.search.space)
+        config["seed_everything"] += number  # the same seeds in all trials, so that they compare
+        config["origin"] = {"study_name": self.search.options.study_name, "trial": trial.number}
+        folder = _new_folder(self.search.folder, trial.number, number)
+        progress = Progress(self, trial, executions)
+        try:
+            self._fit(config, folder, progress)
+        except (OSError, UpdateFinishedTrialError):  # the machine is at fault, or others have the trial
+            raise
+        except (Exception, SystemExit) as error:  # whatever a combination of values makes go wrong
+            shutil.rmtree(folder / "checkpoints", ignore_errors=True)
+            if not self.owns(trial):
+                raise AbandonedTrial from None
+            self._fail(trial, f"{type(error).__name__}: {' '.join(str(error).split())}")
+        if not self.owns(trial):
+            raise AbandonedTrial
+        if progress.pruned:
+            shutil.rmtree(folder / "checkpoints", ignore_errors=True)
+            raise optuna.TrialPruned
+        return {
+            "execution": number,
+            "seed": config["seed_everything"],
+            "seconds": round(time.perf_counter() - start, 2),
+            "folder": folder.relative_to(self.search.folder).as_posix(),
+            **progress.result(),
+        }
+
+    def _fit(self, config: dict[str, Any], folder: Path, progress: "Progress") -> None:
+        """Train as ``fit`` would with a config, and write the config, events and weights to a folder."""
+        search = self.search
+        loggers: list[Any] = []
+        named = copy.deepcopy(config)
+        _name_loggers(named["trainer"]["logger"], "_".join([search.options.study_name, *folder.parts[-2:]]))
+        try:
+            run = TrainingCLI(named)
+            complete = {key: value for key, value in run.plain_config().items() if key in config}
+            complete["trainer"]["logger"] = config["trainer"]["logger"]
+            (folder / "config.yaml").write_text(yaml.safe_dump(complete, sort_keys=False), encoding="utf-8")
+            if self._data is not None:
+                run.datamodule.take_images(self._data)
+            self._data = run.datamodule
+            loggers = [*run.trainer.loggers]
+            if loggers:
+                with search.lock():  # two at once could fail to make the same database
+                    for logger in loggers:
+                        logger.experiment  # noqa: B018
+            if config["tensorboard"]:
+                tensorboard = TensorBoardLogger(search.folder, folder.parent.name, folder.name, default_hp_metric=False)
+                run.trainer.loggers = [tensorboard, *loggers]
+            callbacks: list[Any] = run.trainer.callbacks  # type: ignore[attr-defined]
+            callbacks.append(progress)
+            if search.options.keep_checkpoints == "best":
+                mode: Any = "max" if search.metrics[0].sign == 1 else "min"
+                checkpoint = RunCheckpoint(complete, search.metrics[0].name, mode)
+                checkpoint.dirpath = str(folder / "checkpoints")
+                callbacks.append(checkpoint)
+            run.trainer.fit(run.model, datamodule=run.datamodule)
+        finally:
+            for logger in loggers:
+                if isinstance(logger, WandbLogger):  # or the next would go on with the same run
+                    logger.experiment.finish()
+
+
+def run_trials(search: Search, storage: BaseStorage) -> None:
+    """Run trials of a study until there are none to begin.
+
+    Raises:
+        Exception: If the machine or the storage does not let a trial go on; the trial is left as it is.
+    """
+    pruner = instantiate(BasePruner, search.options.pruner)
+    study = optuna.load_study(storage=storage, study_name=search.options.study_name, pruner=pruner)
+    study.sampler = make_sampler(study, search.options.sampler, search.base["seed_everything"], search.space)
+    objective = Objective(search, study, process_name())
+
+    def can_go_on() -> bool:
+        return has_room(study, search.options.n_trials) and not is_time_up(study)
+
+    def after_trial(study: Study, _: FrozenTrial) -> None:
+        if search.options.keep_checkpoints == "best":
+            delete_weights(search, study)
+        if not can_go_on():
+            study.stop()
+
+    is_exhausted = False
+    while can_go_on() and not is_exhausted:
+        try:
+            study.optimize(objective, catch=(FailedTrialError,), callbacks=[after_trial], gc_after_trial=True)
+            is_exhausted = True  # or it would have gone on: the sampler has stopped it
+        except AbandonedTrial as reason:
+            if isinstance(reason.__cause__, Exception):
+                raise reason.__cause__ from None
+
+
+def scores_of(execution: dict[str, Any]) -> list[float]:
+    """Return the values of all metrics of an execution, at the best epoch of the first."""
+    scores: list[float] = execution.get("scores", [execution["score"]])
+    return scores
+
+
+def kept_weights(search: Search, trial: FrozenTrial) -> list[Path]:
+    """Return the weights of a trial that are kept on this machine: those of its best execution."""
+    executions = [each for each in TrialRecord.of(trial).executions if "folder" in each]
+    if not executions:
+        return []
+    best = search.metrics[0].best((each["score"], each["folder"]) for each in executions)[1]
+    return [path for path in (search.folder / best / "checkpoints/best.ckpt",) if path.is_file()]
+
+
+def delete_weights(search: Search, study: Study) -> None:
+    """Delete the weights of the trials that are finished, but not the best."""
+    best = None
+    with suppress(UserError):  # none is complete, or within the limits
+        best = best_trial(study, search.options.limits)
+    for trial in study.get_trials(deepcopy=False):
+        if trial.state.is_finished() and (best is None or trial.number != best.number):
+            for execution in TrialRecord.of(trial).executions:
+                folder = search.folder / execution.get("folder", "") / "checkpoints"
+                if "folder" in execution and folder.is_dir():
+                    shutil.rmtree(folder, ignore_errors=True)
+
+
+def _new_folder(study_folder: Path, trial: int, execution: int) -> Path:
+    """Make the folder of an execution; the log of one that was lost stays."""
+    lost = 0
+    while True:
+        again = f"_again_{lost}" if lost else ""
+        folder = study_folder / f"trial_{trial:03}" / f"execution_{execution}{again}"
+        with suppress(FileExistsError):
+            folder.mkdir(parents=True)
+            return folder
+        lost += 1
+
+
+def _name_loggers(config: Any, name: str) -> None:
+    """Give the user's loggers, of which each execution has its own, the execution's name if they have none."""
+    keys = {"CSVLogger": "version", "TensorBoardLogger": "version", "MLFlowLogger": "run_name", "WandbLogger": "name"}
+    for logger in config if isinstance(config, list) else [config]:
+        key = keys.get(logger["class_path"].rpartition(".")[2]) if isinstance(logger, dict) else None
+        if key is not None and logger.setdefault("init_args", {}).get(key) is None:
+            logger["init_args"][key] = name
+
+
+class Progress(Checkpoint):
+    """Reports the metric after each epoch, ends the training of a trial that is pruned or lost, and logs the score.
+
+    As a Checkpoint, it is called when the metrics of the epoch's training are there, too.
+
+    Args:
+        objective: Knows the search and the study.
+        trial: The trial.
+        executions: Its executions that are finished.
+
+    Attributes:
+        pruned: Whether the pruner ended the trial.
+    """
+
+    def __init__(self, objective: Objective, trial: Trial, executions: Sequence[dict[str, Any]]) -> None:
+        self._objective = objective
+        self._trial = trial
+        self._executions = executions
+        self._is_validated = False
+        self._metrics = objective.search.metrics
+        self._epochs: dict[int, dict[str, float]] = {}
+        self.pruned = False
+
+    def result(self) -> dict[str, Any]:
+        """Return the values at the best epoch of the first metric, and those of all epochs."""
+        first = self._metrics[0]
+        curve = {epoch: values[first.name] for epoch, values in self._epochs.items()}
+        score = first.best(curve.values())
+        best = self._epochs[next(epoch for epoch, value in curve.items() if value == score)]
+        result: dict[str, Any] = {"score": score, "values": [*curve.items()]}
+        if len(self._metrics) > 1:
+            result["scores"] = [best[metric.name] for metric in self._metrics]
+        if limited := self._objective.search.limited:
+            result["limited"] = {metric.name: best[metric.name] for metric in limited}
+        return result
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._start = time.perf_counter()
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._is_validated = not trainer.sanity_checking
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if not self._is_validated:  # with check_val_every_n_epoch
+            return
+        self._is_validated = False
+        for name, metric in trainer.callback_metrics.items():
+            if not math.isfinite(metric):
+                raise ArithmeticError(f"{name} is {metric.item()} after epoch {trainer.current_epoch + 1}")
+        names = [metric.name for metric in (*self._metrics, *self._objective.search.limited)]
+        self._epochs[trainer.current_epoch] = {name: self._value(name, trainer, pl_module) for name in names}
+        curve = {epoch: values[names[0]] for epoch, values in self._epochs.items()}
+        self.pruned = self._objective.report(self._trial, self._executions, curve)
+        if self.pruned or not self._objective.owns(self._trial):
+            trainer.should_stop = True
+
+    def _value(self, name: str, trainer: Trainer, module: LightningModule) -> float:
+        """Return the value of a metric at the end of an epoch."""
+        if name == "parameters":
+            return sum(parameter.numel() for parameter in module.parameters() if parameter.requires_grad)
+        if name == "seconds":
+            return round(time.perf_counter() - self._start, 2)
+        if name == "flops":
+            module.eval()  # or it would draw random numbers
+            with torch.no_grad(), FlopCounterMode(display=False) as counter:
+                module(module.example_input_array.to(module.device))  # type: ignore[union-attr]
+            module.train()
+            return float(counter.get_total_flops())
+        if name not in trainer.callback_metrics:
+            raise KeyError(f"{name} is not logged; these are: {', '.join(trainer.callback_metrics)}")
+        return float(trainer.callback_metrics[name])
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Log hyper-parameters and scores for TensorBoard's page "HParams"."""
+        result = self.result()
+        others = zip(self._metrics[1:], scores_of(result)[1:], strict=True)
+        scores = {"score": result["score"], **{metric.name: value for metric, value in others}}
+        for logger in trainer.loggers:
+            if isinstance(logger, TensorBoardLogger):
+                logger.log_hyperparams(self._trial.params, scores)
+            else:
+                logger.log_metrics(scores, step=trainer.global_step)

@@ -1,0 +1,152 @@
+"""A process that runs trials and ends with its parent; importing it is quick."""
+
+import gc
+import logging
+import multiprocessing
+import os
+import signal
+import sys
+import threading
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from multiprocessing.connection import Connection
+from typing import TYPE_CHECKING, Any
+
+import psutil
+
+from mnist_lightning.system.signals import ENDINGS
+
+if TYPE_CHECKING:
+    from mnist_lightning.search.trial import Search
+
+# Forked copies of a server process that has imported everything: they start at once, share its memory, and hold no GPU.
+# Windows cannot fork, and libraries of macOS do not survive it.
+_HAS_SERVER = "forkserver" in multiprocessing.get_all_start_methods() and sys.platform != "darwin"
+_CONTEXT: Any = multiprocessing.get_context("forkserver" if _HAS_SERVER else "spawn")
+
+
+def start_server() -> None:
+    """Start to import what workers need, in a process beside this one, unless there is one already."""
+    if _HAS_SERVER:
+        from multiprocessing import forkserver
+
+        _CONTEXT.set_forkserver_preload(["mnist_lightning.search.preload"])
+        with _ctrl_c_blocked():
+            forkserver.ensure_running()
+
+
+@contextmanager
+def _ctrl_c_blocked() -> Iterator[None]:
+    """Start processes that do not see Ctrl-C: it reaches every process of a terminal, but the parent decides."""
+    if not hasattr(signal, "pthread_sigmask"):  # Windows: workers ignore it, once they have begun
+        yield
+        return
+    from multiprocessing import resource_tracker
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that it died; it has nothing to track
+        resource_tracker.ensure_running()  # first: it unblocks the signals
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+class Worker:
+    """A process that runs trials until there are none to begin.
+
+    Args:
+        search: The search.
+        device: The GPU that it may see, as ``CUDA_VISIBLE_DEVICES`` names it; None hides none.
+
+    Attributes:
+        process: The process.
+        name: What the study knows it by.
+    """
+
+    def __init__(self, search: "Search", device: str | None) -> None:
+        from mnist_lightning.search.recovery import process_name
+
+        start_server()
+        self.device = device
+        self._connection, of_worker = multiprocessing.Pipe()
+        self.process = _CONTEXT.Process(target=_work, args=(search, device, of_worker), daemon=True)
+        with _ctrl_c_blocked():
+            self.process.start()
+        of_worker.close()
+        self.name = process_name(self.process.pid)
+
+    def error_line(self) -> str | None:
+        """Why it could not go on, if it said so before it ended; waits for its end."""
+        try:
+            words: str = self._connection.recv()
+        except (EOFError, ConnectionError):
+            return None
+        return words
+
+    def stop(self) -> None:
+        """Ask the process to end, which it does as soon as it leaves no lock behind."""
+        with suppress(OSError):  # it is dead
+            self._connection.send(None)  # a signal would do, but Windows has none that a process can handle
+
+    def end(self) -> int:
+        """End the process, if it is not dead already; gives its exit code, negative for a signal."""
+        from mnist_lightning.search.recovery import process_name
+
+        self.stop()
+        self.process.join(timeout=3)
+        self.process.kill()  # it does not answer
+        self.process.join()
+        # if the server died, its processes are taken for dead, but live
+        with suppress(psutil.NoSuchProcess):
+            while self.name.rpartition(":")[2] and process_name(self.process.pid) == self.name:
+                psutil.Process(self.process.pid).kill()
+                time.sleep(0.05)
+        code: int = self.process.exitcode
+        return code
+
+
+def _work(search: "Search", device: str | None, connection: "Connection[str, None]") -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # where it could not be blocked
+    if device is not None:
+        os.environ["CUDA_VISIBLE_DEVICES"] = device
+    warnings.simplefilter("ignore")
+    logging.disable(logging.WARNING)
+    from mnist_lightning.commands.parsing import patched_jsonargparse
+    from mnist_lightning.search.storage import open_storage
+    from mnist_lightning.search.trial import run_trials
+    from mnist_lightning.system.errors import describe_os_error, silence_os_errors_of_threads
+
+    silence_os_errors_of_threads()
+    gc.freeze()  # what is imported is not garbage: collections after each trial skip it
+    try:
+        with patched_jsonargparse():
+            storage = open_storage(search.storage)
+            storage.quiet = True  # the command says it
+            # the parent sends something when the worker is to stop, and its death closes the connection
+            for end in (lambda: connection.poll(None), _termination()):
+                threading.Thread(target=_leave, args=(end, storage.busy), daemon=True).start()
+            run_trials(search, storage)
+    except Exception as error:  # the machine is at fault, as with a full disk
+        reason = describe_os_error(error) if isinstance(error, OSError) else str(error) or repr(error)
+        connection.send(f"{reason}. What is finished is kept: after a remedy, give the command again.")
+        sys.exit(1)
+
+
+def _leave(wait_for_end: Callable[[], object], busy: threading.Lock) -> None:
+    with suppress(OSError):  # Windows, of a connection that is closed
+        wait_for_end()
+    busy.acquire(timeout=2)  # so that no lock of the storage is left behind; who waits for one holds none
+    os._exit(1)
+
+
+def _termination() -> Callable[[], object]:
+    """Return what waits for SIGTERM, or SIGHUP, which a terminal sends when it is closed."""
+    terminated = threading.Event()
+    for number in ENDINGS:
+        if number != signal.SIGINT:
+            signal.signal(number, lambda *_: terminated.set())
+    return terminated.wait

@@ -1,0 +1,1 @@
+"""Errors, notes, files and signals: nothing of it knows about learning."""

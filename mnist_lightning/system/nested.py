@@ -1,0 +1,22 @@
+"""Nested configs: flatten them, and look up keys with dots."""
+
+from collections.abc import Mapping
+from typing import Any
+
+
+def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Return a nested config as one from keys with dots; lists are values."""
+    flat: dict[str, Any] = {}
+    for key, value in config.items():
+        flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
+    return flat
+
+
+def get_value(config: Any, key: str) -> Any:
+    """Return the value at a key with dots; the class of None is None, and ``length`` of a list is its length."""
+    for part in key.split("."):
+        if isinstance(config, list):
+            config = len(config) if part == "length" else config[[str(i) for i in range(len(config))].index(part)]
+        elif config is not None or part != "class_path":
+            config = config[part]
+    return config

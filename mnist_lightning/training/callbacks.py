@@ -1,0 +1,199 @@
+"""Progress in the terminal, pictures in TensorBoard and in the run's folder."""
+
+import copy
+import time
+from typing import Any
+
+import numpy as np
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import ProgressBar
+from lightning.pytorch.loggers import MLFlowLogger, TensorBoardLogger, WandbLogger
+from lightning.pytorch.utilities.rank_zero import rank_zero_only, rank_zero_warn
+from lightning.pytorch.utilities.seed import isolate_rng
+from matplotlib.figure import Figure
+from numpy.typing import NDArray
+from PIL import Image
+from torch import Tensor
+from tqdm import tqdm
+
+from mnist_lightning.data import Batch, ImageDataModule
+from mnist_lightning.training import figures
+from mnist_lightning.training.checkpoints import RunCheckpoint
+
+
+class EpochProgressBar(ProgressBar):
+    """A line for each finished epoch, and in a terminal a bar for the running one.
+
+    The bar moves 20 times an epoch: drawing it at every batch takes longer than the batch.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._bar: tqdm[Any] = tqdm(disable=True)
+        self._enabled = True
+        self._every: float = 1
+        self._start = 0.0
+        self._line = ""
+        self._is_validated = False
+
+    def disable(self) -> None:
+        # Lightning does so on all processes but the first
+        self._enabled = False
+
+    def enable(self) -> None:
+        self._enabled = True
+
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Print the line of the epoch before and start a bar."""
+        self._print_line(trainer)
+        self._start = time.perf_counter()
+        epochs = f"/{trainer.max_epochs}" if trainer.max_epochs and trainer.max_epochs > 0 else ""
+        self._line = f"Epoch {trainer.current_epoch + 1:{len(epochs) - 1}}{epochs}"
+        total = self.total_train_batches
+        self._bar = tqdm(
+            desc=self._line,
+            total=int(total) if total < float("inf") else None,
+            unit="batch",
+            leave=False,
+            disable=None if self._enabled else True,  # None: where the output is no terminal
+        )
+        self._every = max(1, (self._bar.total or 1000) // 20)
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if (batch_idx + 1) % self._every == 0:
+            self._bar.update(self._every)
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._bar.close()
+        self._line += f"  {time.perf_counter() - self._start:5.1f} s"
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._is_validated = not trainer.sanity_checking
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Print the line of the last epoch."""
+        self._print_line(trainer)
+
+    def _print_line(self, trainer: Trainer) -> None:
+        # one hook late: callbacks see the metrics of an epoch only after its end
+        if self._line and self._enabled:
+            for stage in ("train", "val") if self._is_validated else ("train",):
+                values = {name: v for name, v in trainer.callback_metrics.items() if name.startswith(f"{stage}/")}
+                shown = "".join(f" {name.partition('/')[2]} {value:.4f}" for name, value in values.items())
+                self._line += f"  {stage}:{shown}" if shown else ""
+            print(self._line, flush=True)
+        self._line, self._is_validated = "", False
+
+
+class Figures(Callback):
+    """The notebook's figures in ``figures/`` of the run's folder and in TensorBoard, with what TensorBoard adds.
+
+    TensorBoard also gets a confusion matrix for each epoch, the graph, a chart of train against validation for each
+    metric (page "Custom scalars") and the hyper-parameters beside the validation metrics (page "HParams").
+
+    Args:
+        checkpoint: Keeps the history that the curves show.
+    """
+
+    def __init__(self, checkpoint: RunCheckpoint) -> None:
+        self._checkpoint = checkpoint
+        self._confusion = torch.zeros(0)
+        self._layout_logged = False
+
+    @rank_zero_only
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Show training samples and the network."""
+        data: ImageDataModule = trainer.datamodule  # type: ignore[attr-defined]
+        assert data.train is not None
+        indices = range(min(25, len(data.train)))
+        with isolate_rng():  # augmentation draws, and a run that goes on must not draw more often
+            images, _ = data.train.__getitems__(indices)
+        names = [data.classes[label] for label in data.train.labels[: len(indices)]]
+        self._show(trainer, "samples", figures.sample_grid(figures.pictures(images), names))
+        for logger in _tensorboards(trainer):
+            # in evaluation mode, where nothing is drawn from the random state
+            network: Any = copy.deepcopy(pl_module.network)
+            try:
+                logger.experiment.add_graph(network.eval(), images[:1].to(pl_module.device).type(pl_module.dtype))
+            except Exception as error:  # whatever a network does that cannot be traced
+                rank_zero_warn(f"TensorBoard gets no graph, since the network cannot be traced: {error}")
+
+    def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._confusion.zero_()
+
+    def on_validation_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Tensor,  # type: ignore[override]
+        batch: Batch,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        labels, (_, classes) = batch[1], outputs.shape
+        if not self._confusion.numel():
+            self._confusion = torch.zeros(classes, classes, dtype=torch.long, device=labels.device)
+        self._confusion.index_put_((labels, outputs.argmax(dim=1)), torch.ones_like(labels), accumulate=True)
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Show the confusion matrix of the epoch."""
+        counts = trainer.strategy.reduce(self._confusion, reduce_op="sum").cpu().numpy()
+        if trainer.sanity_checking or not trainer.is_global_zero:
+            return
+        step = trainer.global_step - 1
+        if trainer.loggers:
+            title = f"validation, epoch {trainer.current_epoch + 1}"
+            names = trainer.datamodule.names(len(counts))  # type: ignore[attr-defined]
+            figure = figures.confusion_matrix(counts, title, names)
+            _log_image(trainer, "confusion_matrix/val", figures.render(figure), step)
+        if not self._layout_logged:
+            self._layout_logged = True
+            metrics = {n: value.item() for n, value in trainer.callback_metrics.items() if n.startswith("val/")}
+            names = [name.removeprefix("val/") for name in metrics]
+            charts = {name: ["Multiline", [f"train/{name}$", f"val/{name}$"]] for name in names}
+            for logger in _tensorboards(trainer):
+                logger.experiment.add_custom_scalars({"train against validation": charts})
+                logger.log_hyperparams(logger.hparams, metrics, step)
+
+    @rank_zero_only
+    @torch.no_grad()
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Show the curves and what the network now makes of the first ten test images."""
+        self._show(trainer, "accuracy", figures.curves(self._checkpoint.history, ["accuracy"]))
+        self._show(trainer, "loss", figures.curves(self._checkpoint.history, ["penalized_loss", "loss"]))
+        data: ImageDataModule = trainer.datamodule  # type: ignore[attr-defined]
+        data.setup("test")
+        assert data.test is not None
+        indices = range(min(10, len(data.test)))
+        images, labels = data.test.__getitems__(indices)
+        pl_module.eval()
+        logits = pl_module(images.to(pl_module.device).type(pl_module.dtype))
+        names = data.names(logits.shape[1])
+        truths, guesses = ([names[index] for index in classes] for classes in (labels, logits.argmax(dim=1)))
+        pictures = figures.pictures(data.test.scaled(indices))
+        self._show(trainer, "predictions", figures.predictions(pictures, truths, guesses))
+
+    def _show(self, trainer: Trainer, name: str, figure: Figure) -> None:
+        folder = self._checkpoint.run_dir / "figures"
+        folder.mkdir(parents=True, exist_ok=True)
+        pixels = figures.render(figure)
+        Image.fromarray(pixels).save(folder / f"{name}.png")
+        _log_image(trainer, name, pixels, trainer.global_step)
+
+
+def _log_image(trainer: Trainer, name: str, pixels: NDArray[np.uint8], step: int) -> None:
+    """Show a picture in those loggers that take any."""
+    for logger in trainer.loggers:
+        if isinstance(logger, TensorBoardLogger):
+            logger.experiment.add_image(name, pixels, step, dataformats="HWC")
+        elif isinstance(logger, MLFlowLogger):
+            logger.experiment.log_image(logger.run_id, pixels, key=name, step=step)
+        elif isinstance(logger, WandbLogger):
+            logger.log_image(name, [pixels], step)
+
+
+def _tensorboards(trainer: Trainer) -> list[TensorBoardLogger]:
+    return [logger for logger in trainer.loggers if isinstance(logger, TensorBoardLogger)]
