@@ -1,65 +1,30 @@
 """Small pieces of the real MNIST, and the command run as a user runs it."""
 
-import base64
-import html
 import io
-import json
 import os
-import re
 import shutil
 import signal
 import socket
-import struct
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import chdir, contextmanager, redirect_stdout, suppress
+from contextlib import chdir, redirect_stdout
 from pathlib import Path
-from typing import Any
 
-import numpy as np
-import optuna
 import pytest
-import yaml
-from numpy.typing import NDArray
-from optuna.trial import TrialState
+from helpers.commands import in_process, write_idx
+from helpers.studies import tune_options
 
 from mnist_lightning.__main__ import main
 from mnist_lightning.data import MNISTDataModule
-from mnist_lightning.search.record import is_counted
-from mnist_lightning.search.storage import open_storage
-
-ROOT = Path(__file__).parents[1]
-SPACE = {
-    "model.network.init_args.units.0": {"class_path": "IntDistribution", "init_args": {"low": 8, "high": 32}},
-    "model.network.init_args.l2.1": {"class_path": "CategoricalDistribution", "init_args": {"choices": [0.01, 0.1]}},
-    "model.optimizer.class_path": {
-        "class_path": "CategoricalDistribution",
-        "init_args": {"choices": ["KerasAdam", "KerasSGD", "mnist_lightning.optimizers.KerasRMSprop"]},
-    },
-}
-"""A small search space."""
-
-ROUNDING = 2e-5
-"""By what two ways of computing in float32 may differ: 6e-8, times the root of 784 summands, times logits of about 10.
-"""
-
-posix = pytest.mark.skipif(os.name == "nt", reason="uses what Windows lacks")
 
 Run = Callable[..., subprocess.CompletedProcess[str]]
 
 
 if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # by a shell, for what runs in the background
     signal.signal(signal.SIGINT, signal.default_int_handler)  # or the commands that are tested would ignore it, too
-
-
-def write_idx(path: Path, array: np.ndarray) -> None:
-    """Write an array as an IDX file."""
-    header = struct.pack(f">{1 + array.ndim}I", 0x800 + array.ndim, *array.shape)
-    path.write_bytes(header + array.astype(np.uint8).tobytes())
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -112,36 +77,6 @@ def command(data_dir: Path) -> Run:
     return run
 
 
-def tune_options(data_dir: Path, *more: str, epochs: int = 2) -> list[str]:
-    """Arguments of a small search without a refit."""
-    has_space = any(option.startswith(("--search_space", "--config=")) for option in more)
-    space = [] if has_space else [f"--search_space={json.dumps(SPACE)}"]
-    return [
-        "tune", f"--data.data_dir={data_dir}", f"--trainer.max_epochs={epochs}", "--refit=false", *space, *more,
-    ]  # fmt: skip
-
-
-def in_process(capfd: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, str]:
-    """Run a command without the seconds that a new process takes; gives exit code, standard output and error."""
-    code: int | str | None = 0
-    try:
-        main(arguments)
-    except SystemExit as exit:
-        code = exit.code
-    captured = capfd.readouterr()
-    if isinstance(code, str):  # what Python does with sys.exit("message")
-        return 1, captured.out, captured.err + code + "\n"
-    return code or 0, captured.out, captured.err
-
-
-def spelled_and_default(capfd: pytest.CaptureFixture[str], command: str, config: Path) -> tuple[Any, Any]:
-    """What a config says and what a command does without it, which the config must not change."""
-    _, defaults, _ = in_process(capfd, command, "--print_config")
-    _, with_file, _ = in_process(capfd, command, f"--config={config}", "--print_config")
-    assert yaml.safe_load(with_file) == yaml.safe_load(defaults)
-    return yaml.safe_load(config.read_text(encoding="utf-8")), yaml.safe_load(defaults)
-
-
 @pytest.fixture
 def quick(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], data_dir: Path) -> Run:
     """Runs a command as ``command`` does, but in this process."""
@@ -162,51 +97,6 @@ def fitted(command: Run, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path
     cwd = tmp_path_factory.mktemp("fitted")
     result = command(cwd, "fit", "--trainer.max_epochs=4")
     return cwd / "lightning_logs/baseline/version_0", result.stdout + result.stderr
-
-
-BEFORE = """<script>
-  const errors = [];
-  for (const name of ["error", "securitypolicyviolation", "unhandledrejection"])
-    addEventListener(name, (event) => errors.push(name + " " + (event.message ?? event.blockedURI ?? event.reason)));
-  for (const name of ["error", "warn"]) console[name] = (...texts) => errors.push(texts.join(" "));
-</script>"""
-AFTER = """<script>
-  const all_ = (selector, root = document) => [...root.querySelectorAll(selector)];
-  const wait = () => new Promise((go) => setTimeout(go, 100));
-  addEventListener("load", async () => {
-    const found = {};
-    try { await wait(); await (async () => { %s })(); } catch (error) { errors.push(String(error)); }
-    found.errors = errors;
-    const requests = performance.getEntriesByType("resource").map(({ name }) => name);
-    found.requests = requests.filter((name) => !name.startsWith("data:"));
-    parent.document.title = JSON.stringify(found);
-  });
-</script>"""
-
-
-def as_bytes(images: NDArray[Any]) -> str:
-    """A line of JavaScript that makes ``bytes`` of images, for a script in a page."""
-    text = base64.b64encode(images.tobytes()).decode()
-    return f"const bytes = Uint8Array.from(atob('{text}'), (c) => c.charCodeAt(0));\n"
-
-
-def in_browser(text: str, script: str, width: int = 1280, *flags: str) -> dict[str, Any]:
-    """Run a script in a page in headless Chromium; gives the dictionary ``found`` that the script fills."""
-    chromium = shutil.which("chromium")
-    if chromium is None:
-        pytest.skip("no browser here (Debian: apt-get install chromium)")
-    with_script = text.replace("<head>", f"<head>{BEFORE}").replace("</body>", AFTER % script + "</body>")
-    # in a frame, since windows have a least width
-    frame = f'<iframe style="border: 0; width: {width}px; height: 900px" srcdoc="{html.escape(with_script)}">'
-    options = ["--headless", "--no-sandbox", "--disable-gpu", "--window-size=1400,900", "--virtual-time-budget=5000"]
-    with tempfile.TemporaryDirectory() as folder:
-        page = Path(folder, "page.html")
-        page.write_text(f"<title></title>{frame}", encoding="utf-8")
-        command = [chromium, *options, *flags, "--dump-dom", page.as_uri()]
-        result = subprocess.run(command, capture_output=True, text=True, timeout=60)
-    found: dict[str, Any] = json.loads(html.unescape(re.search("<title>(.*?)</title>", result.stdout)[1]))
-    assert (found.pop("errors"), found.pop("requests")) == ([], [])
-    return found
 
 
 @pytest.fixture
@@ -238,12 +128,6 @@ def postgresql() -> Iterator[Callable[..., str]]:
         shutil.rmtree(folder)
 
 
-def choices(**values):
-    """A search space of choices."""
-    space = {key: {"class_path": "CategoricalDistribution", "init_args": {"choices": v}} for key, v in values.items()}
-    return f"--search_space={json.dumps(space)}"
-
-
 @pytest.fixture
 def tune(data_dir, tmp_path, monkeypatch, capfd):
     """Runs ``tune`` in this process in a folder of its own, with real workers."""
@@ -269,17 +153,6 @@ def tune_beside(tune):
     return run
 
 
-def load(folder, name="tune"):
-    storage = open_storage(str(Path(folder) / f"lightning_logs/{name}/journal.log"))
-    return optuna.load_study(storage=storage, study_name=name)
-
-
-def outcome(study):
-    """What must not depend on workers, interruptions and processes: parameters and value of each trial that counts."""
-    trials = [trial for trial in study.trials if is_counted(trial)]
-    return sorted((tuple(trial.params.values()), trial.value) for trial in trials)
-
-
 @pytest.fixture(scope="session")
 def whole(data_dir, tmp_path_factory):
     """An uninterrupted study of five trials, by one worker, and what the command printed."""
@@ -287,71 +160,3 @@ def whole(data_dir, tmp_path_factory):
     with chdir(cwd), redirect_stdout(output):
         main(tune_options(data_dir, "--n_trials=5", "--workers=1"))
     return cwd, output.getvalue()
-
-
-def start(data_dir, cwd, *more, epochs=2):
-    command = [sys.executable, "-m", "mnist_lightning", *tune_options(data_dir, *more, epochs=epochs)]
-    return subprocess.Popen(
-        command, cwd=cwd, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
-    )
-
-
-def wait_for(condition, seconds=240):
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, "it did not happen"
-        time.sleep(0.1)  # to look costs time as well
-
-
-def reported(cwd):
-    """Whether a trial is running that has had its first epoch, after one that is complete."""
-    journal = cwd / "lightning_logs/tune/journal.log"
-    if not journal.exists() or b'"owner"' not in journal.read_bytes():  # the study may not be there yet
-        return False
-    states = [trial.state for trial in load(cwd).trials if trial.intermediate_values]
-    return TrialState.COMPLETE in states and TrialState.RUNNING in states
-
-
-def session(leader):
-    """The processes of a session that are left."""
-    left = []
-    for stat in Path("/proc").glob("[0-9]*/stat"):
-        try:
-            _, _, fields = stat.read_text().rpartition(")")
-        except OSError:
-            continue
-        state, _, _, number, *_ = fields.split()
-        if int(number) == leader and state != "Z":
-            left.append(stat.parent.name)
-    return left
-
-
-@contextmanager
-def stopped_worker(cwd, execution):
-    """Stop a worker while it is at an execution with this number; gives its process and the number of the trial."""
-
-    def is_at(trial):
-        return len(trial.user_attrs.get("executions", [])) == execution and len(trial.params) == len(SPACE)
-
-    deadline = time.monotonic() + 240
-    while time.monotonic() < deadline:
-        journal = cwd / "lightning_logs/tune/journal.log"
-        for trial in load(cwd).trials if journal.exists() and b'"owner"' in journal.read_bytes() else []:
-            name = trial.user_attrs.get("owner")
-            if name and trial.state == TrialState.RUNNING and is_at(trial):
-                pid = int(name.split(":")[-2])
-                os.kill(pid, signal.SIGSTOP)
-                try:
-                    now = load(cwd).trials[trial.number]
-                    if (
-                        now.state == TrialState.RUNNING
-                        and now.user_attrs["owner"] == name
-                        and is_at(now)
-                        and not journal.with_name("journal.log.lock").exists()
-                    ):
-                        yield pid, trial.number
-                        return
-                finally:
-                    with suppress(ProcessLookupError):
-                        os.kill(pid, signal.SIGCONT)
-    raise AssertionError("no worker was caught")

@@ -9,7 +9,7 @@ import textwrap
 import pandas as pd
 import pytest
 import yaml
-from conftest import ROOT
+from helpers.commands import ROOT
 
 CONF = ROOT / "tests/conf"
 

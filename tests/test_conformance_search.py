@@ -10,7 +10,8 @@ import numpy as np
 import optuna
 import pandas as pd
 import pytest
-from conftest import in_process, load
+from helpers.commands import in_process
+from helpers.studies import load
 from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
 from optuna.pruners import BasePruner
 from optuna.samplers import BaseSampler

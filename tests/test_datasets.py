@@ -18,7 +18,9 @@ import pytest
 import torch
 import torchvision.datasets
 import yaml
-from conftest import in_process, load, write_idx
+from helpers.commands import in_process, write_idx
+from helpers.pictures import COLORS, write_files
+from helpers.studies import load
 from PIL import Image
 
 from mnist_lightning import datasets
@@ -222,18 +224,6 @@ def test_standardised_images_have_mean_0_and_deviation_1_over_the_training_image
 
 
 # --- image files --------------------------------------------------------------------------------------------
-
-COLORS = {"blue": (0, 0, 200), "green": (0, 200, 0), "red": (200, 0, 0)}
-
-
-def write_files(folder, count=10, mode="RGB", size=(10, 8)):
-    for name, color in COLORS.items():
-        (folder / name).mkdir(parents=True, exist_ok=True)
-        for number in range(count):
-            image = Image.new("RGB", size, color)
-            image.putpixel((0, 0), (number, 0, 0))
-            image.convert(mode).save(folder / name / f"{number}.png")
-    return folder
 
 
 @pytest.mark.slow

@@ -6,7 +6,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from conftest import ROOT, ROUNDING
+from helpers.commands import ROOT, ROUNDING
 from PIL import Image, ImageOps
 
 from mnist_lightning.predictor import Predictor

@@ -5,7 +5,7 @@ import re
 import textwrap
 from pathlib import Path
 
-from conftest import ROOT
+from helpers.commands import ROOT
 from PIL import Image
 
 PACKAGE = ROOT / "mnist_lightning"

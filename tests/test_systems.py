@@ -9,7 +9,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from conftest import load, tune_options, wait_for
+from helpers.studies import load, tune_options, wait_for
 from optuna.trial import TrialState
 
 from mnist_lightning.search.recovery import process_name

@@ -2,7 +2,7 @@
 
 Lightning calls some 30 hooks around each batch, and nobody listens to most of them. So all batches of an epoch but the
 last take the short way: forward, backward, step, and Lightning's counters. The weights, metrics and checkpoints are the
-same to the bit (``tests/test_fast.py``).
+same to the bit (``tests/training/test_fast.py``).
 
 Lightning's own way is taken wherever anything that a user can write, choose or replace would see the difference: see
 :func:`is_unwatched`. ``--fast false`` always takes it. ``benchmarks/tricks.py`` measures what the short way gains.

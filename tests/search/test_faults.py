@@ -9,7 +9,7 @@ from pathlib import Path
 import optuna
 import psutil
 import pytest
-from conftest import choices, load, outcome, reported, session, start, stopped_worker, wait_for
+from helpers.studies import choices, load, outcome, reported, session, start, stopped_worker, wait_for
 from optuna.trial import TrialState
 
 from mnist_lightning.search.record import is_counted

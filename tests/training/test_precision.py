@@ -3,7 +3,7 @@
 import pytest
 import torch
 import yaml
-from conftest import in_process
+from helpers.commands import in_process
 from lightning.pytorch.accelerators import CUDAAccelerator
 
 from mnist_lightning.commands import cli

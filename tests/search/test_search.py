@@ -19,15 +19,8 @@ import optuna
 import pandas as pd
 import pytest
 import yaml
-from conftest import (
-    ROOT,
-    choices,
-    in_process,
-    load,
-    outcome,
-    spelled_and_default,
-    wait_for,
-)
+from helpers.commands import ROOT, in_process, spelled_and_default
+from helpers.studies import choices, load, outcome, wait_for
 from jsonargparse import Namespace
 from optuna.distributions import CategoricalDistribution
 from optuna.trial import TrialState

@@ -12,9 +12,9 @@ import numpy as np
 import pandas as pd
 import psutil
 import pytest
-from conftest import ROOT, in_process
+from helpers.commands import ROOT, in_process
+from helpers.pictures import write_files
 from PIL import Image, ImageOps
-from test_datasets import write_files
 
 from mnist_lightning.data import MNISTDataModule
 from mnist_lightning.data.pictures import PIXELS, PictureError, characters, find, ink_of, read

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from conftest import ROOT, in_process
+from helpers.commands import ROOT, in_process
 from jsonargparse import _typehints
 
 from mnist_lightning.commands.fit import FitCLI, TrainingCLI

@@ -11,7 +11,8 @@ import onnxruntime
 import pandas as pd
 import pytest
 import torch
-from conftest import ROOT, ROUNDING, as_bytes, in_browser, in_process
+from helpers.browser import as_bytes, in_browser
+from helpers.commands import ROOT, ROUNDING, in_process
 from torch import nn
 
 from mnist_lightning.__main__ import main

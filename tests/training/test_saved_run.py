@@ -5,7 +5,7 @@ import csv
 import pandas as pd
 import pytest
 import yaml
-from conftest import ROUNDING
+from helpers.commands import ROUNDING
 
 from mnist_lightning.training.saved_run import SavedRun
 

@@ -17,7 +17,7 @@ import pandas as pd
 import pytest
 import torch
 import yaml
-from conftest import ROOT, ROUNDING, in_process, posix, spelled_and_default
+from helpers.commands import ROOT, ROUNDING, in_process, posix, spelled_and_default
 from lightning.pytorch.loggers import CSVLogger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -79,7 +79,7 @@ def test_help_of_a_command_is_what_its_parser_says(monkeypatch, capfd, name):
     said = capfd.readouterr().out
     if "UPDATE_HELP" in os.environ:
         Path(cli.__file__).with_name("help").joinpath(f"{name}.txt").write_text(said)
-    assert out == said, "UPDATE_HELP=1 pytest tests/test_cli.py -k help writes the files anew"
+    assert out == said, "UPDATE_HELP=1 pytest tests/commands/test_cli.py -k help writes the files anew"
 
 
 def test_help_of_all_options_and_of_a_class(capfd):

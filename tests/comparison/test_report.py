@@ -18,7 +18,9 @@ import optuna
 import pandas as pd
 import pytest
 import torch
-from conftest import ROUNDING, as_bytes, in_browser, in_process, tune_options
+from helpers.browser import as_bytes, in_browser
+from helpers.commands import ROUNDING, in_process
+from helpers.studies import tune_options
 from PIL import Image
 from scipy import stats
 from sklearn.metrics import accuracy_score, confusion_matrix, log_loss, precision_recall_fscore_support

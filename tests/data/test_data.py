@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import write_idx
+from helpers.commands import write_idx
 from lightning.pytorch import Trainer
 from torch.utils.data import BatchSampler, RandomSampler
 from torchvision.datasets.mnist import read_image_file, read_label_file

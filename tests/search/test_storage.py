@@ -5,7 +5,7 @@ import os
 
 import optuna
 import pytest
-from conftest import posix
+from helpers.commands import posix
 from optuna.storages import BaseStorage
 
 from mnist_lightning.search import storage as storages
