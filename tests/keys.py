@@ -17,7 +17,7 @@ import yaml
 from conformance import SMALL, FailedError, read, run, run_folder, write_data
 
 from mnist_lightning.__main__ import main as command
-from mnist_lightning.training.runs import flatten
+from mnist_lightning.system.nested import flatten
 
 VALUES: dict[str, Any] = {
     "null": None, "0": 0, "-1": -1, "a fraction": 0.37, "not a number": math.nan, "infinite": math.inf,
