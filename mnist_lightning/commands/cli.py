@@ -269,7 +269,8 @@ class RunCLI(LightningCLI):
         """Return a config, by default the command's own, complete and in types that YAML and JSON have."""
         if config is not None and hasattr(self, "datamodule"):
             fill_sizes(config, self.datamodule)
-        plain: dict[str, Any] = json.loads(self.parser.dump(config or self.config, skip_none=False, format="json"))
+        text = self.parser.dump(config or self.config, skip_unset=False, skip_validation=True, format="json")
+        plain: dict[str, Any] = json.loads(text)
         return plain
 
     def before_instantiate_classes(self) -> None:
@@ -277,7 +278,8 @@ class RunCLI(LightningCLI):
 
     def instantiate_classes(self) -> None:
         """Make data, model and trainer; a value that one of them refuses is the user's mistake."""
-        self.options = chosen_classes(self.plain_config())
+        self.config_dump = self.plain_config()  # or Lightning would make it, twice
+        self.options = chosen_classes(self.config_dump)
         try:
             self._make()
         except Exception as error:
@@ -289,14 +291,14 @@ class RunCLI(LightningCLI):
             path = self.config.get("ckpt_path")
             raise UserError(f"{path} cannot be used: {reason}" if path else reason) from error
         # only a model made from a config has hyper-parameters that can be stored as plain types
-        self.model.save_hyperparameters({**self.plain_config()["model"], "_instantiator": INSTANTIATOR})
+        self.model.save_hyperparameters({**self.config_dump["model"], "_instantiator": INSTANTIATOR})
 
     def _make(self) -> None:
         data = self.parser.make_data(self.config)
-        del self.config_dump  # Lightning's, made with the data
         network = None if self.saved else self.parser.typed
         for line in fill_sizes(self.config, data, network):
             self.say(line)
+        self.config_dump = self.plain_config()
         super().instantiate_classes()
         self.datamodule.share(data)
         if self.saved is not None and self.saved.data_state is not None:  # Lightning's needs data of the same class

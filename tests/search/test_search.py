@@ -190,6 +190,7 @@ def test_trials_come_from_a_file_or_another_study_and_the_best_keeps_its_weights
     options = ["--executions_per_trial=1", "--n_trials=3", "--keep_checkpoints=best", "--workers=1"]
     older = tmp_path / "here/lightning_logs/tune/trial_099/execution_0/checkpoints"  # of a study that is gone
     older.mkdir(parents=True)
+    (tmp_path / "here/lightning_logs/tune/trial_000_good").mkdir()  # the user's own
     code, output, errors = tune(*options, f"--enqueue={tmp_path / 'first.yaml'}")
     assert code == 0, errors
     study = load(tmp_path / "here")
@@ -205,6 +206,9 @@ def test_trials_come_from_a_file_or_another_study_and_the_best_keeps_its_weights
     code, output, errors = in_process(capfd, "validate", *shown[2].split())
     assert code == 0, errors
     assert float(re.search(r"val/accuracy +([\d.]+)", output)[1]) == pytest.approx(trial.value)
+    code, _, errors = tune(*options, "--storage=sqlite:///other.db")  # a study of the same name, in the same folder
+    assert code == 0, errors
+    assert kept[0].is_file()
 
     code, output, errors = tune("--executions_per_trial=1", "--n_trials=1", "--like=tune", "--study_name=next")
     assert code == 0, errors
