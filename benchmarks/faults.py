@@ -227,7 +227,7 @@ def searches(killed: Path, whole: Path, seconds: float, draw: random.Random) -> 
     drawn = sorted(str(trial.params) for trial in counted)
     assert drawn == sorted(expected), f"{set(drawn) ^ set(expected)} differ"
     for trial in counted:
-        if "died that ran it" in trial.user_attrs.get("error", ""):
+        if "died while running it" in trial.user_attrs.get("error", ""):
             kills["trial given up after three kills"] += 1
         else:
             assert trial.value == expected[str(trial.params)], f"{trial} differs"

@@ -34,19 +34,19 @@ MODULES = {
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Show the help, or hand over to the command.
+    """Show the help or run the command.
 
     Args:
-        arguments: A command and its options, by default those of the process.
+        arguments: A command and its options; by default the arguments of the process.
 
     Raises:
-        SystemExit: With a message or an exit code other than 0, where the command cannot do what it should.
+        SystemExit: If the command fails; with a message or an exit code other than 0.
     """
     arguments = sys.argv[1:] if arguments is None else list(arguments)
     parser = argparse.ArgumentParser(
         prog="python -m mnist_lightning",
         description=mnist_lightning.__doc__,
-        epilog="Each command has a --help of its own. Without options, each does what the notebook does.",
+        epilog="Each command has its own --help. Without options, each does what the notebook does.",
     )
     parser.add_argument("--version", action="version", version=mnist_lightning.__version__)
     commands = parser.add_subparsers(title="commands", dest="command", metavar="<command>", required=True)
@@ -55,29 +55,29 @@ def main(arguments: Sequence[str] | None = None) -> None:
     command = parser.parse_args(arguments[:1] or ["--help"]).command
     help_file = Path(__file__).parent / f"commands/help/{command}.txt"
     if {"-h", "--help"} & {*arguments} and arguments[-1] != "all" and help_file.is_file():
-        print(help_file.read_text(encoding="utf-8"), end="")  # what the parser says, but without the seconds to load it
+        print(help_file.read_text(encoding="utf-8"), end="")  # the parser's own help takes seconds to load
         return
     try:
         Path.cwd()
     except FileNotFoundError:
-        sys.exit("error: The current folder has been deleted: change to another.")
+        sys.exit("error: The current folder has been deleted: change to another one.")
     module = importlib.import_module(f"mnist_lightning.{MODULES[command]}")
     module.main(command, COMMANDS[command], arguments[1:])  # the import takes seconds: torch, Lightning
 
 
 def run() -> None:
-    """Be the whole process: run the command, then leave."""
+    """Run the command, then end the process."""
     signals.leave_at_once()
     if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="replace")  # a terminal may lack a letter of a name
-    if not sys.flags.safe_path and "" not in sys.path:  # a class may be in this folder, as for `python -m`
+        sys.stdout.reconfigure(errors="replace")  # the terminal's encoding may lack a character
+    if not sys.flags.safe_path and "" not in sys.path:  # user classes may be in this folder, as with `python -m`
         sys.path.append(os.curdir)
     try:
         main()
     finally:
         signals.ignore()
-    # Tearing down an interpreter that holds torch and Lightning takes two seconds and 120 MB. Run what is registered
-    # for the exit, then leave.
+    # Tearing down an interpreter that holds torch and Lightning takes two seconds and 120 MB. So run only the exit
+    # handlers.
     atexit._run_exitfuncs()
     sys.stdout.flush()
     os._exit(0)

@@ -1,8 +1,8 @@
 """Augment training batches: distort, erase, mirror and mix images.
 
-Those of torchvision (``torchvision.transforms.v2``) are called alike and will do as well: ``MixUp`` and ``CutMix``,
-whose labels are shares of the classes, of shape (batch, classes), for example. But what torchvision draws, it draws
-once for a whole batch. All draws are from torch's global generators, so that a resumed run repeats them.
+The transforms of torchvision (``torchvision.transforms.v2``) have the same interface and can be used, too, for example
+``MixUp`` and ``CutMix``, whose labels are shares of the classes, of shape (batch, classes). But torchvision draws only
+once for a whole batch. All draws come from torch's global generators, so a resumed run repeats them.
 """
 
 import math
@@ -14,24 +14,24 @@ from torch.nn import functional as F
 
 
 class Distortion(nn.Module):
-    """Rotates, scales, shears, shifts and elastically deforms each image by draws of its own, in one interpolation.
+    """Rotate, scale, shear, shift and elastically deform each image by its own draws, in one interpolation.
 
     The elastic deformation is that of Simard et al. (2003): every pixel is shifted by a draw between -1 and 1 for each
-    axis, smoothed over the image by a Gaussian and multiplied by ``alpha``. All others are uniform in their range. The
-    defaults suit MNIST; a network of less than 10,000 parameters learns more from some two thirds of them.
+    axis, smoothed over the image by a Gaussian and multiplied by ``alpha``. All other draws are uniform in their range.
+    The defaults suit MNIST; a network of less than 10,000 parameters learns more from about two thirds of them.
 
     Args:
         degrees: Largest angle of the rotation, to either side.
-        scale: Largest change of width and of height, each drawn by itself: 0.1 for factors between 0.9 and 1.1.
+        scale: Largest change of width and of height, drawn independently: 0.1 for factors between 0.9 and 1.1.
         shear: Largest angle of the shear along the width, in degrees, to either side.
         translate: Largest shift along each axis, as a share of the image's side.
         alpha: Factor of the smoothed shifts, in pixels. With ``sigma`` 4, their standard deviation is 0.041 ``alpha``;
-            Simard et al. have 34 and 4 for MNIST.
+            Simard et al. use 34 and 4 for MNIST.
         sigma: Standard deviation of the Gaussian, in pixels.
-        padding_mode: What lies outside an image, as in ``torch.nn.functional.grid_sample``.
+        padding_mode: Values outside an image, as in ``torch.nn.functional.grid_sample``.
 
     Raises:
-        ValueError: A value is negative, or ``scale`` or an angle is too large.
+        ValueError: If a value is negative, or ``scale`` or an angle is too large.
     """
 
     def __init__(
@@ -48,20 +48,20 @@ class Distortion(nn.Module):
         if min(degrees, scale, shear, translate, alpha) < 0 or scale >= 1 or shear >= 90 or sigma <= 0:
             raise ValueError(
                 f"degrees {degrees}, scale {scale}, shear {shear}, translate {translate}, alpha {alpha}, sigma "
-                f"{sigma}: none is negative, scale is less than 1, shear less than 90, and sigma more than 0"
+                f"{sigma}: none may be negative, scale must be less than 1, shear less than 90 and sigma more than 0"
             )
         self.degrees, self.scale, self.shear, self.translate = degrees, scale, shear, translate
         self.alpha, self.sigma = alpha, sigma
         self.padding_mode = padding_mode
 
     def forward(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """Distort images of shape (batch, channels, height, width); labels stay as they are."""
+        """Distort images of shape (batch, channels, height, width); keep the labels."""
         batch, _, height, width = images.shape
         turn, lean, *stretches, x_shift, y_shift = torch.rand(6, batch, device=images.device) * 2 - 1
         angle, shear = math.radians(self.degrees) * turn, (math.radians(self.shear) * lean).tan()
         x_scale, y_scale = (1 / (1 + self.scale * stretch) for stretch in stretches)
         cos, sin = angle.cos(), angle.sin()
-        # rotation · shear · scale takes a pixel to where its value is found; height and width are 2 in a grid
+        # rotation · shear · scale maps a pixel to the place of its value; height and width are 2 in a grid
         rows = [
             [cos * x_scale, (cos * shear - sin) * y_scale * height / width, 2 * self.translate * x_shift],
             [sin * x_scale * width / height, (sin * shear + cos) * y_scale, 2 * self.translate * y_shift],
@@ -78,16 +78,16 @@ class Distortion(nn.Module):
 
 
 class Erasing(nn.Module):
-    """Fills a rectangle of each image, drawn for it, with one value (random erasing: Zhong et al. 2020).
+    """Fill a random rectangle of each image with one value (random erasing: Zhong et al. 2020).
 
     Args:
         p: Probability that an image is changed.
         scale: Range of the rectangle's share of the image.
-        ratio: Range of its height over its width; where a side would be longer than the image's, it is as long.
-        value: What it is filled with.
+        ratio: Range of the rectangle's height over its width; no side becomes longer than the image's.
+        value: Value of the rectangle's pixels.
 
     Raises:
-        ValueError: ``p`` is no probability, or a range has no sense.
+        ValueError: If ``p`` is not a probability, or a range is invalid.
     """
 
     def __init__(
@@ -100,15 +100,17 @@ class Erasing(nn.Module):
         super().__init__()
         _check_probability(p)
         if not (0 <= scale[0] <= scale[1] <= 1 and 0 < ratio[0] <= ratio[1]):
-            raise ValueError(f"scale {scale}, ratio {ratio}: the lower end first, a share at most 1, a ratio not 0")
+            raise ValueError(
+                f"scale {scale}, ratio {ratio}: the lower end comes first, scale is at most 1, and ratio is not 0"
+            )
         self.p, self.scale, self.ratio, self.value = p, scale, ratio, value
 
     def forward(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """Erase in images of shape (batch, channels, height, width); labels stay as they are."""
+        """Erase in images of shape (batch, channels, height, width); keep the labels."""
         batch, _, height, width = images.shape
         chance, size, shape, *places = torch.rand(5, batch, 1, device=images.device)
         area = (self.scale[0] + (self.scale[1] - self.scale[0]) * size) * height * width * (chance < self.p)
-        low, high = map(math.log, self.ratio)  # as likely lying as standing
+        low, high = map(math.log, self.ratio)  # wide and tall rectangles are equally likely
         ratio = (low + (high - low) * shape).exp()
         inside = []
         for side, length, place in ((height, area * ratio, places[0]), (width, area / ratio, places[1])):
@@ -121,13 +123,13 @@ class Erasing(nn.Module):
 
 
 class HorizontalFlip(nn.Module):
-    """Mirrors images, left to right, each with probability ``p``.
+    """Mirror images, left to right, each with probability ``p``.
 
     Args:
         p: The probability.
 
     Raises:
-        ValueError: It is none.
+        ValueError: If ``p`` is not a probability.
     """
 
     def __init__(self, p: float = 0.5) -> None:
@@ -136,13 +138,13 @@ class HorizontalFlip(nn.Module):
         self.p = p
 
     def forward(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """Mirror images of shape (batch, channels, height, width); labels stay as they are."""
+        """Mirror images of shape (batch, channels, height, width); keep the labels."""
         is_mirrored = torch.rand(len(images), 1, 1, 1, device=images.device) < self.p
         return torch.where(is_mirrored, images.flip(-1), images), labels
 
 
 def _gaussian(size: int, sigma: float, device: torch.device) -> Tensor:
-    """The matrix of shape (size, size) that smooths a row of pixels, with zeros outside of it."""
+    """Return the matrix of shape (size, size) that smooths a row of pixels, with zeros outside it."""
     pixels = torch.arange(size, device=device)
     distances = (pixels - pixels[:, None]) / sigma
     return (-0.5 * distances.square()).exp() / (sigma * math.sqrt(2 * math.pi))
@@ -150,4 +152,4 @@ def _gaussian(size: int, sigma: float, device: torch.device) -> Tensor:
 
 def _check_probability(p: float) -> None:
     if not 0 <= p <= 1:
-        raise ValueError(f"p {p} is no probability: it is between 0 and 1")
+        raise ValueError(f"p {p} is not a probability: it must be between 0 and 1")

@@ -27,10 +27,10 @@ from mnist_lightning.system.errors import UserError
 
 
 def downloads() -> Path:
-    """Where data sets are kept that no ``data_dir`` has."""
+    """Return the folder of downloaded data sets."""
     try:
         cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    except RuntimeError as error:  # HOME is not set, and the user has no name: a container
+    except RuntimeError as error:  # HOME is not set, and the user has no name, as in a container
         raise UserError(
             "There is no home folder for downloads: set XDG_CACHE_HOME, or give --data.data_dir."
         ) from error
@@ -38,16 +38,16 @@ def downloads() -> Path:
 
 
 def from_torchvision(name: str, data_dir: Path | None, files: str, **arguments: Any) -> Any:
-    """A data set of torchvision, downloaded where it is not there yet.
+    """Return a data set of torchvision; download it if it is missing.
 
     Args:
-        name: Of the class in ``torchvision.datasets``.
-        data_dir: Its ``root``; None for :func:`downloads`.
-        files: What torchvision takes instead of a download, for the message.
-        arguments: What else the class takes.
+        name: Name of the class in ``torchvision.datasets``.
+        data_dir: The data set's ``root``; None for :func:`downloads`.
+        files: Files that torchvision reads instead of a download, for the message.
+        arguments: Further arguments of the class.
 
     Raises:
-        UserError: If it is missing, and cannot be downloaded.
+        UserError: If the data set is missing and cannot be downloaded.
     """
     from torchvision import datasets  # takes a second
 
@@ -57,23 +57,23 @@ def from_torchvision(name: str, data_dir: Path | None, files: str, **arguments: 
     try:
         if data_dir is None:
             root.mkdir(parents=True, exist_ok=True)
-        with FileLock(root / f".{name}.lock"):  # several processes may want it at once
+        with FileLock(root / f".{name}.lock"):  # several processes may download it simultaneously
             return getattr(datasets, name)(root, download=True, **arguments)
     except (OSError, RuntimeError, EOFError, ValueError) as error:
         raise UserError(
             f"{name} is not in {root} and cannot be downloaded ({' '.join(str(error).split())}). "
-            f"Put {files} into a folder and give it as --data.data_dir"
+            f"Put {files} into a folder and pass it as --data.data_dir"
         ) from error
 
 
 class MNISTLike(MNISTDataModule):
-    """Base of data sets in files like MNIST's, which are looked for in ``data_dir``, then downloaded."""
+    """Base of data sets in files like MNIST's, which are read from ``data_dir`` or downloaded."""
 
     image_shape = (1, 28, 28)
     others: Sequence[Path] = ()
-    """Folders in which they may be as well."""
+    """Further folders that may have the files."""
     arguments: Mapping[str, Any] = MappingProxyType({})
-    """What torchvision's class takes."""
+    """Arguments of torchvision's class."""
 
     def folders(self) -> list[Path]:
         name = type(self).__name__
@@ -95,19 +95,19 @@ class MNISTLike(MNISTDataModule):
 
 
 class FashionMNIST(MNISTLike):
-    """Clothes (Xiao, Rasul and Vollgraf, 2017): 60,000 images to train with and 10,000 to test, grey, 28x28.
+    """Clothes (Xiao, Rasul and Vollgraf, 2017): 60,000 training and 10,000 test images, gray, 28x28.
 
-    Without ``data_dir``, the files of Debian's package ``dataset-fashion-mnist`` are taken, or downloaded.
+    Without ``data_dir``, the files come from Debian's package ``dataset-fashion-mnist`` or are downloaded.
     """
 
     class_names = ("T-shirt", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "boot")
     others = (Path("/usr/share/datasets/fashion-mnist"),)
 
     def from_picture(self, picture: Image.Image, is_sheet: bool = False) -> NDArray[np.uint8]:
-        """Make an image of a product photo as Xiao et al. did.
+        """Make an image from a product photo as Xiao et al. did.
 
-        What is within 5 % of the colour of the corner is cut off, the longer side becomes 28 pixels, the rest is filled
-        up, and what is on white is inverted.
+        Margins within 5 % of the color of the corner are cut off, the longer side becomes 28 pixels, the shorter side
+        is padded, and a photo on white is inverted.
         """
         if is_sheet:
             raise UserError("--sheet is for characters, but the images of FashionMNIST are of clothes.")
@@ -124,17 +124,17 @@ class FashionMNIST(MNISTLike):
 
 
 class KMNIST(MNISTLike):
-    """Cursive Japanese characters (Clanuwat et al., 2018): 60,000 images to train with, 10,000 to test, grey, 28x28."""
+    """Cursive Japanese characters (Clanuwat et al., 2018): 60,000 training and 10,000 test images, gray, 28x28."""
 
     placing = Placing(1, by_mass=False)
     class_names = ("o", "ki", "su", "tsu", "na", "ha", "ma", "ya", "re", "wo")
 
 
 class EMNIST(MNISTLike):
-    """Handwritten digits and letters (Cohen et al., 2017), grey, 28x28.
+    """Handwritten digits and letters (Cohen et al., 2017), gray, 28x28.
 
     Args:
-        split: Which of its sets: ``byclass`` (62 classes), ``bymerge`` or ``balanced`` (47: some small letters are one
+        split: One of its sets: ``byclass`` (62 classes), ``bymerge`` or ``balanced`` (47: some small letters share a
             class with their capitals), ``letters`` (26), ``digits`` or ``mnist``.
     """
 
@@ -160,17 +160,17 @@ class EMNIST(MNISTLike):
     def load(self, split: str) -> tuple[Any, Any] | None:
         if split == "val":
             return None
-        # its files have rows for columns, and count letters from 1
+        # EMNIST's files swap rows and columns, and count letters from 1
         return self._read(split, "images").swapaxes(1, 2).copy(), self._read(split, "labels") - (
             self.split == "letters"
         )
 
 
 class TorchvisionDataModule(ImageDataModule):
-    """Base of data sets that torchvision reads itself."""
+    """Base of data sets that torchvision reads."""
 
     files: str
-    """What can be put into ``data_dir`` instead of a download."""
+    """Files that can be put into ``data_dir`` instead of a download."""
 
     def load(self, split: str) -> tuple[Any, Any] | None:
         if split == "val":
@@ -179,11 +179,11 @@ class TorchvisionDataModule(ImageDataModule):
         dataset = from_torchvision(name, self.data_dir, self.files, train=split == "train")
         images, labels = torch.as_tensor(dataset.data), torch.as_tensor(dataset.targets)
         images = images.permute(0, 3, 1, 2) if images.dim() == 4 else images
-        return images, labels[:, 0] if labels.dim() == 2 else labels  # QMNIST has more numbers beside a label
+        return images, labels[:, 0] if labels.dim() == 2 else labels  # QMNIST's rows have more numbers than the label
 
 
 class QMNIST(TorchvisionDataModule):
-    """MNIST with all of NIST's 60,000 test digits (Yadav and Bottou, 2019), grey, 28x28."""
+    """MNIST with all of NIST's 60,000 test digits (Yadav and Bottou, 2019), gray, 28x28."""
 
     placing = MNISTDataModule.placing
     class_names = tuple(string.digits)
@@ -192,7 +192,7 @@ class QMNIST(TorchvisionDataModule):
 
 
 class USPS(TorchvisionDataModule):
-    """Digits of American envelopes (Hull, 1994): 7,291 images to train with and 2,007 to test, grey, 16x16."""
+    """Digits from American envelopes (Hull, 1994): 7,291 training and 2,007 test images, gray, 16x16."""
 
     placing = Placing(1, by_mass=False)
     class_names = tuple(string.digits)
@@ -201,32 +201,33 @@ class USPS(TorchvisionDataModule):
 
 
 class CIFAR10(TorchvisionDataModule):
-    """Photos of animals and vehicles (Krizhevsky, 2009): 50,000 to train with and 10,000 to test, colour, 32x32."""
+    """Photos of animals and vehicles (Krizhevsky, 2009): 50,000 training and 10,000 test images, color, 32x32."""
 
     class_names = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
     image_shape = (3, 32, 32)
-    files = "cifar-10-python.tar.gz, or the folder cifar-10-batches-py that is in it,"
+    files = "cifar-10-python.tar.gz, or its folder cifar-10-batches-py,"
 
 
 BAR_AFTER = 3.0
-"""Seconds of reading files after which a terminal shows how far it is."""
+"""Seconds of reading files after which a terminal shows a progress bar."""
 
 GREY = ("1", "L", "LA")
-"""Pillow's modes without colours."""
+"""Pillow's modes without color."""
 
 
 class ImageFolder(ImageDataModule):
-    """A folder of image files in a folder for each class, as torchvision's ``ImageFolder`` has them.
+    """Image files with a folder for each class, as in torchvision's ``ImageFolder``.
 
-    ``data_dir`` has ``train`` and ``test`` with such folders, and may have ``val``. Or it has the folders of the
-    classes itself: then some of their images are held out to test.
+    ``data_dir`` has the folders ``train`` and ``test`` with a folder for each class, and may have ``val``. Or
+    ``data_dir`` itself has a folder for each class: then some of the images are held out for testing.
 
     Args:
-        size: Height and width to which images are scaled; by default those of the first, which all must have.
-        channels: 1 for grey, 3 for colour; by default what the first image has, and no other may have more.
-        test_split: Share of the images that is held out to test, where ``data_dir`` has no folder ``test``; of each
-            class, where that would leave none of a class to train with.
-        split_seed: Shuffles images before they are held out, always alike.
+        size: Height and width to which images are scaled; by default those of the first image, which all images must
+            have.
+        channels: 1 for gray, 3 for color; by default that of the first image, and no other image may have more.
+        test_split: Share of the images that is held out for testing if ``data_dir`` has no folder ``test``; the share
+            of each class if a class would otherwise have no training images.
+        split_seed: Seed of the shuffle before images are held out.
     """
 
     def __init__(
@@ -262,7 +263,7 @@ class ImageFolder(ImageDataModule):
             return None
         if self._left_out:
             endings = ", ".join(f"{count} {ending}" for ending, count in sorted(self._left_out.items()))
-            rank_zero_print(f"{self.source}: files left out, as Pillow reads none with such endings: {endings}")
+            rank_zero_print(f"{self.source}: files left out, as Pillow does not read these endings: {endings}")
             self._left_out.clear()
         channels, height, width = self.image_shape
         with memory_for(self.source, len(files) * channels * height * width):
@@ -271,35 +272,35 @@ class ImageFolder(ImageDataModule):
             files,
             f"Reading {split} images",
             leave=False,
-            disable=getattr(rank_zero_only, "rank", 0) > 0 or None,  # None: where the output is no terminal
+            disable=getattr(rank_zero_only, "rank", 0) > 0 or None,  # None: if the output is not a terminal
             delay=BAR_AFTER,
         )
         for index, (path, _) in enumerate(bar):
             with self._open(path) as image:
                 if self.channels is None and channels == 1 and image.mode not in GREY:
                     raise UserError(
-                        f"{path} is in colour, the first image grey: say --data.channels 3, or 1 for all grey."
+                        f"{path} is in color, the first image gray: add --data.channels 3, or 1 to make all gray."
                     )
                 if self.size is None and image.size != (width, height):
                     raise UserError(
-                        f"{path} has {image.height}x{image.width} pixels, the first image {height}x{width}: give one "
-                        f"size for all, as --data.size [{height},{width}]"
+                        f"{path} has {image.height}x{image.width} pixels, the first image {height}x{width}: set one "
+                        f"size for all, such as --data.size [{height},{width}]"
                     )
                 images[index] = resized(image, (channels, height, width))
         if len(images) > 1 and (images == images[0]).all():
             rank_zero_print(
-                f"{self.source}: all {len(images)} {split} images are alike, so nothing can be learned from them."
+                f"{self.source}: all {len(images)} {split} images are the same, so nothing can be learned from them."
             )
         return images, np.array([label for _, label in files])
 
     def from_picture(self, picture: Image.Image, is_sheet: bool = False) -> NDArray[np.uint8]:
-        if picture.mode[0] in "IF":  # refused by load as well
+        if picture.mode[0] in "IF":  # load refuses these, too
             raise PictureError("it has more than 8 bits a channel, which would be cut off")
         return super().from_picture(picture, is_sheet)
 
     @cached_property
     def _files(self) -> tuple[list[str], dict[str, list[tuple[str, int]]]]:
-        """The names of the classes, and path and class of each image of each split."""
+        """The names of the classes, and the path and class of each image of each split."""
         assert self.data_dir is not None
         has_splits = (self.data_dir / "train").is_dir()
         splits = ("train", "val", "test") if has_splits else (".",)
@@ -311,7 +312,7 @@ class ImageFolder(ImageDataModule):
             files: dict[str, list[tuple[str, int]]] = {split: [] for split in folders}
             for split, folder in folders.items():
                 if unknown := {*_classes_in(folder)} - {*classes}:
-                    raise FileNotFoundError(f"{folder / min(unknown)} is of a class that train does not have.")
+                    raise FileNotFoundError(f"{folder / min(unknown)} is a class that train does not have.")
                 for label, name in enumerate(classes):
                     pictures, others = pictures_in(folder / name)
                     self._left_out += others
@@ -320,8 +321,8 @@ class ImageFolder(ImageDataModule):
                         raise FileNotFoundError(f"{folder / name} has no pictures.")
         except OSError as error:
             raise UserError(
-                f"{self.data_dir} must hold a folder for each class with its images, or folders train and test that "
-                f"do: {' '.join(str(error).split())[:300]}"
+                f"{self.data_dir} must have a folder of images for each class, or folders train and test that have "
+                f"these: {' '.join(str(error).split())[:300]}"
             ) from error
         if not has_splits:
             (everything,) = files.values()
@@ -344,7 +345,7 @@ class ImageFolder(ImageDataModule):
             if image.mode[0] in "IF":
                 raise ValueError("it has more than 8 bits a channel, which would be cut off")
             is_grey = image.mode in GREY
-            if image.has_transparency_data:  # a drawing saved from a canvas is black on nothing
+            if image.has_transparency_data:  # a drawing saved from a canvas is black on transparent
                 image = opaque(image.convert("RGBA"))
         except (OSError, ValueError, Image.DecompressionBombError) as error:
             raise UserError(f"{path} cannot be read: {error}") from error
@@ -352,7 +353,7 @@ class ImageFolder(ImageDataModule):
 
 
 def _classes_in(folder: Path) -> list[str]:
-    """The folders in a folder that are not hidden."""
+    """Return the names of the folders in a folder that are not hidden."""
     classes = sorted(entry.name for entry in folder.iterdir() if entry.is_dir() and not entry.name.startswith("."))
     if not classes:
         raise FileNotFoundError(f"{folder} has no folders.")

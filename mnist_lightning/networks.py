@@ -11,12 +11,12 @@ from torch.nn import functional as F
 
 
 class Dense(nn.Linear):
-    """A linear layer as Keras makes it: Glorot-uniform kernel, zero bias and, if wanted, an L2 penalty on the kernel.
+    """A linear layer like Keras's: Glorot-uniform kernel, zero bias and an optional L2 penalty on the kernel.
 
     Args:
         in_features: Size of an input.
         out_features: Size of an output.
-        l2: λ of the penalty λ‖W‖² on the kernel. The layer only carries the number: the
+        l2: λ of the penalty λ‖W‖² on the kernel. The layer only stores the number: the
             :class:`~mnist_lightning.classifier.Classifier` finds it in any module that has an attribute ``l2`` and a
             ``weight``.
     """
@@ -26,7 +26,7 @@ class Dense(nn.Linear):
         self.l2 = l2
 
     def reset_parameters(self) -> None:
-        """Draw the kernel from Glorot and Bengio's uniform distribution, set the bias to zero."""
+        """Draw the kernel from Glorot and Bengio's uniform distribution and set the bias to zero."""
         nn.init.xavier_uniform_(self.weight)
         nn.init.zeros_(self.bias)
 
@@ -35,7 +35,7 @@ class Dense(nn.Linear):
 
 
 class Dropout(nn.Dropout):
-    """``nn.Dropout`` with a mask that takes half the time or less on a CPU, where torch draws its own one by one."""
+    """``nn.Dropout`` with a mask that takes at most half the time on a CPU, where torch draws its values one by one."""
 
     def forward(self, input: Tensor) -> Tensor:
         """Zero each value with probability ``p`` and divide the others by ``1 - p``; in evaluation, do nothing."""
@@ -47,14 +47,14 @@ class Dropout(nn.Dropout):
 
 
 class Convolution(nn.Conv2d):
-    """A convolution that keeps the image's size, with He et al.'s (2015) normal kernel and, if wanted, an L2 penalty.
+    """A convolution that keeps the image's size, with He et al.'s (2015) normal kernel and an optional L2 penalty.
 
     Args:
         in_channels: Channels of an input.
         out_channels: Channels of an output.
         kernel_size: Side of the kernel, odd.
         l2: λ of the penalty λ‖W‖² on the kernel, as in :class:`Dense`.
-        bias: Whether a bias is added; before a normalization, which has its own, it has no effect.
+        bias: Whether to add a bias; it has no effect before a normalization, which has its own.
     """
 
     def __init__(
@@ -64,7 +64,7 @@ class Convolution(nn.Conv2d):
         self.l2 = l2
 
     def reset_parameters(self) -> None:
-        """Draw the kernel so that ReLU keeps the variance of its inputs, set the bias to zero."""
+        """Draw the kernel so that ReLU keeps the variance of its inputs, and set the bias to zero."""
         nn.init.kaiming_normal_(self.weight, nonlinearity="relu")
         if self.bias is not None:
             nn.init.zeros_(self.bias)
@@ -74,20 +74,20 @@ class Convolution(nn.Conv2d):
 
 
 class MLP(nn.Sequential):
-    """Hidden layers, each followed by its activation and dropout, and a linear layer that gives the logits.
+    """Hidden layers, each followed by its activation and dropout, and a linear layer that returns the logits.
 
     Args:
         units: Width of each hidden layer.
-        dropout: Share of a hidden layer's outputs dropped in training, for each layer or one for all.
-        l2: λ of the penalty λ‖W‖² on a hidden layer's kernel, for each layer or one for all.
+        dropout: Share of a hidden layer's outputs dropped in training: one for each layer, or one for all.
+        l2: λ of the penalty λ‖W‖² on a hidden layer's kernel: one for each layer, or one for all.
         activation: Name of a class in ``torch.nn``, for example ``ReLU``, ``GELU``, ``SiLU`` or ``Tanh``.
-        in_features: Values of an image: pixels times channels.
+        in_features: Number of values in an image: pixels times channels.
         num_classes: Number of logits.
         normalization: ``batch`` (Ioffe and Szegedy 2015) or ``layer`` (Ba et al. 2016), before each activation.
         input_dropout: Share of an image's values dropped in training.
 
     Raises:
-        ValueError: ``dropout`` or ``l2`` has another length than ``units``, or a value has no sense.
+        ValueError: If the length of ``dropout`` or ``l2`` differs from that of ``units``, or a value is invalid.
     """
 
     def __init__(
@@ -124,26 +124,27 @@ class MLP(nn.Sequential):
 
 
 class CNN(nn.Sequential):
-    """Stages of convolutions, with pooling between them, and a linear layer on the last one's averages.
+    """Stages of convolutions with pooling between them, and a linear layer on the averages of the last stage.
 
-    A convolution keeps the size and is followed by its normalization and activation. Max-pooling halves the size before
-    those of a stage's last convolution, where they cost a quarter (as in Jordan 2024, arXiv:2404.00498). The last stage
-    ends in global average pooling (Lin et al. 2014), so images of any size will do. Channels are last in memory, which
-    is faster; with ``--trainer.precision auto``, a processor that has bf16 takes 0.4 to 0.7 of the time.
+    Each convolution keeps the size and is followed by a normalization and an activation. In a stage's last convolution,
+    max-pooling comes before these two and halves the size, so they cost a quarter (as in Jordan 2024,
+    arXiv:2404.00498). The last stage ends in global average pooling (Lin et al. 2014), so images may have any size.
+    Channels are last in memory, which is faster. With ``--trainer.precision auto``, a processor that has bf16 takes
+    0.4 to 0.7 of the time.
 
     Args:
         channels: Width of each stage: channels of its convolutions.
-        convolutions: How many there are in a stage, for each stage or one for all.
-        kernel_size: Side of their kernels, odd, for each stage or one for all.
-        dropout: Share of a stage's pooled outputs dropped in training, for each stage or one for all.
-        l2: λ of the penalty λ‖W‖² on the convolutions' kernels, for each stage or one for all.
+        convolutions: Number of convolutions in a stage: one for each stage, or one for all.
+        kernel_size: Side of the kernels, odd: one for each stage, or one for all.
+        dropout: Share of a stage's pooled outputs dropped in training: one for each stage, or one for all.
+        l2: λ of the penalty λ‖W‖² on the convolutions' kernels: one for each stage, or one for all.
         activation: Name of a class in ``torch.nn``, for example ``ReLU``, ``GELU``, ``SiLU`` or ``Tanh``.
         normalization: ``batch`` (Ioffe and Szegedy 2015) or ``layer`` (over channels and pixels; Ba et al. 2016).
         in_channels: Channels of an image.
         num_classes: Number of logits.
 
     Raises:
-        ValueError: A list has another length than ``channels``, or a value has no sense.
+        ValueError: If the length of a list differs from that of ``channels``, or a value is invalid.
     """
 
     def __init__(
@@ -165,11 +166,11 @@ class CNN(nn.Sequential):
         }
         if not channels or min(*channels, *per_stage["convolutions"]) < 1:
             raise ValueError(
-                f"channels {list(channels)}, convolutions {per_stage['convolutions']}: there must be a stage, and each "
-                "needs at least one channel and convolution"
+                f"channels {list(channels)}, convolutions {per_stage['convolutions']}: there must be at least one "
+                "stage, and each needs at least one channel and one convolution"
             )
         if min(per_stage["kernel_size"]) < 1 or not all(size % 2 for size in per_stage["kernel_size"]):
-            raise ValueError(f"kernel_size {per_stage['kernel_size']}: only an odd one keeps the size of an image")
+            raise ValueError(f"kernel_size {per_stage['kernel_size']}: only an odd size keeps the size of an image")
         _check_l2(per_stage["l2"])
         _check_shares(dropout=per_stage["dropout"])
         make_activation = _activation(activation)
@@ -179,7 +180,7 @@ class CNN(nn.Sequential):
                 convolution = Convolution(in_channels, width, size, factor, bias=normalization is None)
                 layers.add_module(f"convolution_{layer}", convolution)
                 if layer == count and not is_last:
-                    # ceil_mode: the smallest image has a pixel left after any number of stages
+                    # ceil_mode: even the smallest image keeps a pixel after any number of stages
                     layers.add_module("pool", nn.MaxPool2d(2, ceil_mode=True))
                 if normalization is not None:
                     norms: dict[str, Callable[[int], nn.Module]] = {
@@ -198,26 +199,28 @@ class CNN(nn.Sequential):
         self.to(memory_format=torch.channels_last)
 
     def forward(self, input: Tensor) -> Tensor:
-        """Images of shape (batch, channels, height, width) to logits of shape (batch, classes)."""
+        """Map images of shape (batch, channels, height, width) to logits of shape (batch, classes)."""
         logits: Tensor = super().forward(input.to(memory_format=torch.channels_last))
         return logits
 
 
 class TorchvisionModel(nn.Module):
-    """A classifier of ``torchvision.models``, fitted to the channels and classes of the data.
+    """A classifier from ``torchvision.models``, adapted to the channels and classes of the data.
 
     Args:
-        model: Its name, for example ``resnet18``, ``mobilenet_v3_small`` or ``vit_b_16``.
-        weights: Pretrained weights by their name, for example ``DEFAULT`` or ``IMAGENET1K_V1``, which torchvision
-            downloads once; the first and the last layer are fitted, the latter anew. By default all weights are random.
-        image_size: Side to which images are resized: many models need 32 pixels, ``vit_b_16`` 224. By default they stay
-            as they are.
-        in_channels: Channels of an image. Other than the model's own three, its first kernels are summed over them and
-            the sum shared out: a grey image gives what it would give as a grey picture of three channels.
+        model: Name of the classifier, for example ``resnet18``, ``mobilenet_v3_small`` or ``vit_b_16``.
+        weights: Name of pretrained weights, for example ``DEFAULT`` or ``IMAGENET1K_V1``, which torchvision downloads
+            once; the first layer is adapted, and the last layer is replaced by a random one. By default all weights are
+            random.
+        image_size: Side to which images are resized: many models need 32 pixels, ``vit_b_16`` 224. By default images
+            keep their size.
+        in_channels: Channels of an image. If the model has another number, its first kernels are summed over their
+            channels and the sum is divided evenly: the output for a gray image is that for a gray picture of three
+            channels.
         num_classes: Number of logits.
 
     Raises:
-        ValueError: There is no such model or no such weights, or the model has no such first or last layer.
+        ValueError: If the model or the weights do not exist, or the model does not begin with a convolution.
     """
 
     def __init__(
@@ -233,42 +236,42 @@ class TorchvisionModel(nn.Module):
         super().__init__()
         if model not in (names := models.list_models(module=models)):
             close = difflib.get_close_matches(model, names) or ["resnet18", "mobilenet_v3_small", "vit_b_16"]
-            raise ValueError(f"model {model!r} is no classifier of torchvision.models; try {', '.join(close)}")
+            raise ValueError(f"model {model!r} is not a classifier in torchvision.models; try {', '.join(close)}")
         known = models.get_model_weights(model).__members__
         if weights is not None and weights not in known:
-            raise ValueError(f"{model} has no weights {weights!r}; take {', '.join(known)}, or null for random ones")
+            raise ValueError(f"{model} has no weights {weights!r}; use {', '.join(known)}, or null for random weights")
         network = models.get_model(model, weights=weights)
-        network.transform_input = False  # GoogLeNet's and Inception's own scaling of three channels
+        network.transform_input = False  # GoogLeNet and Inception scale their three channels
         layers = [(n, layer) for n, layer in network.named_modules() if isinstance(layer, nn.Conv2d | nn.Linear)]
         (_, first), (name, last) = layers[0], layers[-1]
         if not isinstance(first, nn.Conv2d):
-            raise ValueError(f"model {model!r} does not begin with a convolution, whose channels could be fitted")
+            raise ValueError(f"model {model!r} does not begin with a convolution, so its channels cannot be adapted")
         if in_channels != first.in_channels:
             kernels = first.weight.detach().sum(dim=1, keepdim=True).expand(-1, in_channels, -1, -1)
             first.weight, first.in_channels = nn.Parameter(kernels / in_channels), in_channels
         if isinstance(last, nn.Linear):
             network.set_submodule(name, nn.Linear(last.in_features, num_classes))
-        else:  # SqueezeNet's
+        else:  # SqueezeNet
             network.set_submodule(name, nn.Conv2d(last.in_channels, num_classes, 1))
         self.image_size = image_size
         self.model = network.to(memory_format=torch.channels_last)
 
     def forward(self, images: Tensor) -> Tensor:
-        """Images of shape (batch, channels, height, width) to logits of shape (batch, classes)."""
+        """Map images of shape (batch, channels, height, width) to logits of shape (batch, classes)."""
         if self.image_size is not None:
             images = F.interpolate(images, (self.image_size, self.image_size), mode="bilinear", antialias=True)
         output = self.model(images.to(memory_format=torch.channels_last))
-        logits: Tensor = output if isinstance(output, Tensor) else output[0]  # without those of auxiliary heads
+        logits: Tensor = output if isinstance(output, Tensor) else output[0]  # without the auxiliary heads
         return logits
 
 
 def _per_layer(name: str, values: Any, count: int, what: str) -> Sequence[Any]:
-    """The values of each layer, given one by one or as one for all."""
+    """Return one value for each layer, given as a list or as one value for all."""
     if not isinstance(values, Sequence):
         return [values] * count
     if len(values) != count:
         raise ValueError(
-            f"{name} has {len(values)} values for {count} {what}: give one value for each layer, or a single number "
+            f"{name} has {len(values)} values for {count} {what}: give one value for each layer, or a single value "
             "for all"
         )
     return values
@@ -277,16 +280,16 @@ def _per_layer(name: str, values: Any, count: int, what: str) -> Sequence[Any]:
 def _check_shares(**shares: Sequence[float]) -> None:
     for name, values in shares.items():
         if not all(0 <= value <= 1 for value in values):
-            raise ValueError(f"{name} {', '.join(map(str, values))}: a share is between 0 and 1")
+            raise ValueError(f"{name} {', '.join(map(str, values))}: a share must be between 0 and 1")
 
 
 def _check_l2(factors: Sequence[float]) -> None:
     if min(factors, default=0) < 0:
-        raise ValueError(f"l2 {list(factors)}: a penalty is not negative")
+        raise ValueError(f"l2 {list(factors)}: a penalty must not be negative")
 
 
 def _activation(name: str) -> type[nn.Module]:
     if name not in nn.modules.activation.__all__:
-        raise ValueError(f"activation {name!r} is no activation of torch.nn; try ReLU, GELU, SiLU or Tanh")
+        raise ValueError(f"activation {name!r} is not an activation in torch.nn; try ReLU, GELU, SiLU or Tanh")
     activation: type[nn.Module] = getattr(nn, name)
     return activation

@@ -1,7 +1,7 @@
 """Adam, SGD and RMSprop with the defaults and update rules of Keras 3.
 
-``weight_decay`` is coupled in all three: ``weight_decay * parameter`` is added to the gradient, so that 2λ is the same
-as a penalty λ‖W‖² in the loss.
+``weight_decay`` is coupled in all three: ``weight_decay * parameter`` is added to the gradient, so 2λ is the same as a
+penalty λ‖W‖² in the loss.
 """
 
 import math
@@ -13,17 +13,17 @@ from torch.optim.optimizer import Optimizer, ParamsT
 
 
 class _KerasOptimizer(Optimizer):
-    """What the optimizers with an update rule of their own share: each gives ``_update`` for a parameter group."""
+    """Base of the optimizers with their own update rule: each implements ``_update`` for a parameter group."""
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
         """Do one optimization step.
 
         Args:
-            closure: Computes the loss and its gradients anew.
+            closure: Recomputes the loss and its gradients.
 
         Returns:
-            What the closure returned.
+            The loss that the closure returned.
         """
         loss = None
         if closure is not None:
@@ -38,11 +38,11 @@ class _KerasOptimizer(Optimizer):
 
 
 class KerasAdam(_KerasOptimizer):
-    """Adam as ``keras.optimizers.Adam`` computes it, in one fused kernel.
+    """Adam as in ``keras.optimizers.Adam``, in one fused kernel.
 
     The update is ``m = β₁ m + (1 - β₁) g; v = β₂ v + (1 - β₂) g²; p -= lr √(1 - β₂ᵗ) / (1 - β₁ᵗ) · m / (√v + eps)``:
-    epsilon stands before the bias correction of v, in ``torch.optim.Adam`` after it. The step also takes a third of
-    the time of torch's, which spends more on Python than on a network of this size.
+    epsilon is added before the bias correction of v, in ``torch.optim.Adam`` after it. A step also takes a third of
+    the time of torch's, which spends more time on Python than on a network of this size.
 
     Args:
         params: Parameters or parameter groups.
@@ -52,7 +52,7 @@ class KerasAdam(_KerasOptimizer):
         weight_decay: Factor of the parameter in its gradient.
 
     Raises:
-        ValueError: A value is out of its range.
+        ValueError: If a value is out of range.
     """
 
     def __init__(
@@ -78,7 +78,7 @@ class KerasAdam(_KerasOptimizer):
         states = [self.state[param] for param in params]
         group["step"] += 1
         beta1, beta2 = group["betas"]
-        # at a late step the kernel's own bias corrections are 1
+        # at a late step, the kernel's own bias corrections are 1
         late_step = torch.full((), 1e9, dtype=torch.float32, device=params[0].device)
         torch._fused_adam_(
             params,
@@ -104,9 +104,9 @@ class KerasSGD(torch.optim.SGD):
         params: Parameters or parameter groups.
         lr: Learning rate.
         momentum: Momentum factor.
-        nesterov: Use Nesterov's momentum.
+        nesterov: Whether to use Nesterov's momentum.
         weight_decay: Factor of the parameter in its gradient.
-        fused: Update all parameters in one kernel.
+        fused: Whether to update all parameters in one kernel.
     """
 
     def __init__(
@@ -119,14 +119,14 @@ class KerasSGD(torch.optim.SGD):
         fused: bool = True,
     ) -> None:
         super().__init__(params, lr, momentum, weight_decay=weight_decay, nesterov=nesterov, fused=fused)
-        self._step_supports_amp_scaling = False  # or Lightning refuses to clip gradients in mixed precision
+        self._step_supports_amp_scaling = False  # else Lightning refuses to clip gradients in mixed precision
 
 
 class KerasRMSprop(_KerasOptimizer):
     """RMSprop with epsilon inside the root, as in ``keras.optimizers.RMSprop``.
 
     The update is ``v = alpha v + (1 - alpha) g²; p -= lr g / sqrt(v + eps)``. ``torch.optim.RMSprop`` divides by
-    ``sqrt(v) + eps`` instead, which takes far larger steps where v is small, as for most weights of an MNIST network.
+    ``sqrt(v) + eps`` instead and takes far larger steps where v is small, as for most weights of an MNIST network.
 
     Args:
         params: Parameters or parameter groups.
@@ -136,7 +136,7 @@ class KerasRMSprop(_KerasOptimizer):
         weight_decay: Factor of the parameter in its gradient.
 
     Raises:
-        ValueError: A value is negative.
+        ValueError: If a value is negative.
     """
 
     def __init__(

@@ -15,17 +15,17 @@ from mnist_lightning.training.saved_run import SavedRun
 
 
 class Predictor:
-    """A trained network that takes pictures and arrays, and says the names of the classes.
+    """A trained network that takes pictures and arrays and returns probabilities under the names of the classes.
 
     Args:
-        checkpoint: A file of a run.
+        checkpoint: A checkpoint file of a run.
 
     Attributes:
-        classifier: In evaluation mode, on the CPU.
-        data: Its data module; for the names of the classes, what it needs of its data set must be there.
+        classifier: The classifier, in evaluation mode, on the CPU.
+        data: The run's data module; it may need its data set for the names of the classes.
 
     Raises:
-        UserError: If it cannot be used.
+        UserError: If the checkpoint cannot be used.
     """
 
     def __init__(self, checkpoint: str | Path) -> None:
@@ -38,12 +38,12 @@ class Predictor:
         """Return the probabilities of the classes, computed in the precision of the run.
 
         Args:
-            images: A picture of any kind, as its file or read by Pillow, which is brought into the form of the data
-                set; or images that have it, uint8 or floats from 0 to 1, of shape (n, channels, height, width) or, of
-                one image or one channel, without these.
+            images: A picture of any kind, as a file or a Pillow image, which is converted to the form of the data set;
+                or images in that form, uint8 or floats from 0 to 1, of shape (n, channels, height, width); n and a
+                single channel may be left out.
 
         Returns:
-            A row for each image and a column for each class; ``.idxmax(axis=1)`` is what the network says.
+            A row for each image and a column for each class; ``.idxmax(axis=1)`` returns the predicted classes.
 
         Raises:
             PictureError: If the picture cannot be used.
@@ -59,7 +59,7 @@ class Predictor:
         is_scaled = array.is_floating_point() and 0 <= array.min() <= array.max() <= 1
         if array.shape[-3:] != shape or array.dim() > 4 or not (is_scaled or array.dtype == torch.uint8):
             raise ValueError(
-                f"images of shape {tuple(np.shape(images))} and {array.dtype}: they must be {shape}, or several of "
+                f"images of shape {tuple(np.shape(images))} and {array.dtype}: they must be {shape} or a batch of "
                 "these, uint8 or floats from 0 to 1"
             )
         array = (array if array.dtype == torch.uint8 else array.float()).view(-1, *shape)

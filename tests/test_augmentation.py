@@ -171,13 +171,13 @@ def test_torchvision_s_mixtures_stand_in_the_same_list(batch, mix):
 @pytest.mark.parametrize(
     ("augmentation", "arguments", "message"),
     [
-        (Distortion, {"degrees": -1.0}, "none is negative"),
-        (Distortion, {"scale": 1.0}, "scale is less than 1"),
+        (Distortion, {"degrees": -1.0}, "none may be negative"),
+        (Distortion, {"scale": 1.0}, "scale must be less than 1"),
         (Distortion, {"sigma": 0.0}, "sigma more than 0"),
-        (Erasing, {"p": 1.5}, "p 1.5 is no probability"),
-        (Erasing, {"scale": (0.3, 0.2)}, "the lower end first"),
-        (Erasing, {"ratio": (0.0, 1.0)}, "a ratio not 0"),
-        (HorizontalFlip, {"p": -0.1}, "is no probability"),
+        (Erasing, {"p": 1.5}, "p 1.5 is not a probability"),
+        (Erasing, {"scale": (0.3, 0.2)}, "the lower end comes first"),
+        (Erasing, {"ratio": (0.0, 1.0)}, "ratio is not 0"),
+        (HorizontalFlip, {"p": -0.1}, "is not a probability"),
     ],
 )
 def test_what_has_no_sense_is_refused(augmentation, arguments, message):

@@ -196,7 +196,7 @@ REFUSED = {
     'sampler=GridSampler --sampler.search_space={"x":[1]}': "GridSampler cannot draw. The parameter name, ",
     "sampler=PartialFixedSampler": "the following arguments are required: fixed_params, base_sampler",
     "sampler=NSGAIISampler --sampler.population_size=1": "`population_size` must be greater than or equal to 2",
-    "sampler=GPSampler --metric=val/loss --metric=val/accuracy --pruner=MedianPruner": "A pruner knows one metric only",
+    "sampler=GPSampler --metric=val/loss --metric=val/accuracy --pruner=MedianPruner": "A pruner supports only one",
     "pruner=PatientPruner": "the following arguments are required: patience",
     "pruner=PercentilePruner": "the following arguments are required: percentile",
     "pruner=ThresholdPruner": "Either lower or upper must be specified",

@@ -146,7 +146,7 @@ def test_a_folder_of_any_shape_and_labels_goes_through_all_commands(odd, monkeyp
     options = [f"--data.data_dir={odd}", "--data.batch_size=16", "--model.network.l2=0"]
     code, out, err = in_process(capfd, "fit", *options, "--trainer.max_epochs=6")
     assert code == 0, err
-    assert "its labels 2, 7, 30 to 31 are the network's classes 0 to 3" in out + err
+    assert "the labels 2, 7, 30 to 31 are the network's classes 0 to 3" in out + err
     assert re.search(r"train +images \(240, 1, 12, 20\)", out)
     run = tmp_path / "lightning_logs/baseline/version_0"
     network = yaml.safe_load((run / "config.yaml").read_text())["model"]["network"]["init_args"]
@@ -171,7 +171,7 @@ def test_a_folder_of_any_shape_and_labels_goes_through_all_commands(odd, monkeyp
     write_pair(some, "t10k-{}", images, labels + 1)
     code, _, err = in_process(capfd, "test", f"--data.data_dir={some}")
     assert code == 1
-    assert "has a class 3, but the checkpoint is of a network for 2, 7, 30, 31" in err
+    assert "has a class 3, but the checkpoint's network is for 2, 7, 30, 31" in err
     code, _, err = in_process(capfd, "test", "--data.data_dir=null")
     assert (code, "has a class 0, but the checkpoint" in err) == (1, True)
 
@@ -184,7 +184,7 @@ def test_a_folder_of_any_shape_and_labels_goes_through_all_commands(odd, monkeyp
 
 def test_images_of_training_and_test_have_one_size(odd):
     write_pair(odd, "t10k-{}", pixels(8, 12, 12), np.array([2, 7, 30, 31] * 2))
-    with pytest.raises(UserError, match="test images are 1x12x12, those of training 1x12x20"):
+    with pytest.raises(UserError, match="test images are 1x12x12, but training images are 1x12x20"):
         both(MNISTDataModule(str(odd)))
 
 
@@ -334,7 +334,7 @@ def test_a_folder_s_pictures_are_those_that_predict_takes(tmp_path, capsys):
     found = [path for path, _ in find([str(tmp_path)])]
     assert len(found) == 10 * classes + 4
     said = capsys.readouterr().out
-    assert said.count("files left out, as Pillow reads none with such endings: 1 .pdf, 1 .txt") == 1
+    assert said.count("files left out, as Pillow does not read these endings: 1 .pdf, 1 .txt") == 1
 
 
 @pytest.mark.parametrize("ink", ["black", "white"])
@@ -364,7 +364,7 @@ def test_images_that_are_all_alike_are_said_to_be(tmp_path, capsys):
         for number in range(5):
             Image.new("L", (6, 6), 7).save(tmp_path / name / f"{number}.png")
     both(ImageFolder(str(tmp_path)))
-    assert "all 8 train images are alike, so nothing can be learned" in capsys.readouterr().out
+    assert "all 8 train images are the same, so nothing can be learned" in capsys.readouterr().out
 
 
 def test_a_folder_of_validation_images_is_used(tmp_path):
@@ -380,10 +380,10 @@ def test_a_folder_of_validation_images_is_used(tmp_path):
     [
         (lambda folder: (folder / "red/3.png").write_bytes(b"no image"), r"red/3\.png cannot be read"),
         (lambda folder: Image.new("L", (5, 5)).save(folder / "red/3.png"), r"5x5 pixels, the first image 8x10: .*size"),
-        (lambda folder: Image.new("RGB", (10, 8)).save(folder / "red/3.png"), "in colour, the first image grey"),
+        (lambda folder: Image.new("RGB", (10, 8)).save(folder / "red/3.png"), "in color, the first image gray"),
         (lambda folder: Image.new("I;16", (10, 8)).save(folder / "red/3.png"), "more than 8 bits"),
         (lambda folder: (folder / "empty").mkdir(), "empty has no pictures"),
-        (lambda folder: (folder / "train").mkdir(), "must hold a folder for each class"),
+        (lambda folder: (folder / "train").mkdir(), "must have a folder of images for each class"),
     ],
 )
 def test_what_is_wrong_in_a_folder_is_named(tmp_path, change, message):
@@ -445,7 +445,7 @@ def test_data_and_network_of_one_s_own_fit_together(monkeypatch, capfd, tmp_path
     assert code == 0, err
     code, _, err = in_process(capfd, "fit", *options, "--model.network.num_classes=2", "--trainer.max_epochs=5")
     assert code == 1
-    assert "For 3 classes, Net must give logits of shape (batch, 3), but gives a tensor of shape (1, 2)" in err
+    assert "For 3 classes, Net must return logits of shape (batch, 3), but it returns a tensor of shape (1, 2)" in err
     code, _, err = in_process(capfd, "fit", "--data=own_stripes.Stripes", "--model.network.in_features=7")
     assert code == 1
     assert "MLP does not take images of shape (2, 9, 9)" in err
@@ -457,7 +457,7 @@ def test_data_and_network_of_one_s_own_fit_together(monkeypatch, capfd, tmp_path
         ((torch.rand(9, 4, 4) * 255, torch.arange(9)), "floats from 0 to 1"),
         ((torch.zeros(9, 4, 4, dtype=torch.int32), torch.arange(9)), "uint8 or floats"),
         ((torch.rand(9, 4, 4), torch.arange(8)), "9 images but 8 labels"),
-        ((torch.rand(9, 4, 4), torch.rand(9)), "a whole number for each image"),
+        ((torch.rand(9, 4, 4), torch.rand(9)), "each image needs one whole number"),
         ((torch.rand(1, 4, 4), torch.arange(1)), "too few training images"),
     ],
 )

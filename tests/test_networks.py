@@ -82,9 +82,9 @@ def test_an_mlp_normalizes_before_the_activation_and_drops_pixels():
         ({"units": [5], "dropout": [0.2, 0.2]}, "dropout has 2 values for 1 hidden layers"),
         ({"units": [5], "l2": [0.1, 0.1]}, "l2 has 2 values"),
         ({"units": [5, 0]}, "at least one unit"),
-        ({"l2": -0.1}, "a penalty is not negative"),
-        ({"dropout": 1.5}, "dropout 1.5, 1.5: a share is between 0 and 1"),
-        ({"activation": "Linear"}, "no activation of torch.nn"),
+        ({"l2": -0.1}, "a penalty must not be negative"),
+        ({"dropout": 1.5}, "dropout 1.5, 1.5: a share must be between 0 and 1"),
+        ({"activation": "Linear"}, "not an activation in torch.nn"),
     ],
 )
 def test_what_has_no_sense_is_refused(arguments, message):
@@ -151,13 +151,13 @@ def test_a_convolution_keeps_the_variance_under_relu():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"channels": []}, "there must be a stage"),
+        ({"channels": []}, "there must be at least one stage"),
         ({"channels": [8, 0]}, "at least one channel"),
         ({"convolutions": [1, 2]}, "convolutions has 2 values for 3 stages"),
-        ({"convolutions": 0}, "at least one channel and convolution"),
-        ({"kernel_size": 4}, "only an odd one"),
-        ({"l2": -1.0}, "a penalty is not negative"),
-        ({"activation": "relu"}, "no activation of torch.nn"),
+        ({"convolutions": 0}, "at least one channel and one convolution"),
+        ({"kernel_size": 4}, "only an odd size"),
+        ({"l2": -1.0}, "a penalty must not be negative"),
+        ({"activation": "relu"}, "not an activation in torch.nn"),
     ],
 )
 def test_a_cnn_refuses_what_has_no_sense(arguments, message):
@@ -195,8 +195,8 @@ def test_pretrained_kernels_see_a_grey_image_as_a_grey_picture(monkeypatch):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"model": "resnet19"}, "no classifier of torchvision.models; try resnet1"),
-        ({"model": "fcn_resnet50"}, "no classifier"),
+        ({"model": "resnet19"}, "not a classifier in torchvision.models; try resnet1"),
+        ({"model": "fcn_resnet50"}, "not a classifier"),
         ({"weights": "IMAGENET"}, "resnet18 has no weights 'IMAGENET'; take IMAGENET1K_V1, DEFAULT"),
     ],
 )

@@ -22,7 +22,7 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.plugins import CheckpointIO as LightningCheckpointIO
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-import mnist_lightning.augmentation  # noqa: F401 - so that a name is enough for its classes
+import mnist_lightning.augmentation  # noqa: F401 - jsonargparse finds its classes by their short names
 import mnist_lightning.datasets  # noqa: F401
 from mnist_lightning.classifier import Classifier
 from mnist_lightning.commands.parsing import (
@@ -52,27 +52,27 @@ DEFAULTS: dict[str, Any] = {
     "model.network": {"class_path": "mnist_lightning.networks.MLP"},
     "data": {"class_path": "mnist_lightning.data.MNISTDataModule"},
 }
-"""Where the commands differ from Lightning, and what has no default of its own."""
+"""Defaults that differ from Lightning's, and values for options without a default."""
 
 FINDERS = (BatchSizeFinder, LearningRateFinder)
 
 
 class RunCLI(LightningCLI):
-    """Parses the options of a command and makes data, model and trainer of them.
+    """Parses the options of a command and builds data module, model and trainer from them.
 
-    A command is a subclass with its own options and a method :meth:`run`.
+    A command is a subclass with its own options and a :meth:`run` method.
 
     Args:
-        command: Its name.
+        command: Name of the command.
         arguments: Command-line arguments, or a config.
-        description: What it does, for its ``--help``.
+        description: What the command does, for its ``--help``.
 
     Attributes:
-        trains: Whether the command trains, so that the user's loggers are used.
-        default_checkpoint: The checkpoint that is used if none is given: ``last``, or None for none at all.
-        kept: Arguments of the model that are those given, though a checkpoint has others.
-        saved: The run of the checkpoint that is used, if one is.
-        options: From a class that the config names to the option that does.
+        trains: Whether the command trains; only then are the user's loggers used.
+        default_checkpoint: The checkpoint to use if none is given: ``last``, or None for no checkpoint.
+        kept: Arguments of the model for which the given value takes precedence over the checkpoint's.
+        saved: The run of the checkpoint, if one is used.
+        options: From each class that the config names to the option that names it.
     """
 
     parser: Parser
@@ -95,7 +95,7 @@ class RunCLI(LightningCLI):
             seed_everything_default=42,
             parser_class=Parser,
             parser_kwargs={"prog": f"{PROG} {command}", "description": description},
-            save_config_callback=None,  # it would save where the first logger is
+            save_config_callback=None,  # it would save in the first logger's folder
             auto_configure_optimizers=False,
             run=False,
             args=arguments if isinstance(arguments, dict) else read_pipes(arguments),
@@ -103,7 +103,7 @@ class RunCLI(LightningCLI):
 
     @classmethod
     def main(cls, command: str, description: str, arguments: Sequence[str]) -> None:
-        """Run the command as a process does: a user's mistake ends it with a line."""
+        """Run the command as a process; a user's mistake ends it with one line."""
         quieten_lightning()
         with user_errors(), patched_jsonargparse():
             run = cls(command, arguments, description)
@@ -111,38 +111,38 @@ class RunCLI(LightningCLI):
             run.run()
 
     def run(self) -> None:
-        """Do what the command is for."""
+        """Run the command, after its options are parsed and its objects are built."""
         raise NotImplementedError
 
     def say(self, line: str) -> None:
-        """Tell the user something of the options."""
+        """Tell the user something about the options."""
         rank_zero_print(line)
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """Add the options that are neither the trainer's nor the model's nor the data's."""
+        """Add the options that do not belong to the trainer, the model or the data."""
         parser.add_argument("--name", type=str, help=f"Folder of the run, in {LOGS}.")
         parser.add_argument(
             "--num_threads",
             type=restricted_number_type("Threads", int, [(">", 0), ("<=", 1024)]),
             default=1,
-            help="CPU threads of one process; more only pay for large networks.",
+            help="CPU threads per process; more than one pays off only for large networks.",
         )
         parser.add_argument(
             "--origin",
             type=dict[str, Any] | None,
-            help="Study and trial that the config is of: written by tune, for report.",
+            help="Study and trial of the config: tune writes it, report reads it.",
         )
         parser.set_defaults(DEFAULTS)
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
-        """Parse, and take from a checkpoint what was not given."""
+        """Parse the arguments, and take what is missing from the checkpoint."""
         self.config = parser.parse_object(args) if isinstance(args, dict) else parser.parse_args(args)
         self.normalize(self.config)
         path = self.find_checkpoint()
         if path is not None:
             self.use_checkpoint(path, args)
         seed = self.config.seed_everything
-        if seed is None or seed is False:  # to Lightning, no seed: a run can be repeated all the same
+        if seed is None or seed is False:  # Lightning would set no seed, and the run could not be repeated
             seed = self.config.seed_everything = secrets.randbelow(2**32)
             self.say(f"Seed: --seed_everything {seed}, drawn for this run")
         if not 0 <= seed < 2**32:
@@ -151,20 +151,20 @@ class RunCLI(LightningCLI):
         trainer = self.config.trainer
         if str(trainer.precision).startswith("bf16") and has_bf16(trainer.accelerator) is False:
             self.say(
-                f"Precision {trainer.precision} is imitated here, several times as slow as 32-true: the device has no "
-                "instructions for bfloat16. --trainer.precision auto takes what the device is fast in."
+                f"Precision {trainer.precision} is emulated here, several times slower than 32-true: the device has no "
+                "bfloat16 instructions. --trainer.precision auto chooses a fast precision."
             )
 
     @property
     def logs(self) -> Path:
-        """Folder of all runs."""
+        """The folder of all runs."""
         return Path(self.config.trainer.default_root_dir or ".", LOGS)
 
     def find_checkpoint(self) -> Path | None:
-        """Return the checkpoint that is used, if one is.
+        """Return the path of the checkpoint to use, or None.
 
         Raises:
-            UserError: If no run has one.
+            UserError: If the newest run's checkpoint is wanted and no run has one.
         """
         given = self.config.get("ckpt_path") or self.default_checkpoint
         if given in ("last", "best"):
@@ -172,19 +172,19 @@ class RunCLI(LightningCLI):
         return None if given is None else Path(given)
 
     def taken(self, saved: SavedRun) -> dict[str, Any]:
-        """Return what is taken from a checkpoint beside model and data: what the numbers of ``fit`` depend on."""
+        """Return what a checkpoint provides besides model and data: the options that affect the results of ``fit``."""
         if not saved.config:
             return {}
         return {"trainer": {name: saved.config["trainer"].get(name) for name in ("precision", "plugins")}}
 
     def use_checkpoint(self, path: Path, args: Sequence[str]) -> None:
-        """Parse once more, with what the checkpoint has below what was given; but the model is the checkpoint's.
+        """Parse again with the checkpoint's values as defaults; the model is always the checkpoint's.
 
         Raises:
             UserError: If the checkpoint cannot be used.
         """
         if not path.is_file():
-            raise UserError(f"No checkpoint at {path}; `last` and `best` mean the newest run's.")
+            raise UserError(f"No checkpoint at {path}; `last` and `best` mean those of the newest run.")
         self.saved = SavedRun.read(path)
         values = {**self.taken(self.saved), "model": self.saved.model, "data": self.saved.data}
         self.parser.exit_on_error = False
@@ -197,7 +197,7 @@ class RunCLI(LightningCLI):
             self.config = self.parser.parse_object({"model": model, "ckpt_path": str(path)}, config)
         except ArgumentError as error:
             raise UserError(
-                f"{path} cannot be used: its hyper-parameters are refused. {shorten(str(error))}"
+                f"{path} cannot be used: its hyper-parameters are invalid. {shorten(str(error))}"
             ) from error
         self.parser.exit_on_error = True
         for key, value in model.items():
@@ -205,28 +205,28 @@ class RunCLI(LightningCLI):
                 self.say(f"The checkpoint's model.{key} is used, not the one given: {value}")
 
     def _check_paths(self, checkpoint: Path, paths: dict[str, str]) -> None:
-        """See that a checkpoint from elsewhere, which may be anybody's, lets nothing be written outside of the run.
+        """Check that a checkpoint from elsewhere, which may be untrusted, makes nothing write outside the new run.
 
         Raises:
-            UserError: If it does, and nobody has typed that.
+            UserError: If it sets such a path, and the user has not typed that path.
         """
         typed = paths_in(self.plain_config()["trainer"]).values()
         foreign = {key: value for key, value in paths.items() if value not in typed}
         if foreign and not checkpoint.resolve().is_relative_to(self.logs.resolve()):
             key, value = next(iter(foreign.items()))
             raise UserError(
-                f"{checkpoint} is of no run in {self.logs}, and with its {key} {value} would write outside of the new "
-                "run. Give the option yourself if that is meant."
+                f"{checkpoint} is not from a run in {self.logs}, and with its {key} {value} would write outside the "
+                "new run. If you want that, give the option yourself."
             )
 
     def use_finders(self) -> None:
-        """Leave out Lightning's BatchSizeFinder and LearningRateFinder, which only a new training needs."""
+        """Remove Lightning's BatchSizeFinder and LearningRateFinder, which only a new training needs."""
         for finder in self.take_finders():
-            self.say(f"{get_class(finder.class_path).__name__} has nothing to do: no new training begins.")
+            self.say(f"{get_class(finder.class_path).__name__} is not used: it needs a new training.")
             return
 
     def take_finders(self) -> list[Namespace]:
-        """Take Lightning's finders out of the callbacks, and return them."""
+        """Remove Lightning's finders from the callbacks and return them."""
         trainer = self.config.trainer
         given = trainer.callbacks if isinstance(trainer.callbacks, list) else [trainer.callbacks]
         finders = [each for each in given if each and get_class(each.class_path) in FINDERS]
@@ -235,14 +235,14 @@ class RunCLI(LightningCLI):
         return finders
 
     def normalize(self, config: Namespace) -> None:
-        """Let a config say what ``auto``, ``~`` and null mean here, so that whatever is made from it is alike.
+        """Replace ``auto``, ``~`` and null in a config by their meaning on this machine.
 
         Raises:
             UserError: If a value is invalid.
         """
         for group in ("trainer", "model", "data"):
             if not isinstance(config[group], Namespace):
-                raise UserError(f"{group} must have keys of its own, and is not just {config[group]}.")
+                raise UserError(f"{group} must be a mapping of options, not {config[group]}.")
         for group, made in (("trainer", pl.Trainer), ("model", Classifier)):
             fill_nulls(config[group], made)
         fill_nulls(Namespace(data=config.data), ImageDataModule)
@@ -255,18 +255,18 @@ class RunCLI(LightningCLI):
         if "ckpt_path" in config and config.ckpt_path == "":
             config.ckpt_path = None
         data = config.data.init_args
-        if data.data_dir is not None:  # config and checkpoint may be used in another folder
+        if data.data_dir is not None:  # config and checkpoint may be used from another folder
             data.data_dir = str(Path(data.data_dir).expanduser().absolute())
         check_times(config.trainer)
         config.trainer.precision = choose_precision(config.trainer.precision, config.trainer.accelerator)
         folder = config.trainer.default_root_dir
         if folder is not None:
             if "://" in str(folder):
-                raise UserError(f"--trainer.default_root_dir {folder} is a URL: runs are kept in a folder.")
+                raise UserError(f"--trainer.default_root_dir {folder} is a URL: give a local folder.")
             config.trainer.default_root_dir = str(Path(folder).expanduser())
 
     def plain_config(self, config: Namespace | None = None) -> dict[str, Any]:
-        """Return a config, by default the command's own, complete and in types that YAML and JSON have."""
+        """Return a complete config, by default the command's own, in types that YAML and JSON can hold."""
         if config is not None and hasattr(self, "datamodule"):
             fill_sizes(config, self.datamodule)
         text = self.parser.dump(config or self.config, skip_unset=False, skip_validation=True, format="json")
@@ -277,8 +277,8 @@ class RunCLI(LightningCLI):
         torch.set_num_threads(self.config.num_threads)
 
     def instantiate_classes(self) -> None:
-        """Make data, model and trainer; a value that one of them refuses is the user's mistake."""
-        self.config_dump = self.plain_config()  # or Lightning would make it, twice
+        """Build data module, model and trainer; report a value that one of them refuses as the user's mistake."""
+        self.config_dump = self.plain_config()  # Lightning would otherwise dump the config twice
         self.options = chosen_classes(self.config_dump)
         try:
             self._make()
@@ -290,7 +290,7 @@ class RunCLI(LightningCLI):
                 reason = shorten(str(error))
             path = self.config.get("ckpt_path")
             raise UserError(f"{path} cannot be used: {reason}" if path else reason) from error
-        # only a model made from a config has hyper-parameters that can be stored as plain types
+        # only a model that is built from a config has hyper-parameters of plain types
         self.model.save_hyperparameters({**self.config_dump["model"], "_instantiator": INSTANTIATOR})
 
     def _make(self) -> None:
@@ -301,21 +301,21 @@ class RunCLI(LightningCLI):
         self.config_dump = self.plain_config()
         super().instantiate_classes()
         self.datamodule.share(data)
-        if self.saved is not None and self.saved.data_state is not None:  # Lightning's needs data of the same class
+        if self.saved is not None and self.saved.data_state is not None:  # Lightning restores only the same data class
             self.datamodule.load_state_dict(self.saved.data_state)
         self.model.check_images(self.datamodule.image_shape, len(self.datamodule.classes))
         self.check_training()
-        optimizers = self.model.configure_optimizers()  # only to see now whether it can be done
+        optimizers = self.model.configure_optimizers()  # fails here rather than when the training starts
         self._check_monitors(optimizers)
 
     def check_training(self) -> None:
-        """See that what is made can be trained, if the command trains."""
+        """Check that the model can be trained on the data, if the command trains."""
 
     def _check_monitors(self, optimizers: Any) -> None:
-        """See that what callbacks and the schedule follow will be logged, as far as nobody else can log.
+        """Check that the metrics which callbacks and schedule monitor are logged, unless a user's callback may log.
 
         Raises:
-            UserError: If a metric will not be there.
+            UserError: If a monitored metric will not be logged.
         """
         followers: list[Any] = [*self.trainer.callbacks]  # type: ignore[attr-defined]
         if any(
@@ -323,7 +323,7 @@ class RunCLI(LightningCLI):
             for callback in followers
         ):
             return
-        logits = torch.zeros(1, len(self.datamodule.classes))  # to ask the network would draw its dropout
+        logits = torch.zeros(1, len(self.datamodule.classes))  # running the network would draw its dropout
         values = self.model.metrics(logits, torch.zeros(1, dtype=torch.long), torch.zeros(()))
         known = ["lr", *(f"{stage}/{name}" for stage in ("train", "val") for name in values)]
         monitored = [(type(follower).__name__, getattr(follower, "monitor", None)) for follower in followers]
@@ -331,42 +331,43 @@ class RunCLI(LightningCLI):
             monitored.append(("lr_scheduler", optimizers["lr_scheduler"]["monitor"]))
         for name, monitor in monitored:
             if monitor is not None and monitor not in known:
-                raise UserError(f"{name} monitors {monitor}, which is not logged. These are: {', '.join(known)}.")
+                raise UserError(f"{name} monitors {monitor}, which is not logged. Logged metrics: {', '.join(known)}.")
 
     def make_callbacks(self, options: Namespace) -> list[Callback]:
-        """Make the callbacks that the trainer has beside the user's.
+        """Return the callbacks that the trainer gets in addition to the user's.
 
         Args:
-            options: The trainer's.
+            options: Options of the trainer.
         """
         if options.barebones:
-            self.say("With barebones nothing is logged, shown or kept.")
+            self.say("With barebones, nothing is logged, shown or kept.")
         elif options.enable_progress_bar is not False and not _has(options.callbacks, ProgressBar):
             return [EpochProgressBar()]
         return []
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
-        """Make the trainer."""
+        """Build the trainer."""
         options = self.config_init.trainer
-        kwargs = {"enable_checkpointing": False, "enable_model_summary": False, **kwargs}  # Lightning's shows no layers
+        # Lightning's model summary shows no layers
+        kwargs = {"enable_checkpointing": False, "enable_model_summary": False, **kwargs}
         if isinstance(options.logger, bool | None) or not self.trains:
-            kwargs["logger"] = False  # TensorBoard's is made where its folder is known
+            kwargs["logger"] = False  # FitCLI adds TensorBoard's logger once the run folder is known
         given = options.plugins if isinstance(options.plugins, list) else [options.plugins] if options.plugins else []
         for plugin in given:
             if isinstance(plugin, LightningCheckpointIO):
                 raise UserError(
-                    f"--trainer.plugins {type(plugin).__name__}: checkpoints are written by this package, whole or not "
-                    "at all, and read without running code. Leave it out."
+                    f"--trainer.plugins {type(plugin).__name__}: checkpoints are written by this package, atomically, "
+                    "and read without running code. Leave the plugin out."
                 )
         kwargs["plugins"] = [*given, CheckpointIO()]
         self.trainer_defaults["callbacks"] = self.make_callbacks(options)
         trainer: Any = super().instantiate_trainer(**kwargs)
         if any(word in str(options.strategy) for word in ("spawn", "fork", "notebook")):
             raise UserError(
-                f"--trainer.strategy {options.strategy} starts processes that would have to copy the parser, which "
-                "cannot be copied. --trainer.strategy ddp starts the command once for each device."
+                f"--trainer.strategy {options.strategy} starts processes that would have to copy the parser, which is "
+                "impossible. Use --trainer.strategy ddp, which starts the command once per device."
             )
-        # Lightning checks it for several devices only: two processes of one device each would both be the first
+        # Lightning checks this only for several devices: two processes with one device each would both have rank 0
         environment = trainer._accelerator_connector.cluster_environment
         environment.validate_settings(trainer.num_devices, trainer.num_nodes)
         trainer._checkpoint_connector = CheckpointConnector(trainer)
@@ -378,24 +379,24 @@ class RunCLI(LightningCLI):
 
 def add_training_options(parser: LightningArgumentParser) -> None:
     """Add the options of the commands that train."""
-    parser.add_argument("--tensorboard", type=bool, default=True, help="Whether TensorBoard's events are written.")
+    parser.add_argument("--tensorboard", type=bool, default=True, help="Whether to write TensorBoard events.")
     parser.add_argument(
-        "--fast", type=bool, default=True, help="Whether steps go around hooks to which nothing listens."
+        "--fast", type=bool, default=True, help="Whether training steps skip hooks that nothing listens to."
     )
 
 
 def add_method_options(parser: LightningArgumentParser, method: str) -> None:
-    """Add the options that a method of the Trainer has, such as ``--ckpt_path``."""
+    """Add the options of a Trainer method, such as ``--ckpt_path``."""
     skip = {"model", "datamodule", "weights_only", "return_predictions"}
     skip |= {f"{prefix}dataloaders" for prefix in ("", "train_", "val_")}
     parser.add_method_arguments(Trainer, method, as_group=False, skip=skip)
 
 
 def check_times(trainer: Namespace) -> None:
-    """See that the trainer's intervals are such.
+    """Check the trainer's intervals.
 
     Raises:
-        UserError: If one is not.
+        UserError: If one is not a valid interval.
     """
     for name in ("val_check_interval", "check_val_every_n_epoch", "accumulate_grad_batches"):
         if isinstance(value := trainer[name], int) and value < 1:
@@ -412,7 +413,7 @@ def check_times(trainer: Namespace) -> None:
 
 
 def read_pipes(words: Sequence[str]) -> list[str]:
-    """Return arguments whose configs from pipes, as by ``--config <(...)``, are read: that can be done only once."""
+    """Replace configs from pipes, such as ``--config <(...)``, by their text: a pipe can be read only once."""
     read = []
     for index, word in enumerate(words):
         option, sign, value = word.rpartition("=")
@@ -427,7 +428,7 @@ def read_pipes(words: Sequence[str]) -> list[str]:
 
 
 def paths_in(config: Any, key: str = "") -> dict[str, str]:
-    """Return the values of a config that name a place where something is written, by their keys."""
+    """Return the values of a config that name a file, folder or URL to write to, by their keys."""
     if isinstance(config, list):
         config = dict(enumerate(config))
     if isinstance(config, dict):
@@ -437,7 +438,7 @@ def paths_in(config: Any, key: str = "") -> dict[str, str]:
 
 
 def chosen_classes(config: Any, option: str = "") -> dict[type, str]:
-    """Return the classes that a config names, each with the option that does."""
+    """Return the classes that a config names, each with the option that names it."""
     found: dict[type, str] = {}
     if isinstance(config, list):
         for each in config:
@@ -451,27 +452,27 @@ def chosen_classes(config: Any, option: str = "") -> dict[type, str]:
 
 
 def get_class(path: str) -> type:
-    """Return the class that a path names."""
+    """Return the class of a class path."""
     module, _, name = path.rpartition(".")
     found: type = getattr(importlib.import_module(module), name)
     return found
 
 
 def _has(callbacks: Any, kind: type) -> bool:
-    """Whether the user's callbacks, one or a list, have one of a kind."""
+    """Return whether the user's callbacks, one or a list, include an instance of a class."""
     given = callbacks if isinstance(callbacks, list) else [callbacks]
     return any(isinstance(callback, kind) for callback in given)
 
 
 def quieten_lightning() -> None:
-    """Leave out Lightning's tips, and its warnings of what is meant."""
+    """Silence Lightning's tips, and its warnings about intended behavior."""
     logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(lambda record: "Tip:" not in record.msg)
     for message in (
         ".*does not have many workers",  # the data is in memory
         ".*smaller than the logging interval",  # metrics are logged once an epoch
-        ".*torch.jit.trace",  # TensorBoard's graph is made with it
+        ".*torch.jit.trace",  # TensorBoard draws its graph with it
         ".*callbacks used to create the checkpoint",  # RunCheckpoint, which only `fit` needs
-        ".*LeafSpec",  # Lightning's own
+        ".*LeafSpec",  # caused by Lightning itself
         ".*GrpcStorageProxy is experimental",
     ):
         warnings.filterwarnings("ignore", message)

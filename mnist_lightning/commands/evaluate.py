@@ -20,7 +20,7 @@ class EvaluateCLI(RunCLI):
 
     def make_callbacks(self, options: Namespace) -> list[Callback]:
         if options.barebones:
-            raise UserError(f"--trainer.barebones logs nothing, and so {self.command} has no result.")
+            raise UserError(f"--trainer.barebones logs nothing, so {self.command} would have no result: leave it out.")
         return super().make_callbacks(options)
 
     def run(self) -> None:

@@ -36,12 +36,12 @@ from mnist_lightning.training.slurm import SlurmJob
 
 
 class FitCLI(RunCLI):
-    """Trains, then evaluates on the test images: the weights of the last epoch and those of the best.
+    """Trains a network, then tests the weights of the last epoch and of the best one.
 
     Attributes:
-        checkpoint: Keeps the run on disk; None where nothing is kept.
-        job: The SLURM job that this process is of, if it is of one.
-        run_dir: Folder of the run, once it exists.
+        checkpoint: The callback that keeps the run on disk; None if nothing is kept.
+        job: The SLURM job of this process, if it belongs to one.
+        run_dir: The run folder, once it exists.
     """
 
     trains = True
@@ -65,17 +65,17 @@ class FitCLI(RunCLI):
         return path or super().find_checkpoint()
 
     def taken(self, saved: SavedRun) -> dict[str, Any]:
-        return saved.config  # all of it: the run goes on as it was
+        return saved.config  # all of it: the run continues as it was
 
     def use_checkpoint(self, path: Path, args: Sequence[str]) -> None:
-        """Take the run's config from the checkpoint, and say where what was given differs."""
+        """Take the run's config from the checkpoint, and report where the given options differ."""
         super().use_checkpoint(path, args)
         assert self.saved is not None
         before = self.taken(self.saved)
         if "trainer" not in before:
             rank_zero_print(
-                f"{path} was not written by fit and does not hold the options of its trainer: those of this command "
-                "are used."
+                f"{path} was not written by fit and does not hold the trainer's options: those of this command are "
+                "used."
             )
         now = flatten(self.plain_config())
         for key, value in flatten({**before, "data": self.saved.data, "model": {}, "name": {}, "origin": {}}).items():
@@ -83,12 +83,12 @@ class FitCLI(RunCLI):
                 rank_zero_print(f"Continuing with {key.replace('.init_args', '')} {now[key]}: the run had {value}")
 
     def use_finders(self) -> None:
-        """Replace Lightning's BatchSizeFinder and LearningRateFinder by what they find, before the run begins.
+        """Replace Lightning's BatchSizeFinder and LearningRateFinder by the values they find, before the run starts.
 
-        So the run is one with a plain batch size and learning rate, which its config says, and can be continued.
+        The run's config then holds a plain batch size and learning rate, so the run can be continued.
 
         Raises:
-            UserError: If there are several devices, on each of which they might find something else.
+            UserError: If there are several devices, since each might find a different value.
         """
         trainer = self.config.trainer
         if self.config.ckpt_path or trainer.fast_dev_run:
@@ -98,20 +98,20 @@ class FitCLI(RunCLI):
             kind = get_class(finder.class_path)
             if str(trainer.devices) != "1":
                 raise UserError(
-                    f"{kind.__name__} works on one device: find with --trainer.devices 1, then give what was found."
+                    f"{kind.__name__} works on one device: run it with --trainer.devices 1, then give the found value."
                 )
             key, found = self.find(kind, {**vars(finder.init_args)})
             option = f"--{key.replace('.init_args', '')}"
             if found is None:
                 rank_zero_print(f"{kind.__name__} found nothing in so few steps: {option} stays {self.config[key]}.")
             else:
-                rank_zero_print(f"{kind.__name__} found {option} {found:.4g}, with which the run goes on.")
+                rank_zero_print(f"{kind.__name__} found {option} {found:.4g}: the run continues with it.")
                 self.config[key] = found
 
     def find(self, kind: type, arguments: dict[str, Any]) -> tuple[str, float | None]:
-        """Let a finder try; return the key and the value that it finds, if it finds one."""
+        """Run a finder; return its config key, and the value that it finds or None."""
         config = {key: value for key, value in self.plain_config().items() if key in ("name", *RUN_KEYS)}
-        with tempfile.TemporaryDirectory() as folder:  # for the checkpoint to which it returns
+        with tempfile.TemporaryDirectory() as folder:  # the finder saves a checkpoint there, to restore it afterwards
             config["trainer"] |= {"callbacks": None, "logger": False, "default_root_dir": folder}
             trial = TrainingCLI(config)
             tuner: Any = Tuner(trial.trainer)
@@ -123,25 +123,25 @@ class FitCLI(RunCLI):
             return "model.optimizer.init_args.lr", finder.suggestion()
 
     def check_training(self) -> None:
-        """See that augmented images are of the size of the others.
+        """Check that augmentation keeps the size of the images.
 
         Raises:
-            UserError: If they are not.
+            UserError: If it changes the size.
         """
         shape = self.datamodule.image_shape
         images, labels = torch.zeros(2, *shape), torch.zeros(2, dtype=torch.long)
-        with isolate_rng():  # the training must not draw other numbers
+        with isolate_rng():  # the check must not change the training's random numbers
             for augment in self.datamodule.augmentation:
                 images, labels = augment(images, labels)
                 if images.shape != (2, *shape):
                     raise UserError(
                         f"--data.augmentation {type(augment).__name__} makes images of shape {tuple(images.shape)} "
-                        f"(batch, channels, height, width) of a batch of shape {(2, *shape)}."
+                        f"(batch, channels, height, width) from a batch of shape {(2, *shape)}."
                     )
 
     @property
     def keeps_run(self) -> bool:
-        """Whether a run folder is left."""
+        """Whether the command keeps a run folder."""
         options = self.config.trainer
         return not (options.logger is False or options.fast_dev_run or options.barebones)
 
@@ -157,7 +157,7 @@ class FitCLI(RunCLI):
         if self.keeps_run:
             kwargs["enable_checkpointing"] = self.config_init.trainer.enable_checkpointing
         trainer = super().instantiate_trainer(**kwargs)
-        if self.checkpoint is not None:  # before the user's own, whose files then hold the epoch's metrics too
+        if self.checkpoint is not None:  # before the user's own, so that their files hold the epoch's metrics
             listeners: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
             listeners.remove(self.checkpoint)
             others = [isinstance(callback, Checkpoint) for callback in listeners]
@@ -166,7 +166,7 @@ class FitCLI(RunCLI):
 
     def run(self) -> None:
         trainer, data = self.trainer, self.datamodule
-        for stage in ("fit", "test"):  # all data is checked before anything is trained
+        for stage in ("fit", "test"):  # check all data before training
             data.setup(stage)
         if trainer.is_global_zero:
             self.print_data_and_layers()
@@ -174,7 +174,7 @@ class FitCLI(RunCLI):
             self.make_folder()
         try:
             with library_errors(self.run_dir, self.options):
-                with isolate_rng():  # MLflow draws the name of a run
+                with isolate_rng():  # MLflow draws a random run name
                     _start_loggers(trainer.loggers)
                 trainer.fit(self.model, datamodule=data, ckpt_path=self.config.ckpt_path)
         except (UserError, MisconfigurationException):
@@ -188,22 +188,23 @@ class FitCLI(RunCLI):
         if trainer.limit_test_batches != 0 and not trainer.barebones:
             self.test()
         if self.run_dir is not None and trainer.is_global_zero:
-            print(f"\nRun: {self.run_dir}    Look at it: tensorboard --logdir {self.logs}")
+            print(f"\nRun: {self.run_dir}    View it: tensorboard --logdir {self.logs}")
 
     def print_data_and_layers(self) -> None:
-        """Print what is trained with what."""
+        """Print the shapes of the data and the layers of the network."""
         data = self.datamodule
         print(data.describe())
         for name in ("train", "val", "test"):
             split = getattr(data, name)
             shapes = [tuple(tensor.shape) for tensor in (split.images, split.labels)]
-            dtypes = [tensor.dtype for tensor in (split.scaled([0]), split.labels)]  # a batch would be augmented: draw
+            # a batch would be augmented, and so draw random numbers
+            dtypes = [tensor.dtype for tensor in (split.scaled([0]), split.labels)]
             print(f"  {name:5}  images {shapes[0]} {dtypes[0]}, labels {shapes[1]} {dtypes[1]}")
         if self.config.trainer.enable_model_summary is not False and not self.trainer.barebones:
             print(summarize(self.model, max_depth=2))
 
     def make_folder(self) -> None:
-        """Make the run's folder, with its config, and tell those who write there."""
+        """Make the run folder, write the config, and pass the folder to the loggers, the checkpoint and the job."""
         config, trainer = self.config, self.trainer
         version = new_version(self.logs / config.name)
         self.run_dir = self.logs / config.name / f"version_{version}"
@@ -218,7 +219,7 @@ class FitCLI(RunCLI):
                 self.job.watch(trainer, self.run_dir)
 
     def remove_untrained(self) -> None:
-        """Remove the run's folder if it was refused before its first epoch ended: then there is no run."""
+        """Remove the run folder if the run failed before its first epoch ended."""
         if self.run_dir is None or (self.run_dir / "checkpoints/last.ckpt").is_file():
             return
         for logger in self.trainer.loggers:
@@ -229,11 +230,11 @@ class FitCLI(RunCLI):
             self.logs.rmdir()
 
     def test(self) -> None:
-        """Evaluate what was trained, in the run's folder and as a table."""
+        """Test the trained weights; write the results to the run folder and print them as a table."""
         checkpoint, trainer = self.checkpoint, self.trainer
         epochs = checkpoint.history[-1]["epoch"] + 1 if checkpoint and checkpoint.history else trainer.current_epoch
         loggers, trainer.loggers = trainer.loggers, []
-        trainer.profiler = PassThroughProfiler()  # type: ignore[attr-defined] # PyTorch's is used up by the training
+        trainer.profiler = PassThroughProfiler()  # type: ignore[attr-defined] # PyTorch's works only once
         (results,) = trainer.test(self.model, datamodule=self.datamodule, verbose=False)
         for logger in loggers:
             logger.log_metrics(dict(results), step=trainer.global_step)
@@ -248,19 +249,17 @@ class FitCLI(RunCLI):
         if self.run_dir is not None:
             write_csv(self.run_dir / "test.csv", [{"weights": name, **metrics} for name, metrics in rows.items()])
         if not all(math.isfinite(value) for metrics in rows.values() for value in metrics.values()):
-            rank_zero_print(
-                "The training has diverged: some of its weights are no numbers. A smaller learning rate may help."
-            )
+            rank_zero_print("The training has diverged: some weights are not finite. A smaller learning rate may help.")
         titles = ["weights after the", *(name.replace("/", " ").replace("_", " ") for name in results)]
         cells = [[weights, *(f"{value:.4f}" for value in metrics.values())] for weights, metrics in rows.items()]
         print(f"\n{format_table([titles, *cells])}")
 
 
 class TrainingCLI(FitCLI):
-    """One training that says nothing, keeps nothing and shows no progress: of a search, or to find a batch size.
+    """A silent training without a run folder, for a search or for a finder.
 
     Args:
-        config: Of a run.
+        config: Config of a run.
     """
 
     keeps_run = False
@@ -279,15 +278,15 @@ class TrainingCLI(FitCLI):
 
 
 def _start_loggers(loggers: Sequence[Any]) -> None:
-    """See that what loggers need is there, such as an account or a server, before anything is trained."""
+    """Check, before the training, that the loggers have what they need, such as an account or a server."""
     for logger in loggers:
         try:
             logger.experiment  # noqa: B018
-        except Exception as error:  # each has its own
+        except Exception as error:  # each logger raises its own
             reason = str(error).strip().partition("\n")[0].rstrip(".")
             raise UserError(
-                f"{type(logger).__name__} cannot be used: {reason}. Mend that, give it other arguments "
-                "(--trainer.logger.…), or leave it."
+                f"{type(logger).__name__} cannot be used: {reason}. Fix that, give it other arguments "
+                "(--trainer.logger.…), or leave it out."
             ) from error
 
 

@@ -1,7 +1,7 @@
 """The command line's parser: errors in one line, checked files, corrections of jsonargparse.
 
-The corrections wrap private functions of jsonargparse (4.53). They hold within :func:`patched_jsonargparse`, which
-every command enters, so importing the package changes nothing for other programs.
+The corrections wrap private functions of jsonargparse (4.53). They apply only within :func:`patched_jsonargparse`,
+which every command enters, so importing the package does not affect other programs.
 """
 
 import argparse
@@ -31,49 +31,49 @@ from mnist_lightning.system.errors import UserError
 from mnist_lightning.training.runs import LOGS
 
 MAX_NODES = 10_000
-"""Values in a config file; aliases in a few lines of YAML may stand for billions."""
+"""The most values in a config file; aliases in a few lines of YAML can expand to billions."""
 
 USUAL_OPTIONS = (
     *("trainer.max_epochs", "trainer.accelerator", "trainer.devices", "trainer.precision", "trainer.callbacks"),
     *("data", "data.data_dir", "data.batch_size", "data.val_split", "data.augmentation"),
     *("model.network", "model.optimizer", "model.lr_scheduler"),
 )
-"""What people change of a run, for the short help."""
+"""The options that users change most often, for the short help."""
 
 HELP = {
-    "config": "YAML file with values for any option; what is typed counts before it.",
-    "print_config": "Print the value of every option, and exit.",
-    "seed_everything": "Seed of all that is random.",
+    "config": "YAML file with values for any option; options on the command line take precedence.",
+    "print_config": "Print the value of every option and exit.",
+    "seed_everything": "Seed of all random numbers.",
     "ckpt_path": "Checkpoint to continue from or to evaluate: last, best (of the newest run), or a path.",
-    "verbose": "Whether the results are printed.",
+    "verbose": "Whether to print the results.",
     "trainer.max_epochs": "Epochs of training.",
     "trainer.accelerator": "cpu, gpu, mps, ...",
-    "trainer.devices": "How many of them train together.",
+    "trainer.devices": "Number of devices that train together.",
     "trainer.precision": "32-true, bf16-mixed, ... or auto: bf16 where it is fast.",
-    "data": "FashionMNIST, KMNIST, EMNIST, QMNIST, USPS, CIFAR10, ImageFolder, or a class of your own.",
-    "data.data_dir": "Folder with the data set; for MNIST with any four files of its format.",
+    "data": "FashionMNIST, KMNIST, EMNIST, QMNIST, USPS, CIFAR10, ImageFolder, or your own class.",
+    "data.data_dir": "Folder of the data set; for MNIST, any four files in its format.",
     "data.batch_size": "Images in a training batch.",
     "data.val_split": "Share of the training images, taken from their end, that is held out for validation.",
-    "data.augmentation": "What changes training images, such as +=Distortion --data.augmentation.degrees=10.",
+    "data.augmentation": "Changes to training images, such as +=Distortion --data.augmentation.degrees=10.",
     "trainer.callbacks": "Lightning's callbacks, such as +=EarlyStopping --trainer.callbacks.monitor=val/loss.",
 }
-"""Shorter than Lightning's own."""
+"""Help texts that are shorter than Lightning's."""
 
 SIZE_ARGUMENTS = ("in_features", "in_channels", "num_classes")
-"""Arguments of networks and augmentation that the data gives: numbers in an image, channels, classes."""
+"""Arguments of networks and augmentation that the data determines: numbers per image, channels, classes."""
 
 UNKNOWN_SIZE = 1
-"""Stands for an argument of :data:`SIZE_ARGUMENTS` that a class has no default for, until the data gives it."""
+"""Placeholder for an argument in :data:`SIZE_ARGUMENTS` without a default, until the data determines it."""
 
 MLRUNS = "./mlruns"
-"""MLFlowLogger's default place, which MLflow itself has come to refuse."""
+"""MLFlowLogger's default folder, which recent versions of MLflow refuse."""
 
 typed: set[str] = set()
-"""Options on the command line while it is parsed, without their dashes."""
+"""The options of the command line that is being parsed, without their dashes."""
 
 
 class Parser(LightningArgumentParser):
-    """Says what is wrong in one line instead of a page of usage.
+    """Reports an error in one line instead of a page of usage.
 
     Attributes:
         typed: The options of the last command line, without their dashes.
@@ -94,38 +94,38 @@ class Parser(LightningArgumentParser):
         try:
             config: Namespace = super().parse_args(_order(args), *arguments, **kwargs)
         finally:
-            typed.clear()  # a config that is parsed later, as of a trial, was not typed
+            typed.clear()  # a config that is parsed later, such as a trial's, was not typed
         return config
 
     def _parse_common(self, cfg: Namespace, *args: Any, **kwargs: Any) -> Namespace:
         if isinstance(cfg.get("trainer"), Namespace):
             _place_loggers(cfg.trainer)
-        if hasattr(self, "print_config"):  # the config that is printed is complete
+        if hasattr(self, "print_config"):  # print a complete config
             try:
                 fill_sizes(cfg, self.make_data(cfg), self.typed)
-            except Exception as error:  # an invalid config is printed as it is
+            except Exception as error:  # print an invalid config unchanged
                 if isinstance(error, UserError):
                     raise
         config: Namespace = super()._parse_common(cfg, *args, **kwargs)
         return config
 
     def make_data(self, config: Namespace) -> ImageDataModule:
-        """Make the data module of a config, without what augments its images."""
+        """Build the data module of a config, without its augmentation."""
         arguments = Namespace({**vars(config.data.get("init_args", Namespace())), "augmentation": None})
         spec = Namespace(class_path=config.data.class_path, init_args=arguments)
         data: ImageDataModule = self.instantiate(Namespace(data=spec), instantiate_groups=False).data
         return data
 
     def print_short_help(self) -> None:
-        """Print the options that are not Lightning's, and what people change of those that are."""
+        """Print the command's own options, and Lightning's most common ones."""
         short = argparse.ArgumentParser(
             prog=self.prog,
             usage="%(prog)s [options]",
             description=self.description,
-            epilog="All options: --help all. Those of a class: --model.network.help MLP. All values: --print_config.",
+            epilog="All options: --help all. Options of a class: --model.network.help MLP. All values: --print_config.",
             add_help=False,
         )
-        own, usual = short.add_argument_group("options of the command"), short.add_argument_group("of every run")
+        own, usual = short.add_argument_group("options of the command"), short.add_argument_group("common options")
         actions, defaults = {action.dest: action for action in self._actions}, self.get_defaults()
         others = [
             key for key in actions if "." not in key and key not in ("help", "origin", "trainer", "model", "data")
@@ -141,23 +141,23 @@ class Parser(LightningArgumentParser):
         short.print_help()
 
     def parse_path(self, cfg_path: Any, **kwargs: Any) -> Namespace:
-        """Parse a config file, once it is known to be one that can be parsed."""
+        """Parse a config file, after checking that it is plain YAML of a limited size."""
         try:
             nodes = [yaml.safe_load(Path(cfg_path).read_text(encoding="utf-8"))]
-            for count, node in enumerate(nodes):  # grows; an alias may stand for itself
+            for count, node in enumerate(nodes):  # nodes grows here; an alias may contain itself
                 nodes += node.values() if isinstance(node, dict) else node if isinstance(node, list) else []
                 if count > MAX_NODES:
                     raise ValueError("it has too many values")
             images = nodes[0].get("images") if isinstance(nodes[0], dict) else None
             if images is not None and not (isinstance(images, list) and all(isinstance(each, str) for each in images)):
-                raise ValueError(f"images is {images}, and must be a list of files, folders and patterns")
+                raise ValueError(f"images is {images}, but must be a list of files, folders and patterns")
         except (yaml.YAMLError, ValueError, RecursionError) as error:
-            self.error(f"{cfg_path} is no config: {error}", error)
+            self.error(f"{cfg_path} is not a config: {error}", error)
         config: Namespace = super().parse_path(cfg_path, **kwargs)
         return config
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        """Print the message and end with exit code 2."""
+        """Print a message and exit with code 2."""
         if not self.exit_on_error:
             super().error(message, ex)
         print(f"error: {shorten(message)}\nOptions: add --help", file=sys.stderr)
@@ -165,18 +165,18 @@ class Parser(LightningArgumentParser):
 
 
 def fill_sizes(config: Namespace, data: ImageDataModule, typed: Collection[str] | None = ()) -> list[str]:
-    """Give the network, and what augments, the size of the images and the number of classes.
+    """Set the size of the images and the number of classes in the config's network and augmentation.
 
-    A network may have more outputs than there are classes, and what augments has as many: a config that says more is
-    followed. A value of a config that is the class's default cannot be told from none.
+    A network may have more outputs than there are classes: a larger ``num_classes`` in the config is kept, and the
+    augmentation uses it too. A value that equals the class's default cannot be told from a missing value.
 
     Args:
-        config: The config, which is changed.
-        data: Its data module.
-        typed: Options whose values stay; None lets all of the network stay as it is, as of a checkpoint.
+        config: The config to change.
+        data: The config's data module.
+        typed: Options whose values are kept; None keeps the whole network, as with a checkpoint.
 
     Returns:
-        A line for each value of the network in the config that was changed, or is not the data's.
+        A line for each value of the network that was changed, or that differs from the data.
     """
     channels, height, width = data.image_shape
     sizes = dict(zip(SIZE_ARGUMENTS, (channels * height * width, channels, len(data.classes)), strict=True))
@@ -192,7 +192,7 @@ def fill_sizes(config: Namespace, data: ImageDataModule, typed: Collection[str] 
             remarks.append(f"model.network.{name} stays {found}, as in the config: the data has {size} classes")
             continue
         if is_given:
-            remarks.append(f"model.network.{name} is {size}, as the data has it, not {found} as in the config")
+            remarks.append(f"model.network.{name} is {size} to match the data, not {found} as in the config")
         network.init_args[name] = size
     outputs = network.get("init_args", Namespace()).get("num_classes")
     sizes["num_classes"] = max(sizes["num_classes"], outputs if isinstance(outputs, int) else 0)
@@ -203,7 +203,7 @@ def fill_sizes(config: Namespace, data: ImageDataModule, typed: Collection[str] 
 
 
 def _sizes_of(spec: Namespace) -> list[str]:
-    """Return the arguments of a class that the data gives, once there is a place for them."""
+    """Return the names of a class's arguments that the data determines; add ``init_args`` for them if missing."""
     parameters = inspect.signature(_typehints.import_object(spec.class_path)).parameters
     names = [name for name in SIZE_ARGUMENTS if name in parameters]
     if names and "init_args" not in spec:
@@ -212,7 +212,7 @@ def _sizes_of(spec: Namespace) -> list[str]:
 
 
 def _place_loggers(trainer: Namespace) -> None:
-    """Let loggers that were given no place for their files have one beside the runs."""
+    """Make loggers without a given folder write next to the runs."""
     folder, loggers = Path(trainer.get("default_root_dir") or ".").expanduser() / LOGS, trainer.get("logger")
     for logger in loggers if isinstance(loggers, list) else [loggers]:
         if not isinstance(logger, Namespace):
@@ -234,11 +234,11 @@ def _place_loggers(trainer: Namespace) -> None:
 
 
 def fill_nulls(arguments: Namespace, made: type) -> None:
-    """Give the arguments of a class their defaults where they are null and may not be; the same within them.
+    """Replace null by the default where an argument of a class cannot be null, and in nested classes too.
 
-    jsonargparse lets null pass for every type.
+    jsonargparse accepts null for every type.
     """
-    with suppress(NameError, TypeError):  # of annotations that nobody can resolve
+    with suppress(NameError, TypeError):  # an annotation cannot be resolved
         hints = get_type_hints(made.__init__)  # type: ignore[misc]
         for name, parameter in inspect.signature(made).parameters.items():
             may_be_null = parameter.default in (None, parameter.empty) or hints.get(name, Any) is Any
@@ -255,10 +255,10 @@ def fill_nulls(arguments: Namespace, made: type) -> None:
 
 
 def check_numbers(config: Any, key: str) -> None:
-    """See that the numbers in a config are such.
+    """Check that the numbers in a config are finite.
 
     Raises:
-        UserError: If one is NaN or infinite.
+        UserError: If a number is NaN or infinite.
     """
     if isinstance(config, Namespace | dict):
         for name, value in (vars(config) if isinstance(config, Namespace) else config).items():
@@ -267,11 +267,11 @@ def check_numbers(config: Any, key: str) -> None:
         for value in config:
             check_numbers(value, key)
     elif isinstance(config, float) and not math.isfinite(config):
-        raise UserError(f"--{key} is {config}, which is not a number to compute with.")
+        raise UserError(f"--{key} is {config}, but must be a finite number.")
 
 
 def shorten(message: str) -> str:
-    """Return what jsonargparse says of a value in a line: the key, the value, and what was expected."""
+    """Return an error message of jsonargparse in one line: the key, the value, and what was expected."""
     text = " ".join(message.split())
     keys, found, problem = text.rpartition("Problem with given class_path '")  # the innermost
     if found and "Parser key" not in problem:
@@ -282,7 +282,7 @@ def shorten(message: str) -> str:
     text = re.sub(r"- Expected a path but (?:\S+ )?either not accessible or invalid - ", "", text)
     union = "Does not validate against any of the Union subtypes Subtypes: "
     of_class = r"(?:Problem with given class_path '[^']*'|Type \S.*? expects a function or a callable class): "
-    text = re.sub(  # of a class that may be null, only what is said of the class
+    text = re.sub(  # for a class or null, keep only the part about the class
         rf"{union}\[[^],]*, <class 'NoneType'>\] Errors: - (Problem .*?) - Expected a <class 'NoneType'> Given .*",
         r"\1",
         text,
@@ -307,7 +307,7 @@ def shorten(message: str) -> str:
 
 
 def _order(words: Sequence[str]) -> list[str]:
-    """Files first, so that what is typed counts; ``--print_config`` last, or it would print no file behind it."""
+    """Order options: files first, so that typed options override them; ``--print_config`` last, to print all."""
     options: list[list[str]] = [[]]
     for word in words:
         is_option = word.startswith("--") or word.partition("=")[0] == "-c"
@@ -326,7 +326,7 @@ def _order(words: Sequence[str]) -> list[str]:
 
 @contextmanager
 def patched_jsonargparse() -> Iterator[None]:
-    """Let jsonargparse resolve, exchange and call classes as this package documents it."""
+    """Make jsonargparse resolve, exchange and call classes as this package documents."""
     corrections: dict[str, Callable[[Callable[..., Any]], Callable[..., Any]]] = {
         "resolve_class_path_by_name": _prefer_own,
         "discard_init_args_on_class_path_change": _discard_defaults,
@@ -339,10 +339,10 @@ def patched_jsonargparse() -> Iterator[None]:
     try:
         for name, correct in corrections.items():
             setattr(_typehints, name, correct(originals[name]))
-        # A config or checkpoint may be anybody's: only classes of the type that a key wants are made, and none of os,
-        # subprocess, ... (as jsonargparse 5 will do by itself, see its pull request 959).
-        # a config must hold whatever it is made from: a device is an argument of StochasticWeightAveraging, a Number
-        # one of torchvision's rotations, an Enum of Timer
+        # A config or checkpoint may be untrusted: make only classes of the type that a key expects, and none of os,
+        # subprocess, ... (jsonargparse 5 will do so itself, see its pull request 959).
+        # A config must be able to hold all arguments: StochasticWeightAveraging has a device, torchvision's rotations
+        # a Number, Timer an Enum.
         register_type(torch.device, fail_already_registered=False)
         register_type(Number, _identity, _as_number, fail_already_registered=False)
         yaml.SafeDumper.add_multi_representer(Enum, lambda dumper, member: dumper.represent_data(member.value))
@@ -367,15 +367,15 @@ def _as_number(value: Any) -> Any:
 
 
 def _keep_names(original: Callable[..., Any]) -> Callable[..., Any]:
-    """Let a config hold a name where a function or its name may stand, as for ModelPruning."""
+    """Keep a name as text where a function or its name is allowed, as in ModelPruning."""
     return lambda value: value if isinstance(value, str) else original(value)
 
 
 def _prefer_own(original: Callable[..., str]) -> Callable[..., str]:
-    """Let a short name mean this package's own class, or Lightning's, where others have one of the same name.
+    """Make an ambiguous short name mean the class of this package or of Lightning.
 
-    jsonargparse refuses a name that several classes have: MLP is one of torchvision's as well, and torch's
-    ReduceLROnPlateau has no ``monitor``.
+    jsonargparse refuses a name that several classes have: torchvision also has an MLP, and torch's ReduceLROnPlateau
+    has no ``monitor``.
     """
 
     def resolve(class_type: Any, name: str) -> str:
@@ -392,11 +392,11 @@ def _prefer_own(original: Callable[..., str]) -> Callable[..., str]:
 
 
 def _discard_defaults(original: Callable[..., Any]) -> Callable[..., Any]:
-    """Make a class that is exchanged for another take its defaults along.
+    """Drop the old class's defaults when one class replaces another.
 
-    jsonargparse hands every argument that both classes have to the new one, even one that nobody gave (its issue 460):
-    SGD would train with Adam's default learning rate. Here only what was typed on the command line, and what is not
-    the old class's default, is handed on. And steps of a schedule that are left out are those of the training.
+    jsonargparse passes every argument that both classes have to the new one, even a default (its issue 460): SGD would
+    train with Adam's default learning rate. Here only arguments that were typed, or that differ from the old class's
+    default, are passed on. And a schedule's missing number of steps becomes that of the training.
     """
 
     def discard(action: Any, previous: Any, value: Any) -> None:
@@ -423,9 +423,9 @@ def _discard_defaults(original: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _whole_numbers_first(original: Callable[..., list[Any]]) -> Callable[..., list[Any]]:
-    """Let 1 stay a whole number where both int and float may stand: to Lightning, 1 batch is not 1.0 of them.
+    """Keep 1 an integer where int and float are allowed: to Lightning, 1 means one batch, and 1.0 all batches.
 
-    Python keeps one union for ``int | float`` and ``float | int``, in the order that somebody wrote first.
+    Python caches ``int | float`` and ``float | int`` as one union, in the order that was written first.
     """
 
     def sort(subtypes: Any, *arguments: Any) -> list[Any]:
@@ -441,13 +441,13 @@ def _whole_numbers_first(original: Callable[..., list[Any]]) -> Callable[..., li
 def _require_class(original: Callable[..., tuple[Any, Any]]) -> Callable[..., tuple[Any, Any]]:
     """Refuse a function as the class path of a callable.
 
-    jsonargparse calls any that its denylist does not name (pull request 959), with arguments of the config.
+    jsonargparse calls any function that is not on its denylist (pull request 959), with arguments from the config.
     """
 
     def adapt(callable_type: Any, spec: Any) -> tuple[Any, Any]:
         spec, skipped = original(callable_type, spec)
         if not isinstance(_typehints.import_object(spec["class_path"]), type):
-            raise ImportError(f"{spec['class_path']} is no class")
+            raise ImportError(f"{spec['class_path']} is not a class")
         return spec, skipped
 
     return adapt

@@ -26,34 +26,34 @@ from mnist_lightning.training.saliency import integrated_gradients, smoothed
 from mnist_lightning.training.saved_run import check_finite
 
 SHOWN = 500
-"""Pictures on a contact sheet."""
+"""The most pictures on a contact sheet."""
 
 
 class PredictCLI(RunCLI):
-    """Predicts with a checkpoint: by default the newest baseline, for pictures the newest tuned run if one exists."""
+    """Predicts with a checkpoint: by default the newest baseline or, for pictures, the newest tuned run if any."""
 
     default_checkpoint = "last"
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         super().add_arguments_to_parser(parser)
         parser.add_argument(
-            "--output", type=str, default="predictions.csv", help="CSV file to write; must not exist yet."
+            "--output", type=str, default="predictions.csv", help="CSV file to write; it must not exist yet."
         )
         parser.add_argument(
-            "--images", type=str, nargs="+", help="Pictures to predict instead: files, folders, patterns."
+            "--images", type=str, nargs="+", help="Pictures to predict instead: files, folders or patterns."
         )
-        parser.add_argument("--sheet", action="store_true", help="Whether each has many digits, to be cut out.")
+        parser.add_argument("--sheet", action="store_true", help="Whether each picture has many digits to cut out.")
         parser.add_argument(
-            "--explain", action="store_true", help="Whether to draw what speaks for class and runner-up."
+            "--explain", action="store_true", help="Whether to draw what speaks for the class and the runner-up."
         )
         add_method_options(parser, "predict")
-        parser.set_defaults({"name": None})  # which run that is depends on the images
+        parser.set_defaults({"name": None})  # the default run depends on whether there are pictures
 
     def normalize(self, config: Namespace) -> None:
         super().normalize(config)
         for option in ("sheet", "explain"):
             if config[option] and not config.images:
-                raise UserError(f"--{option} is for the pictures of --images: name some.")
+                raise UserError(f"--{option} needs pictures: name some with --images.")
 
     def find_checkpoint(self) -> Path | None:
         if self.config.images and not (self.config.ckpt_path or self.config.name):
@@ -75,9 +75,9 @@ class PredictCLI(RunCLI):
             self.predict_test_images(output)
 
     def predict_test_images(self, output: Path) -> None:
-        """Write true label, predicted label and the probabilities of each test image."""
+        """Write the true label, the predicted label and the probabilities of each test image."""
         _make_room(output)
-        import pandas as pd  # takes a while, and only this command needs it
+        import pandas as pd  # slow to import
 
         self.datamodule.setup("predict")
         rank_zero_print(self.datamodule.describe())
@@ -91,15 +91,15 @@ class PredictCLI(RunCLI):
         table.insert(1, "predicted", names[probabilities.argmax(dim=1)])
         with atomic_write(output, overwrite=False) as partial:
             table.to_csv(partial, index_label="index", encoding="utf-8")
-        print(f"{len(table)} predictions of {self.config.ckpt_path} in {output}")
+        print(f"{len(table)} predictions by {self.config.ckpt_path} in {output}")
 
     def predict_pictures(self, output: Path) -> None:
-        """Write and print class, probability and runner-up of each picture, and draw what the network sees of it."""
+        """Write and print class, probability and runner-up of each picture, and draw it as the network sees it."""
         if not output.name or output.suffix == ".png":
-            raise UserError("--output names the CSV file; the pictures are drawn beside it, as .png.")
+            raise UserError("--output must name the CSV file; the pictures are drawn next to it, as .png.")
         sheet, data, checkpoint = output.with_suffix(".png"), self.datamodule, self.config.ckpt_path
         _make_room(output, sheet)
-        rank_zero_print(f"Network: {checkpoint}, of {data.source}")
+        rank_zero_print(f"Network: {checkpoint}, trained on {data.source}")
         places, made, skipped = self.read_pictures()
         if data.standardize or self.config.explain:
             data.setup("fit")
@@ -110,22 +110,22 @@ class PredictCLI(RunCLI):
         rows = self.rows(places, probabilities)
         cells = [[f"{cell:.4f}" if isinstance(cell, float) else str(cell) for cell in row.values()] for row in rows]
         print(format_table([[title.replace("_", " ") for title in rows[0]], *cells]))
-        pixels = figures.render(self.draw(rows[:SHOWN], probabilities))  # before anything is written
+        pixels = figures.render(self.draw(rows[:SHOWN], probabilities))  # if this fails, no file is written
         write_csv(output, rows, overwrite=False)
         with atomic_write(sheet, overwrite=False) as partial:
             Image.fromarray(pixels).save(partial, "PNG")
         limit = f" (the first {SHOWN})" if len(rows) > SHOWN else ""
         left_out = f", {skipped} left out" if skipped else ""
-        print(f"{len(rows)} predictions of {checkpoint} in {output}{left_out}; what the network sees{limit}: {sheet}")
+        print(f"{len(rows)} predictions by {checkpoint} in {output}{left_out}; what the network sees{limit}: {sheet}")
 
     def read_pictures(self) -> tuple[list[tuple[str, int]], NDArray[np.uint8], int]:
-        """Read the pictures, and say which are left out, and why.
+        """Read the pictures, and report which are left out and why.
 
         Returns:
-            The file and the number in the file of each image, the images, and how many pictures are left out.
+            For each image its file and its number in the file; the images; the number of pictures left out.
 
         Raises:
-            UserError: If all are left out.
+            UserError: If all pictures are left out.
         """
         places, images, skipped = [], [], 0
         for path, problem in find(self.config.images):
@@ -140,18 +140,18 @@ class PredictCLI(RunCLI):
                 continue
             if remark:
                 print(f"{path}: {remark}", file=sys.stderr)
-            file = str(path).encode(errors="backslashreplace").decode()  # a name may be no UTF-8
+            file = str(path).encode(errors="backslashreplace").decode()  # a name may not be valid UTF-8
             places += [(file, number + 1) for number in range(len(found))]
             images.append(found)
         if not images:
-            raise UserError("There is nothing to predict: none of --images can be used.")
+            raise UserError("There is nothing to predict: none of the --images can be used.")
         return places, np.concatenate(images), skipped
 
     def probabilities(self) -> Tensor:
         """Return the probabilities of the test images, of shape (n, classes).
 
         Raises:
-            UserError: If one is not a number.
+            UserError: If a probability is not finite.
         """
         checkpoint = self.config.ckpt_path
         batches: Any = self.trainer.predict(self.model, datamodule=self.datamodule, ckpt_path=checkpoint)
@@ -160,7 +160,7 @@ class PredictCLI(RunCLI):
         return probabilities
 
     def rows(self, places: Sequence[tuple[str, int]], probabilities: Tensor) -> list[dict[str, Any]]:
-        """Return a row of the table for each image."""
+        """Return a table row for each image."""
         names, best = self.datamodule.names(probabilities.shape[1]), probabilities.topk(2)
         rows: list[dict[str, Any]] = []
         for (file, number), values, indices in zip(places, best.values.tolist(), best.indices.tolist(), strict=False):
@@ -170,13 +170,13 @@ class PredictCLI(RunCLI):
         return rows
 
     def draw(self, rows: list[dict[str, Any]], probabilities: Tensor) -> Any:
-        """Draw the images as the network sees them and, if that is wanted, what speaks for class and runner-up."""
+        """Draw the images as the network sees them and, with --explain, what speaks for class and runner-up."""
         data = self.datamodule
         assert data.test is not None
         titles = [f"{Path(row['file']).name[-14:]}\n{row['class']}  {row['probability']:.1%}" for row in rows]
         images = data.test.scaled(range(len(rows)))
         drawn = figures.pictures(images)
-        if self.config.explain:  # each picture beside the image
+        if self.config.explain:  # each explanation next to its image
             assert data.train is not None
             pairs = probabilities.topk(2).indices[: len(rows)].T
             attributions = integrated_gradients(self.model.network, images, data.train, *pairs)
@@ -188,10 +188,10 @@ class PredictCLI(RunCLI):
 
 
 def _make_room(*paths: Path) -> None:
-    """Make the folder of files that do not exist yet.
+    """Make the folder for new files.
 
     Raises:
-        UserError: If one exists.
+        UserError: If a file exists.
     """
     for path in paths:
         if path.exists():

@@ -28,14 +28,14 @@ Batch = tuple[Tensor, Tensor]
 
 
 class Split(Dataset[Batch]):
-    """Images and labels in memory, from which a whole batch is gathered, scaled and augmented at once.
+    """Images and labels in memory, from which whole batches are gathered, scaled and augmented.
 
     Args:
-        images: Of shape (n, channels, height, width): uint8 (a quarter of the memory of float32, and faster to gather),
-            or floats in [0, 1].
+        images: Images of shape (n, channels, height, width): uint8 (a quarter of the memory of float32, and faster to
+            gather) or floats in [0, 1].
         labels: int64 of shape (n,).
-        augmentation: Applied to each batch, one after the other; each maps images in [0, 1] and labels to such.
-        statistics: Mean and standard deviation of each channel, of shape (channels, 1, 1), to standardise with.
+        augmentation: Modules applied to each batch in turn; each maps images in [0, 1] and labels to the same.
+        statistics: Mean and standard deviation of each channel, of shape (channels, 1, 1), to standardize with.
     """
 
     def __init__(
@@ -54,26 +54,26 @@ class Split(Dataset[Batch]):
         return len(self.labels)
 
     def to(self, device: torch.device) -> "Split":
-        """The same images and labels on ``device``."""
+        """Return the same images and labels on ``device``."""
         mean, std = self.statistics or (None, None)
         statistics = None if mean is None or std is None else (mean.to(device), std.to(device))
         return Split(self.images.to(device), self.labels.to(device), self.augmentation, statistics)
 
     def scaled(self, indices: Sequence[int] | NDArray[np.integer[Any]] | Tensor) -> Tensor:
-        """The images at ``indices`` as they are in the data set: float32 in [0, 1]."""
+        """Return the images at ``indices`` without augmentation or standardization: float32 in [0, 1]."""
         # index_select takes half the time of indexing with a list or a tensor
         images = self.images.index_select(0, torch.as_tensor(indices).to(self.images.device, non_blocking=True))
         return images / 255 if images.dtype == torch.uint8 else images.float()
 
     def standardized(self, images: Tensor) -> Tensor:
-        """Images in [0, 1] as a network gets them, if they are standardised."""
+        """Return images in [0, 1] as the network gets them: standardized if there are statistics."""
         if self.statistics is None:
             return images
         mean, std = self.statistics
         return (images - mean) / std
 
     def __getitems__(self, indices: Sequence[int] | Tensor) -> Batch:
-        """Batch of the images and labels at ``indices``; the DataLoader calls it once a batch."""
+        """Return the batch of the images and labels at ``indices``; the DataLoader calls this once a batch."""
         index = torch.as_tensor(indices).to(self.labels.device, non_blocking=True)
         images, labels = self.scaled(index), self.labels.index_select(0, index)
         for augment in self.augmentation:
@@ -82,14 +82,14 @@ class Split(Dataset[Batch]):
 
 
 class TensorBatchSampler(BatchSampler):
-    """A ``BatchSampler`` that gives the indices of a batch as a tensor: one slice instead of 64 numbers in turn.
+    """A ``BatchSampler`` that yields the indices of a batch as a tensor: one slice instead of 64 numbers in turn.
 
     Args:
-        sampler: Gives the indices of an epoch.
-        batch_size: Indices in a batch.
-        drop_last: Leave out a last, smaller batch.
-        device: Where the data is; all indices of an epoch are sent there at once.
-        join_single: Add a single last index to the batch before.
+        sampler: Yields the indices of an epoch.
+        batch_size: Number of indices in a batch.
+        drop_last: Whether to leave out a last, smaller batch.
+        device: Device of the data; all indices of an epoch are sent there in one transfer.
+        join_single: Whether to add a single last index to the batch before it.
     """
 
     def __init__(
@@ -112,8 +112,8 @@ class TensorBatchSampler(BatchSampler):
         return self.join_single and count > 1 and count % self.batch_size == 1
 
     def __iter__(self) -> Iterator[Tensor]:  # type: ignore[override]
-        """Index tensors of shape (batch,), in the order of the sampler."""
-        # Lightning tells a distributed sampler its epoch after this, so its order must wait; others are drawn at once
+        """Return an iterator over index tensors of shape (batch,), in the order of the sampler."""
+        # Lightning sets a distributed sampler's epoch after this, so draw its order later, but others' orders now
         return self._batches() if isinstance(self.sampler, DistributedSampler) else iter([*self._batches()])
 
     def _batches(self) -> Iterator[Tensor]:
@@ -124,32 +124,34 @@ class TensorBatchSampler(BatchSampler):
 
 
 class ImageDataModule(LightningDataModule):
-    """Labelled images, held in memory: the head of the training images, their tail as validation, and test images.
+    """Labeled images, held in memory: training images, validation images (by default their tail) and test images.
 
-    A data set of one's own is a subclass with a method :meth:`load`, and needs no more. A network gets the size of the
-    images and the number of classes from here.
+    Your own data set is a subclass with a method :meth:`load`. The network gets the size of the images and the number
+    of classes from the data module.
 
     Args:
-        data_dir: Folder with the data set; what is there is never changed.
-        batch_size: Images in a training batch. The last, smaller batch of an epoch is kept; a single image is added to
-            the batch before if the network has batch normalization that needs two.
+        data_dir: Folder with the data set; its files are never changed.
+        batch_size: Images in a training batch. The last, smaller batch of an epoch is kept; a single last
+            image is added to the batch before it if the network's batch normalization needs two.
         eval_batch_size: Images in a batch of validation, test and prediction; no result depends on it.
-        val_split: Share of the training images, taken from their end, that is held out for validation; from the end of
-            each class instead, where that would leave none of a class to train with.
-        split_seed: Shuffles the training images before they are split, always alike; null keeps their order.
-        standardize: Whether each channel gets mean 0 and standard deviation 1 over the training images; else they are
-            in [0, 1].
-        augmentation: Changes training batches, on the device where they are: modules that map images in [0, 1] and
-            labels to such, as ``mnist_lightning.augmentation`` and ``torchvision.transforms.v2`` have them.
+        val_split: Share of the training images, taken from their end, that is held out for validation; it is taken from
+            the end of each class if a class would otherwise have no training images.
+        split_seed: Seed of the shuffle before the training images are split; null keeps their order.
+        standardize: Whether each channel gets mean 0 and standard deviation 1 over the training images; otherwise
+            values are in [0, 1].
+        augmentation: Modules that change training batches on the device of the data; each maps images in [0, 1] and
+            labels to the same, as in ``mnist_lightning.augmentation`` and ``torchvision.transforms.v2``.
 
     Attributes:
-        train: The training images, once they are loaded; likewise ``val`` and ``test``.
-        has_own_val: Whether the data set has validation images, so that none are held out; known once they are loaded.
-        is_split_by_class: Whether a share of each class is held out; likewise.
+        train: The training images, once they are loaded.
+        val: The validation images, once they are loaded.
+        test: The test images, once they are loaded.
+        has_own_val: Whether the data set has validation images, so none are held out; known once they are loaded.
+        is_split_by_class: Whether a share of each class is held out; known once the images are loaded.
     """
 
     placing: Placing | None = None
-    """How the ink of a character lies in an image; None where images are whole pictures."""
+    """The place of a character's ink in an image; None if images are whole pictures."""
 
     def __init__(
         self,
@@ -163,7 +165,7 @@ class ImageDataModule(LightningDataModule):
     ) -> None:
         super().__init__()
         self.save_hyperparameters()
-        if "_class_path" not in self.hparams:  # not made from a config, which has the augmentation in plain types
+        if "_class_path" not in self.hparams:  # not made from a config, where the augmentation has plain types
             self.hparams.pop("augmentation", None)
             self.hparams["_class_path"] = f"{type(self).__module__}.{type(self).__qualname__}"
         self.data_dir = Path(data_dir).expanduser() if data_dir is not None else None
@@ -190,14 +192,14 @@ class ImageDataModule(LightningDataModule):
 
         Returns:
             Images of shape (n, channels, height, width) or (n, height, width), uint8 or floats in [0, 1], and whole
-            numbers as labels, of shape (n,): arrays or tensors. None for ``"val"`` if validation images are to be held
-            out from those of ``"train"``.
+            numbers as labels, of shape (n,): arrays or tensors. None for ``"val"`` if validation images are held out
+            from those of ``"train"``.
         """
         raise NotImplementedError(f"{type(self).__name__} has no method load(split) that returns images and labels")
 
     @property
     def source(self) -> str:
-        """Where the data is from, for people."""
+        """The name and folder of the data set, for messages."""
         return f"{type(self).__name__.removesuffix('DataModule')}{f' in {self.data_dir}' if self.data_dir else ''}"
 
     @property
@@ -209,7 +211,7 @@ class ImageDataModule(LightningDataModule):
 
     @property
     def class_names(self) -> Sequence[str] | None:
-        """Names of the classes with the labels 0, 1, ...; None if the labels are to be counted."""
+        """Names of the classes with the labels 0, 1, ...; None if the distinct labels are the classes."""
         return None
 
     @property
@@ -221,22 +223,22 @@ class ImageDataModule(LightningDataModule):
         return self._trained_classes or self._own_classes
 
     def names(self, outputs: int) -> list[str]:
-        """Names of a network's outputs: those of the classes, and numbers for what it has beyond them."""
+        """Return the names of a network's outputs: those of the classes, and numbers for further outputs."""
         return [*self.classes[:outputs], *map(str, range(len(self.classes), outputs))]
 
     def from_picture(self, picture: Image.Image, is_sheet: bool = False) -> NDArray[np.uint8]:
-        """Make images of a picture as those of the data set were made: its ink, placed, or all of it, resized.
+        """Make images from a picture as the data set's were made: place its ink, or resize the whole picture.
 
         Args:
-            picture: As :func:`mnist_lightning.data.pictures.read` gives it.
-            is_sheet: Whether there are several characters on it.
+            picture: A picture from :func:`mnist_lightning.data.pictures.read`.
+            is_sheet: Whether the picture has several characters.
 
         Returns:
-            Of shape (n, channels, height, width), where n is 1 but for a sheet.
+            Images of shape (n, channels, height, width), where n is 1 unless the picture is a sheet.
 
         Raises:
-            PictureError: There is no ink.
-            UserError: If sheets are not for this data set.
+            PictureError: If there is no ink.
+            UserError: If the data set does not support sheets.
         """
         picture, (channels, *shape) = opaque(picture), self.image_shape
         if self.placing is None:
@@ -254,15 +256,15 @@ class ImageDataModule(LightningDataModule):
             stage: ``"fit"`` or ``"validate"`` (training and validation images) or ``"test"`` or ``"predict"``.
 
         Raises:
-            UserError: If the data is missing, damaged or not what it should be.
+            UserError: If the data is missing, damaged or invalid.
         """
         needs_training = stage in ("fit", "validate")
         if self.train is None and (needs_training or self.standardize):
-            images, labels = self._labelled("train")
+            images, labels = self._labeled("train")
             statistics = None
             self.has_own_val = self._load("val") is not None
             if self.has_own_val:
-                validation = self._labelled("val")
+                validation = self._labeled("val")
             else:
                 order = torch.arange(len(labels))
                 if self.split_seed is not None:
@@ -281,8 +283,7 @@ class ImageDataModule(LightningDataModule):
                 raise UserError(f"{self.source}: there are too few training images to split.")
             if (missing := lacks(labels, validation[1])) is not None:
                 raise UserError(
-                    f"{self.source}: of class {self.classes[missing]} there are validation images, but none to train "
-                    "with."
+                    f"{self.source}: class {self.classes[missing]} has validation images, but no training images."
                 )
             if self.standardize:
                 with memory_for(self.source):
@@ -290,11 +291,11 @@ class ImageDataModule(LightningDataModule):
             self.train = Split(images, labels, self.augmentation, statistics)
             self.val = Split(*validation, statistics=statistics)
         if not needs_training and self.test is None:
-            self.test = Split(*self._labelled("test"), statistics=self.train.statistics if self.train else None)
+            self.test = Split(*self._labeled("test"), statistics=self.train.statistics if self.train else None)
         self._loaded.clear()
 
     def take_images(self, other: "ImageDataModule") -> None:
-        """Take the images that another data module has loaded, if it would load and split them alike."""
+        """Take the images that another data module has loaded, if this one would load and split them the same way."""
         names = ("data_dir", "val_split", "split_seed", "standardize")
         own, others = ({**each.hparams, **{n: getattr(each, n) for n in names}} for each in (self, other))
         for settings in (own, others):
@@ -309,27 +310,27 @@ class ImageDataModule(LightningDataModule):
         self.has_own_val, self.is_split_by_class = other.has_own_val, other.is_split_by_class
 
     def share(self, other: "ImageDataModule") -> None:
-        """Take what another data module with the same arguments has read, so that it is not read again."""
+        """Take the data that another data module with the same arguments has read, to avoid reading it again."""
         self._loaded, self._own_classes = other._loaded, other._own_classes
 
     def describe(self) -> str:
-        """Return the data in a line, once it is loaded."""
-        parts = [f"Data: {self.source}", "standardised" if self.standardize else "scaled to [0, 1]"]
+        """Return a line that describes the loaded data."""
+        parts = [f"Data: {self.source}", "standardized" if self.standardize else "scaled to [0, 1]"]
         if self.val is not None:
             of = "each class's training images" if self.is_split_by_class else "the training images"
             held_out = f"{self.val_split:.4g} of {of} held out"
             parts.append(f"{'its own images' if self.has_own_val else held_out} for validation")
         augmentation = ", ".join(type(each).__name__ for each in self.augmentation)
         if self.train is not None and augmentation:
-            parts.append(f"augmented in training by {augmentation}, so that metrics of train are of augmented images")
+            parts.append(f"augmented in training by {augmentation}, so the metrics of train are on augmented images")
         return ", ".join(parts)
 
     def state_dict(self) -> dict[str, Any]:
-        """The names of the classes, to be stored in a checkpoint."""
+        """Return the names of the classes, to store them in a checkpoint."""
         return {"classes": self.classes}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """See that a checkpoint's classes are those of the data, or number the data's as the checkpoint does.
+        """Check that a checkpoint has the data's classes, and number these as the checkpoint does.
 
         Raises:
             UserError: If the data has a class that the checkpoint does not have.
@@ -337,7 +338,7 @@ class ImageDataModule(LightningDataModule):
         trained, own = [*state_dict["classes"]], self._own_classes or self.classes
         if unknown := [name for name in own if name not in trained]:
             raise UserError(
-                f"{self.source} has a class {unknown[0]}, but the checkpoint is of a network for {', '.join(trained)}."
+                f"{self.source} has a class {unknown[0]}, but the checkpoint's network is for {', '.join(trained)}."
             )
         if trained != self.classes:
             self._trained_classes = trained
@@ -346,13 +347,13 @@ class ImageDataModule(LightningDataModule):
                     split.labels = self._as_trained(split.labels)
 
     def _as_trained(self, labels: Tensor) -> Tensor:
-        """Labels as a checkpoint numbers them."""
+        """Return labels as the checkpoint numbers them."""
         if self._trained_classes is None or self._own_classes is None:
             return labels
         return torch.tensor([self._trained_classes.index(name) for name in self._own_classes])[labels]
 
     def digest(self) -> str:
-        """What tells the training and validation images and labels, however split, from any others, in hexadecimal."""
+        """Return a hexadecimal digest of the training and validation images and labels, however they are split."""
         digest = hashlib.blake2b(digest_size=8)
         for kind in ("images", "labels"):
             for split in (self.train, self.val):
@@ -360,7 +361,7 @@ class ImageDataModule(LightningDataModule):
         return digest.hexdigest()
 
     def train_dataloader(self) -> DataLoader[Batch]:
-        """Training batches, shuffled anew in every epoch; Lightning shares them out among devices."""
+        """Return the training batches, reshuffled in every epoch; Lightning distributes them among devices."""
         train = self._on_device(self.train)
         sampler = TensorBatchSampler(
             RandomSampler(train), self.batch_size, device=train.images.device, join_single=self._joins_single()
@@ -368,10 +369,10 @@ class ImageDataModule(LightningDataModule):
         return DataLoader(train, batch_sampler=sampler, collate_fn=_identity)
 
     def _joins_single(self) -> bool:
-        """Whether there would be a training batch of one image, which the network cannot take.
+        """Return whether there would be a training batch of one image that the network cannot take.
 
         Raises:
-            UserError: If there is no batch to which the image could be added.
+            UserError: If there is no other batch to which the image can be added.
         """
         assert self.train is not None
         share = -(-len(self.train) // getattr(self.trainer, "world_size", 1))
@@ -382,42 +383,42 @@ class ImageDataModule(LightningDataModule):
             return False
         if self.batch_size == 1 or share == 1:
             raise UserError(
-                "The network has batch normalization, which cannot train on batches of one image: give it more with "
-                f"--data.batch_size (now {self.batch_size}), or take another normalization."
+                "The network has batch normalization, which cannot train on batches of one image: increase "
+                f"--data.batch_size (now {self.batch_size}), or use another normalization."
             )
         rank_zero_print(
-            "The last training batch would be of one image, which batch normalization cannot take: it is added to the "
-            "batch before."
+            "The last training batch would have one image, which batch normalization cannot take: the image is added "
+            "to the batch before it."
         )
         return True
 
     def val_dataloader(self) -> DataLoader[Batch]:
-        """Validation batches, in order."""
+        """Return the validation batches, in order."""
         return self._eval_dataloader(self.val)
 
     def test_dataloader(self) -> DataLoader[Batch]:
-        """Test batches, in order."""
+        """Return the test batches, in order."""
         return self._eval_dataloader(self.test)
 
     def predict_dataloader(self) -> DataLoader[Batch]:
-        """The test batches again: images to predict, with the labels that they should get."""
+        """Return the test batches: images to predict, with their true labels."""
         return self.test_dataloader()
 
     def _eval_dataloader(self, split: Split | None) -> DataLoader[Batch]:
         split = self._on_device(split)
-        # Lightning's own sampler for several devices repeats images where they cannot be shared out evenly
+        # Lightning's sampler for several devices repeats images that cannot be distributed evenly
         shares = self.trainer.distributed_sampler_kwargs if self.trainer else None
         sampler = UnrepeatedDistributedSampler(split, shuffle=False, **shares) if shares else None
         return DataLoader(split, batch_size=self.eval_batch_size, sampler=sampler, collate_fn=_identity)
 
     def _on_device(self, split: Split | None) -> Split:
         assert split is not None, "call setup() first"
-        # batches are gathered, scaled and augmented where they are used
+        # batches are gathered, scaled and augmented on the device that uses them
         with memory_for(self.source):
             return split.to(self.trainer.strategy.root_device) if self.trainer else split
 
     def _load(self, split: str) -> Any:
-        """What :meth:`load` gives, as tensors that have the shape they should."""
+        """Return the data from :meth:`load` as tensors of the right shape."""
         if split not in self._loaded:
             with memory_for(self.source):
                 loaded = self.load(split)
@@ -438,8 +439,8 @@ class ImageDataModule(LightningDataModule):
             )
         if labels.shape != images.shape[:1] or labels.is_floating_point():
             raise UserError(
-                f"{self.source}: {split} has {len(images)} images but {'x'.join(map(str, labels.shape))} labels; there "
-                "must be a whole number for each image, and both must come from one copy of the data set."
+                f"{self.source}: {split} has {len(images)} images but {'x'.join(map(str, labels.shape))} labels; each "
+                "image needs one whole number, and both must come from the same copy of the data set."
             )
         return images.contiguous(), labels.long()
 
@@ -447,43 +448,44 @@ class ImageDataModule(LightningDataModule):
         labels: list[int] = self._load("train")[1].unique().tolist()
         return labels
 
-    def _labelled(self, split: str) -> Batch:
-        """Images, and labels as the indices of their classes."""
+    def _labeled(self, split: str) -> Batch:
+        """Return images, and labels as the indices of their classes."""
         images, labels = self._load(split)
         if images.shape[1:] != (shape := self.image_shape):
             raise UserError(
-                f"{self.source}: {split} images are {'x'.join(map(str, images.shape[1:]))}, those of training "
+                f"{self.source}: {split} images are {'x'.join(map(str, images.shape[1:]))}, but training images are "
                 f"{'x'.join(map(str, shape))}."
             )
         numbers = self._distinct_labels() if self.class_names is None else [*range(len(self.class_names))]
         if unknown := {*labels.unique().tolist()} - {*numbers}:
             raise UserError(
-                f"{self.source}: a {split} image has label {min(unknown)}, which is none of the {len(numbers)} classes."
+                f"{self.source}: a {split} image has label {min(unknown)}, which is not one of the {len(numbers)} "
+                "classes."
             )
         if numbers != [*range(len(numbers))]:
             if split == "train":
                 rank_zero_print(
-                    f"{self.source}: its labels {_ranges(numbers)} are the network's classes 0 to {len(numbers) - 1}"
+                    f"{self.source}: the labels {_ranges(numbers)} are the network's classes 0 to {len(numbers) - 1}"
                 )
             labels = torch.searchsorted(torch.tensor(numbers), labels)
         return images, self._as_trained(labels)
 
 
 FILE_NAMES = {"images": "images-idx3-ubyte", "labels": "labels-idx1-ubyte"}
-"""Ends of the names of files."""
+"""Ends of the file names."""
 
 
 class MNISTDataModule(ImageDataModule):
-    """MNIST, from the copy inside the package; with ``data_dir`` any data set in files of the same format.
+    """MNIST, from the copy inside the package; with ``data_dir``, any data set in files of the same format.
 
     The files are ``train-images-idx3-ubyte``, ``train-labels-idx1-ubyte``, ``t10k-images-idx3-ubyte`` and
-    ``t10k-labels-idx1-ubyte``, raw or with ``.gz``. Images may have any size. If the labels are not just 0 to 9, the
-    distinct ones are the classes.
+    ``t10k-labels-idx1-ubyte``, raw or with ``.gz``. Images may have any size. If there are labels other than 0 to 9,
+    the distinct labels are the classes.
     """
 
     placing = Placing(20 / 28, by_mass=True)
     files = ("train-{}", "t10k-{}")
-    """Names of the files to train and to test with, around one of ``FILE_NAMES``."""
+    """Names of the training and test files, around one of ``FILE_NAMES``."""
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
@@ -504,13 +506,13 @@ class MNISTDataModule(ImageDataModule):
         return [*map(int, np.unique(self._read(self._some_split(), "labels")))]
 
     def _some_split(self) -> str:
-        """Training images tell what the data is like; to evaluate, a folder may have test images alone."""
+        """Return the split that shape and labels are read from: to evaluate, a folder may have only test images."""
         names = [[prefix.format(kind) for kind in FILE_NAMES.values()] for prefix in self.files]
         has_train, has_test = (all(find_idx(self.folders(), name) for name in pair) for pair in names)
         return "test" if has_test and not has_train else "train"
 
     def folders(self) -> list[Path]:
-        """Where the files may be; without any, they are those of the package."""
+        """Return the folders that may have the files; without any, the package's own files are read."""
         return [self.data_dir] if self.data_dir else []
 
     def _read(self, split: str, kind: str, header_only: bool = False) -> NDArray[np.uint8]:
@@ -521,19 +523,19 @@ class MNISTDataModule(ImageDataModule):
         path = find_idx(folders, name)
         if path is None:
             raise UserError(
-                f"{self.data_dir} has no file {name} or {name}.gz. --data.data_dir wants these four, raw or gzipped: "
+                f"{self.data_dir} has no file {name} or {name}.gz. --data.data_dir needs these four, raw or gzipped: "
                 f"{', '.join(MD5)}; null is the package's own copy."
             )
         return read_idx(path, header_only)
 
 
 def lacks(labels: Tensor, others: Tensor) -> int | None:
-    """Return the least of ``others`` that is not among ``labels``, or None."""
+    """Return the smallest of ``others`` that is not among ``labels``, or None."""
     return min({*others.unique().tolist()} - {*labels.unique().tolist()}, default=None)
 
 
 def held_out_by_class(labels: Tensor, share: float) -> Tensor:
-    """Return which images are held out where each class gives a share from its end, but keeps one: a mask."""
+    """Return a mask of the images to hold out: a share from the end of each class, which keeps at least one."""
     counts = labels.bincount()
     kept = (counts.double() * (1 - share)).long().clamp(min=1)
     order = labels.argsort(stable=True)
@@ -544,14 +546,14 @@ def held_out_by_class(labels: Tensor, share: float) -> Tensor:
 
 @contextmanager
 def memory_for(what: str, size: int = 0) -> Iterator[None]:
-    """Say in a line what does not fit into memory; before anything is tried, where its size is known.
+    """Report data that does not fit into memory in one line; if its size is known, before allocating it.
 
     Args:
-        what: For the message.
-        size: Bytes that will be needed.
+        what: Name of the data, for the message.
+        size: Number of bytes needed.
 
     Raises:
-        UserError: If there is not enough.
+        UserError: If there is not enough memory.
     """
     free = psutil.virtual_memory().available + psutil.swap_memory().free
     try:
@@ -565,14 +567,14 @@ def memory_for(what: str, size: int = 0) -> Iterator[None]:
         is_device = isinstance(error, torch.OutOfMemoryError)
         where = "the device's memory" if is_device else f"memory, of which {free / 2**30:.1f} GiB are free"
         reason = f" ({found[0].lower().replace('gib', 'GiB')})" if found else ""
-        raise UserError(f"{what} does not fit into {where}{reason}. Take fewer or smaller images.") from error
+        raise UserError(f"{what} does not fit into {where}{reason}. Use fewer or smaller images.") from error
 
 
 def _statistics(images: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and standard deviation of each channel over images scaled to [0, 1], of shape (channels, 1, 1)."""
+    """Return mean and standard deviation of each channel over images scaled to [0, 1], of shape (channels, 1, 1)."""
     scale = 255 if images.dtype == torch.uint8 else 1
     means, stds = [], []
-    for channel in range(images.shape[1]):  # one after the other: float64 takes eight times the memory of uint8
+    for channel in range(images.shape[1]):  # one by one: float64 takes eight times the memory of uint8
         values = images[:, channel].double() / scale
         means.append(values.mean())
         stds.append(values.std(correction=0).clamp(min=1e-7))
@@ -581,7 +583,7 @@ def _statistics(images: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _ranges(numbers: Sequence[int]) -> str:
-    """Sorted numbers for people, such as ``1 to 26`` or ``0, 3 to 5``."""
+    """Return sorted numbers in words, such as ``1 to 26`` or ``0, 3 to 5``."""
     parts: list[list[int]] = []
     for number in numbers:
         if parts and number == parts[-1][-1] + 1:

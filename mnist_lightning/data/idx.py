@@ -16,14 +16,14 @@ MD5 = {
     "t10k-images-idx3-ubyte": "2646ac647ad5339dbf082846283269ea",
     "t10k-labels-idx1-ubyte": "27ae3e4e09519cfbb04c329615203637",
 }
-"""The four files of MNIST and the MD5 of their unpacked bytes, as published with the database."""
+"""MNIST's four files and the MD5 of their unpacked bytes, as published with the database."""
 
 MAX_BYTES = 2**30
-"""What is read of a file, whatever its header promises: 1.3 million images of 28x28 pixels."""
+"""Most bytes read from a file, whatever its header says: 1.3 million images of 28x28 pixels."""
 
 
 def find_idx(folders: Sequence[Path], name: str) -> Path | None:
-    """The file of this name, raw or with ``.gz``, in the first folder that has it."""
+    """Return the file with this name, raw or with ``.gz``, from the first folder that has it, or None."""
     paths = (folder / file for folder in folders for file in (name, f"{name}.gz"))
     return next((path for path in paths if path.is_file()), None)
 
@@ -32,14 +32,14 @@ def read_idx(path: Path, header_only: bool = False) -> NDArray[np.uint8]:
     """Read an IDX file of images or labels, raw or gzipped.
 
     Args:
-        path: The file; ``images`` or ``labels`` in its name says what it must hold.
-        header_only: Read its header alone.
+        path: The file; ``images`` or ``labels`` in its name says which of them it must hold.
+        header_only: Whether to read only the header.
 
     Returns:
-        See :func:`parse_idx`; with ``header_only`` zeros of the shape that the header promises, which take no memory.
+        The array of :func:`parse_idx`; with ``header_only``, zeros of the shape in the header, which take no memory.
 
     Raises:
-        UserError: If the file is damaged, or is not an IDX file.
+        UserError: If the file is damaged or not an IDX file.
     """
     try:
         with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
@@ -47,27 +47,27 @@ def read_idx(path: Path, header_only: bool = False) -> NDArray[np.uint8]:
             shape = _shape(header, path.name)
             if header_only:
                 return np.broadcast_to(np.uint8(0), shape)
-            file.seek(0)  # no more than the header promises: a small .gz may hold any amount
+            file.seek(0)  # read no more than the header says: a small .gz may hold any amount
             return parse_idx(file.read(min(16 + int(np.prod(shape, dtype=object)) + 1, MAX_BYTES)), path.name)
     except (ValueError, EOFError, gzip.BadGzipFile, zlib.error) as error:
         raise UserError(
-            f"{path} is damaged or no IDX file: {error}. Copy it anew, or give another --data.data_dir (null: the "
+            f"{path} is damaged or not an IDX file: {error}. Copy it again, or use another --data.data_dir (null: the "
             "package's own copy)"
         ) from error
 
 
 def parse_idx(content: bytes, name: str) -> NDArray[np.uint8]:
-    """Read an IDX file, the format of http://yann.lecun.com/exdb/mnist.
+    """Read the content of an IDX file, the format of http://yann.lecun.com/exdb/mnist.
 
     Args:
-        content: The whole file, not compressed.
-        name: Name of the file; ``images`` or ``labels`` in it says what it must hold.
+        content: The whole file, uncompressed.
+        name: Name of the file; ``images`` or ``labels`` in the name says which of them it must hold.
 
     Returns:
-        uint8 array, writable: images of shape (n, height, width), or labels of shape (n,).
+        A writable uint8 array: images of shape (n, height, width), or labels of shape (n,).
 
     Raises:
-        ValueError: The content is not what the name promises.
+        ValueError: If the content is damaged or does not match the name.
     """
     shape = _shape(content, name)
     header_size = 4 + 4 * len(shape)
@@ -75,7 +75,7 @@ def parse_idx(content: bytes, name: str) -> NDArray[np.uint8]:
     if len(content) != expected or 0 in shape:
         found = "more" if len(content) > expected else len(content)
         raise ValueError(
-            f"its header promises {'x'.join(map(str, shape))} values, {expected} bytes in all, but it has {found}"
+            f"its header says {'x'.join(map(str, shape))} values, {expected} bytes in all, but it has {found}"
         )
     return np.frombuffer(bytearray(content), np.uint8, offset=header_size).reshape(shape)
 
@@ -85,7 +85,7 @@ def _shape(content: bytes, name: str) -> tuple[int, ...]:
     if len(content) < 4 + 4 * dimensions:
         raise ValueError(f"{len(content)} bytes are too few for an IDX header")
     magic, *shape = np.frombuffer(content, ">u4", 1 + dimensions).tolist()
-    if magic != 0x800 + dimensions:  # 08: unsigned bytes; then the number of dimensions
+    if magic != 0x800 + dimensions:  # 08 for unsigned bytes, then the number of dimensions
         raise ValueError(f"magic number {magic:#010x} is not {0x800 + dimensions:#010x}, that of {kind}")
     return tuple(shape)
 

@@ -15,39 +15,39 @@ from scipy import ndimage
 from scipy.sparse.csgraph import connected_components
 
 SIDE = 1200
-"""A picture whose longer side has twice as many pixels or more is reduced, to one of more than this."""
+"""Pictures whose longer side has at least twice as many pixels are reduced to more than this."""
 PIXELS = 25_000_000
-"""Larger pictures are refused, so that none takes 180 MB to decode. JPEG can be decoded at a smaller size."""
+"""Most pixels of a picture, so none takes 180 MB to decode. JPEG can be decoded at a smaller size."""
 FRUGAL = ("JPEG", "MPO", "PNG", "TIFF", "GIF", "BMP")
-"""Formats that take seven bytes a pixel at most; others (WebP, JPEG 2000) take up to 19, and may have a quarter."""
+"""Formats that take at most seven bytes a pixel; others (WebP, JPEG 2000) take up to 19, and may have a quarter."""
 CONTRAST = 0.05
-"""Least difference of ink and paper, of 1 between black and white; the grain of paper is below."""
+"""Smallest difference between ink and paper, where black and white differ by 1; the paper's grain is below it."""
 
 GRAIN = 0.01
-"""Standard deviation of the paper's grain, or a camera's noise, from which on it is averaged out."""
+"""Standard deviation above which the paper's grain, or a camera's noise, is averaged out."""
 
 TINY = 20
-"""Pixels on the longer side that are too few to tell ink from uneven light, so that light is taken to be even."""
+"""Pixels on the longer side that are too few to tell ink from uneven light, so light is assumed to be even."""
 
 SHADOW = 0.18, 0.14
-"""Widths of discs that a shadow has room for and a stroke has not, of a picture's longer side; tried in turn."""
+"""Widths of discs that fit into a shadow but not into a stroke, as shares of the longer side; tried in turn."""
 
 EDGE, STROKE = 0.25, 0.6
-"""Least ink at a stroke's edge, and in its middle: a part that is nowhere darker is a stain."""
+"""Least ink at a stroke's edge and in its middle: a part that is nowhere darker is a stain."""
 
-Image.init()  # so that all formats are known by the ends of their names
+Image.init()  # registers the file name endings of all formats
 
 
 class PictureError(Exception):
-    """Why a picture cannot be used, as the end of a sentence that begins with its name."""
+    """A picture that cannot be used; the message follows the picture's name in a sentence."""
 
 
 class Placing(NamedTuple):
     """How a data set places the ink of a character in its images.
 
     Attributes:
-        share: Longer side of the ink, of that of the image.
-        by_mass: Whether the centre of mass, and not that of the box around the ink, comes to the middle.
+        share: Longer side of the ink as a share of the image's side.
+        by_mass: Whether the ink is centered by its center of mass, instead of the center of its box.
     """
 
     share: float
@@ -55,13 +55,13 @@ class Placing(NamedTuple):
 
 
 def pictures_in(folder: Path) -> tuple[list[Path], Counter[str]]:
-    """Return the pictures in a folder, and how many files of which endings are none by their names.
+    """Return the pictures in a folder, and the number of other files by ending.
 
-    Folders are searched to any depth, through symbolic links as well; what is hidden is skipped.
+    The search goes to any depth and follows symbolic links; hidden files and folders are skipped.
     """
     files = []
     for parent, folders, names in os.walk(folder, followlinks=True):
-        real = Path(parent).resolve()  # a link to a folder that it is in would be followed for ever
+        real = Path(parent).resolve()  # skip links to a parent folder: they never end
         folders[:] = sorted(n for n in folders if n[0] != "." and not real.is_relative_to(Path(parent, n).resolve()))
         files += [Path(parent, name) for name in sorted(names) if name[0] != "."]
     is_read = {suffix for suffix, kind in Image.EXTENSION.items() if kind in Image.OPEN}
@@ -70,9 +70,9 @@ def pictures_in(folder: Path) -> tuple[list[Path], Counter[str]]:
 
 
 def find(names: Sequence[str]) -> Iterator[tuple[Path, str]]:
-    """Files by their names, those in folders and those that match a pattern, each once, with what is wrong of a name.
+    """Yield the files for names of files, folders and patterns, each once, with an error or an empty string.
 
-    Of a folder, the files at any depth that have the name of a picture are taken, but no hidden ones.
+    A folder stands for all pictures in it by their names, at any depth, but not the hidden ones.
     """
     seen = set()
     for name in names:
@@ -89,24 +89,24 @@ def find(names: Sequence[str]) -> Iterator[tuple[Path, str]]:
             for file in files:
                 if file not in seen:
                     seen.add(file)
-                    yield file, "" if file.is_file() else "it is no file"
+                    yield file, "" if file.is_file() else "it is not a file"
 
 
 def read(path: Path) -> tuple[Image.Image, str]:
     """Read a picture, upright, and reduced to less than twice :data:`SIDE` pixels a side.
 
     Returns:
-        The picture, in mode L, RGB, RGBA, I or F, and what has to be said of it.
+        The picture, in mode L, RGB, RGBA, I or F, and a note on it or an empty string.
 
     Raises:
-        PictureError: It is damaged, too large or no picture.
+        PictureError: If the file is damaged, too large or not a picture.
     """
     try:
         with warnings.catch_warnings(action="ignore"), Image.open(path) as image:
             size = image.size
             if image.format in ("JPEG", "MPO"):
                 image.draft(None, (2 * SIDE, 2 * SIDE))
-                if not image.info.get("progressive"):  # which is held in memory as a whole, at any size
+                if not image.info.get("progressive"):  # a progressive JPEG is decoded as a whole, at any size
                     size = image.size
             limit = PIXELS if image.format in FRUGAL else PIXELS // 4
             if size[0] * size[1] > limit:
@@ -119,18 +119,18 @@ def read(path: Path) -> tuple[Image.Image, str]:
     except UnidentifiedImageError as error:
         is_heic = path.suffix.lower() in (".heic", ".heif")
         raise PictureError(
-            "HEIC is not read: save it as JPEG" if is_heic else "it is no picture that Pillow reads"
+            "HEIC is not supported: save it as JPEG" if is_heic else "it is not a picture that Pillow reads"
         ) from error
     except Image.DecompressionBombError as error:
         raise PictureError(f"it has far more than {PIXELS / 1e6:.0f} megapixels: scale it down") from error
     except Exception as error:  # Pillow's readers raise anything
         raise PictureError(f"it cannot be read: {' '.join(str(error).split()) or type(error).__name__}") from error
-    return picture, "it has several frames or pages: the first is taken" if has_frames else ""
+    return picture, "it has several frames or pages: the first is used" if has_frames else ""
 
 
 def normalize_mode(image: Image.Image) -> Image.Image:
-    """A picture, upright, reduced to less than twice :data:`SIDE` pixels a side, in mode L, RGB, RGBA, I or F."""
-    # strip by strip, as Pillow copies what it converts, and what it reduces if that has transparency
+    """Return a picture upright, with less than twice :data:`SIDE` pixels a side, in mode L, RGB, RGBA, I or F."""
+    # strip by strip to save memory: Pillow copies to convert, and to reduce transparent pictures
     mode = {"1": "L", "P": "RGBA", "PA": "RGBA"}.get(image.mode, image.mode.split(";")[0])
     (width, height), factor = image.size, max(1, max(image.size) // SIDE)
     picture = Image.new(mode, (-(-width // factor), -(-height // factor)))
@@ -145,10 +145,10 @@ def normalize_mode(image: Image.Image) -> Image.Image:
 
 
 def opaque(picture: Image.Image) -> Image.Image:
-    """A picture without transparency and with 8 bits a channel, in mode L or RGB.
+    """Return a picture without transparency and with 8 bits a channel, in mode L or RGB.
 
-    What is transparent becomes white, or black behind a light drawing. Of numbers with more bits, the largest tells
-    whether 1, 8, 12 or 16 bits are meant.
+    Transparent pixels become white, or black behind a light drawing. If values have more bits, the largest tells
+    whether the range has 1, 8, 12 or 16 bits.
     """
     if picture.mode in ("I", "F"):
         values = np.asarray(picture, np.float32)
@@ -165,29 +165,29 @@ def opaque(picture: Image.Image) -> Image.Image:
 
 
 def resized(picture: Image.Image, shape: tuple[int, int, int]) -> NDArray[np.uint8]:
-    """A whole picture of mode L or RGB, in the channels, height and width of ``shape``."""
+    """Return a whole picture of mode L or RGB with the channels, height and width of ``shape``."""
     channels, height, width = shape
     array = np.asarray(picture.convert("L" if channels == 1 else "RGB").resize((width, height)))
     return array.reshape(height, width, -1).transpose(2, 0, 1)
 
 
 def ink_of(picture: Image.Image, is_sheet: bool = False) -> NDArray[np.float32]:
-    """How much ink is where, whatever the colours of ink and paper, which of them is lighter, and the light on it.
+    """Return the amount of ink in each pixel, for any colors of ink and paper, either of them lighter, and any light.
 
-    The colour of the paper is a quadratic function of the place, at most, that most of the picture follows; the ink is
-    what differs from it in one direction of the colours, the first principal component. What is wider than a stroke
-    can be (the rest of a shadow, or one with an edge) is light as well.
+    The color of the paper is at most a quadratic function of the position that fits most of the picture. The ink is the
+    difference from it in one direction of the colors, the first principal component. Areas that are wider than a stroke
+    can be (the rest of a shadow, or a shadow with an edge) count as light, too.
 
     Args:
-        picture: Of mode L or RGB.
-        is_sheet: Whether strokes are an eighth of the picture's longer side at most, and not half of it.
+        picture: A picture of mode L or RGB.
+        is_sheet: Whether strokes are at most an eighth of the picture's longer side, instead of half of it.
 
     Returns:
-        Of shape (height, width), or eight times as high and wide where the picture has :data:`TINY` pixels a side at
-        most; from 0 for paper to 1 for ink.
+        Values from 0 for paper to 1 for ink, of shape (height, width), or eight times as high and wide if the picture
+        has at most :data:`TINY` pixels a side.
 
     Raises:
-        PictureError: There is no ink.
+        PictureError: If there is no ink.
     """
     nothing = PictureError("there is no ink on it")
     width, height = picture.size
@@ -199,14 +199,14 @@ def ink_of(picture: Image.Image, is_sheet: bool = False) -> NDArray[np.float32]:
     border[margin:-margin, margin:-margin] = False
     coefficients = _fit(small, border)
     small -= _surface(coefficients, *small.shape[:2])
-    # of the colours' differences from the paper, the direction in which they are largest
+    # the direction in which the colors differ most from the paper
     direction = np.linalg.eigh(np.einsum("hwc,hwd->cd", small, small))[1][:, -1].astype(np.float32)
     sign, rest = _uneven(small @ direction, 0.125 if is_sheet else 0.5)
     direction *= sign
     rest = _scaled(rest, (width, height))
     paper = -_surface(coefficients @ direction[:, None], height, width)[..., 0] - rest
     ink = _colors(picture) @ direction + paper
-    # of dark ink: how light the paper is, and so how dark the ink can be
+    # the lightness of the paper limits the contrast of dark ink
     if paper.max() > CONTRAST:
         ink *= paper.max() / paper.clip(0.2 * paper.max())
     edge = _scaled(border.astype(np.float32), (width, height)) > 0.5
@@ -218,21 +218,21 @@ def ink_of(picture: Image.Image, is_sheet: bool = False) -> NDArray[np.float32]:
     strong = ink[ink > max(6 * noise, CONTRAST)]
     if not strong.size:
         raise nothing
-    level = np.percentile(strong, 90)  # not the middle: strokes in which few pixels are full would grow fat
+    level = np.percentile(strong, 90)  # not the median: strokes with few full pixels would become too thick
     low = min(2 * noise, 0.3 * level)
     ink = np.asarray(((ink - low) / (level - low)).clip(0, 1), np.float32)
     return ink if max(ink.shape) > TINY else _sharpened(ink)
 
 
 def characters(ink: NDArray[np.float32], is_sheet: bool = False) -> list[NDArray[np.float32]]:
-    """The ink of one character, or of each on a sheet in reading order, without specks and cropped.
+    """Return the cropped ink of one character, or of each on a sheet in reading order, without specks.
 
-    On a sheet, parts belong to one character that nearly touch, or of which one is above the other and too low to be a
-    character of its own. A character belongs to the row in which the last one to its left is at its height, so
-    that rows may slope.
+    On a sheet, two parts belong to one character if they nearly touch, or if one is above the other and too low to be
+    a separate character. A character belongs to the row whose last character to its left is at its height, so rows may
+    slope.
 
     Raises:
-        PictureError: There are none.
+        PictureError: If there is no ink.
     """
     labels, count = ndimage.label(ink > EDGE, np.ones((3, 3)))
     parts = np.arange(1, count + 1)
@@ -254,25 +254,25 @@ def characters(ink: NDArray[np.float32], is_sheet: bool = False) -> list[NDArray
 
 
 def place_ink(ink: NDArray[np.float32], placing: Placing, shape: tuple[int, int]) -> NDArray[np.uint8]:
-    """A character as a data set has it: scaled, antialiased, to a part of ``shape``, and in its middle.
+    """Return a character as in a data set: scaled with antialiasing to a part of ``shape``, and centered.
 
-    MNIST's are made so: "size normalized to fit in a 20x20 pixel box while preserving their aspect ratio ..., centered
-    in a 28x28 image by computing the center of mass of the pixels" (http://yann.lecun.com/exdb/mnist).
+    MNIST's digits are "size normalized to fit in a 20x20 pixel box while preserving their aspect ratio ..., centered in
+    a 28x28 image by computing the center of mass of the pixels" (http://yann.lecun.com/exdb/mnist).
 
     Args:
-        ink: As :func:`characters` gives it.
-        placing: How.
+        ink: A character's ink from :func:`characters`.
+        placing: The data set's placing.
         shape: Height and width of the image.
     """
     scale = placing.share * min(shape) / max(ink.shape)
     size = [max(1, round(scale * length)) for length in ink.shape]
     small = np.asarray(Image.fromarray(ink).resize((size[1], size[0]), Image.Resampling.HAMMING)).clip(0, 1)
     small = small / small.max()
-    # MNIST's centres of mass are at pixel 14, counted from 0: the means of its test images are 14.00 and 14.01
-    centre = ndimage.center_of_mass(small) if placing.by_mass else [length / 2 for length in size]
-    start = [  # no further than to the image's edge
+    # MNIST's centers of mass are at pixel 14, counted from 0: the means of its test images are 14.00 and 14.01
+    center = ndimage.center_of_mass(small) if placing.by_mass else [length / 2 for length in size]
+    start = [  # clipped to the image
         min(max(round(whole / 2 - at), 0), whole - length)
-        for whole, at, length in zip(shape, centre, size, strict=True)
+        for whole, at, length in zip(shape, center, size, strict=True)
     ]
     image = np.zeros(shape, np.uint8)
     image[start[0] : start[0] + size[0], start[1] : start[1] + size[1]] = np.rint(255 * small)
@@ -280,26 +280,26 @@ def place_ink(ink: NDArray[np.float32], placing: Placing, shape: tuple[int, int]
 
 
 def _noise(ink: NDArray[np.float32]) -> float:
-    """Its standard deviation, if it is normal; there is no ink below 0."""
+    """Return the standard deviation of the noise, assumed to be normal, from the values below 0, which have no ink."""
     return float(1.4826 * np.median(-ink[ink <= 0]))
 
 
 def _colors(picture: Image.Image) -> NDArray[np.float32]:
-    """Of shape (height, width, channels), from 0 to 1."""
+    """Return the values of a picture from 0 to 1, of shape (height, width, channels)."""
     values = np.array(picture, np.float32)
-    values /= 255  # in place: of large pictures, a copy is 70 MB
+    values /= 255  # in place: a copy of a large picture takes 70 MB
     return values.reshape(*values.shape[:2], -1)
 
 
 def _terms(height: int, width: int) -> list[NDArray[np.float32]]:
-    """The terms of a quadratic function of the place, to be broadcast to (height, width)."""
+    """Return the terms of a quadratic function of the position, which broadcast to (height, width)."""
     y = np.linspace(-1, 1, height, dtype=np.float32)[:, None]
     x = np.linspace(-1, 1, width, dtype=np.float32)[None]
     return [np.ones((1, 1), np.float32), x, y, x * x, x * y, y * y]
 
 
 def _surface(coefficients: NDArray[np.float32], height: int, width: int) -> NDArray[np.float32]:
-    """A quadratic function of each channel, with coefficients of shape (6, channels)."""
+    """Return a quadratic function for each channel, from coefficients of shape (6, channels)."""
     surface: NDArray[np.float32] = np.zeros((height, width, coefficients.shape[1]), np.float32)
     for term, row in zip(_terms(height, width), coefficients, strict=True):
         surface += term[..., None] * row
@@ -307,11 +307,11 @@ def _surface(coefficients: NDArray[np.float32], height: int, width: int) -> NDAr
 
 
 def _fit(values: NDArray[np.float32], border: NDArray[np.bool_]) -> NDArray[np.float32]:
-    """Coefficients of the surface that is close to most pixels, by reweighted least squares from the border inwards.
+    """Return the coefficients of the surface close to most pixels, by reweighted least squares from the border inwards.
 
-    First the sum of the absolute deviations is made small, then of their logarithms (Cauchy's weights), to which ink
-    and hard shadows are all the same, however dark they are. A surface is flat, a plane or curved, the simplest that
-    is as close: a curved one would follow the ink of a character that fills the picture.
+    The fit minimizes the sum of the absolute deviations first, then of their logarithms (Cauchy's weights), for which
+    the darkness of ink and hard shadows hardly matters. The surface is the simplest of flat, plane and curved that is
+    about as close: a curved one would follow the ink of a character that fills the picture.
     """
     terms = np.stack([np.broadcast_to(term, border.shape).ravel() for term in _terms(*border.shape)], axis=1)
     wanted = values.reshape(len(terms), -1)
@@ -329,15 +329,15 @@ def _fit(values: NDArray[np.float32], border: NDArray[np.bool_]) -> NDArray[np.f
 
 
 def _uneven(values: NDArray[np.float32], stroke: float) -> tuple[int, NDArray[np.float32]]:
-    """The sign of the ink among deviations from the paper, and what of them is light and shadow and not ink.
+    """Return the sign of the ink among deviations from the paper, and their part that is light and shadow, not ink.
 
-    Without the edge of a shadow, that is what is wider than ``stroke``, a share of the longer side, by a morphological
-    opening.
+    If there is no shadow with an edge, that part is whatever is wider than ``stroke``, a share of the longer side, by a
+    morphological opening.
     """
     longer = max(values.shape)
     if longer > TINY:
         half = values[::2, ::2]
-        around = ndimage.median_filter(half, size=max(half.shape) // 2)  # on either side of an edge, the paper there
+        around = ndimage.median_filter(half, size=max(half.shape) // 2)  # the paper on either side of an edge
         sign = 1 if ((half - around) ** 3).sum() > 0 else -1
         for width in SHADOW:
             shadow = _shadow(sign * values, round(width / 2 * longer))
@@ -349,10 +349,11 @@ def _uneven(values: NDArray[np.float32], stroke: float) -> tuple[int, NDArray[np
 
 
 def _shadow(values: NDArray[np.float32], radius: int) -> NDArray[np.float32] | None:
-    """How much darker than the paper a shadow with an edge is, or how much lighter what lies beside it; or None.
+    """Return how much darker than the paper a shadow with an edge is, or how much lighter the area next to it; or None.
 
-    It is what an opening and a closing with a disc leave: an even area of a twentieth of the picture or more. But where
-    what is thin, the ink, is as dark as that area, or as the paper, the area is of a character that fills the picture.
+    The shadow is what an opening and a closing with a disc leave: an even area of at least a twentieth of the picture.
+    But if the thin part, the ink, is as dark as that area or as the paper, the area belongs to a character that fills
+    the picture.
     """
     disc = np.hypot(*np.mgrid[-radius : radius + 1, -radius : radius + 1]) < radius + 0.5
     opened = ndimage.grey_opening(values, footprint=disc, mode="nearest")
@@ -362,7 +363,7 @@ def _shadow(values: NDArray[np.float32], radius: int) -> NDArray[np.float32] | N
     areas, count = ndimage.label(np.abs(broad) > CONTRAST)
     found = False
     for area in (areas == number for number in range(1, count + 1)):
-        level = np.percentile(broad[area], 90 if broad[area].mean() > 0 else 10)  # of bold ink, the edges are lighter
+        level = np.percentile(broad[area], 90 if broad[area].mean() > 0 else 10)  # bold ink is lighter at its edges
         is_ink = min(abs(ink), abs(ink - level)) < 0.15 * abs(level)
         if is_ink or np.mean(thin[area] < CONTRAST) < 0.5 or area.mean() < 0.05:
             broad[area] = 0
@@ -372,9 +373,9 @@ def _shadow(values: NDArray[np.float32], radius: int) -> NDArray[np.float32] | N
 
 
 def _sharpened(ink: NDArray[np.float32]) -> NDArray[np.float32]:
-    """Eight times as high and wide: smooth, and such that the means of 8x8 pixels are what is given.
+    """Return the ink eight times as high and wide: smooth, and with the given values as means of 8x8 pixels.
 
-    By iterative back-projection (Irani and Peleg, 1991): what the means lack is added, and cut off below 0 and above 1.
+    Iterative back-projection (Irani and Peleg, 1991) adds the means' errors and clips the values to [0, 1].
     """
     height, width = ink.shape
     large = np.zeros((8 * height, 8 * width), np.float32)
@@ -386,12 +387,12 @@ def _sharpened(ink: NDArray[np.float32]) -> NDArray[np.float32]:
 
 
 def _scaled(values: NDArray[np.float32], size: tuple[int, int]) -> NDArray[np.float32]:
-    """Resized to a width and height."""
+    """Return values resized to a width and height."""
     return np.asarray(Image.fromarray(values).resize(size, Image.Resampling.BILINEAR))
 
 
 def _edges(boxes: Sequence[tuple[slice, slice]], parts: NDArray[np.intp], whole: bool = False) -> NDArray[np.intp]:
-    """Top, bottom, left and right edges of parts, of shape (4, n); or those of the whole, of shape (4, 1)."""
+    """Return top, bottom, left and right edges of parts, of shape (4, n), or of the whole, of shape (4, 1)."""
     edges = np.array([[(side.start, side.stop) for side in boxes[part - 1]] for part in parts]).reshape(-1, 4).T
     return np.array([[pick(row)] for pick, row in zip((min, max, min, max), edges, strict=True)]) if whole else edges
 
@@ -399,7 +400,7 @@ def _edges(boxes: Sequence[tuple[slice, slice]], parts: NDArray[np.intp], whole:
 def _joined(
     top: NDArray[np.intp], bottom: NDArray[np.intp], left: NDArray[np.intp], right: NDArray[np.intp]
 ) -> list[NDArray[np.intp]]:
-    """Groups of the boxes of parts that belong to one character each, as their indices."""
+    """Return the indices of the parts of each character, from the edges of the parts' boxes."""
     heights = bottom - top
     usual = np.median(heights[heights > 0.3 * heights.max()])
 
@@ -419,7 +420,7 @@ def _joined(
 def _in_reading_order(
     groups: Sequence[NDArray[np.intp]], boxes: Sequence[tuple[slice, slice]]
 ) -> list[NDArray[np.intp]]:
-    """Groups of parts row by row, each from the left to the right; specks are left out."""
+    """Return groups of parts row by row, each row from left to right, without specks."""
     edges = np.hstack([_edges(boxes, group, whole=True) for group in groups])
     top, bottom, left, _ = edges
     heights, middles = bottom - top, (top + bottom) / 2

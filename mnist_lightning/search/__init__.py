@@ -6,7 +6,7 @@ from mnist_lightning.search.worker import start_server
 
 
 def main(name: str, description: str, arguments: Sequence[str]) -> None:
-    """Run the command; a process beside this one imports what the workers need."""
+    """Run the command, while another process imports what the workers need."""
     if not {"-h", "--help"} & set(arguments):
         start_server()
     from mnist_lightning.search import command

@@ -66,7 +66,7 @@ from mnist_lightning.system.nested import flatten, get_value
 from mnist_lightning.system.signals import Interrupt, interruptible
 from mnist_lightning.training.runs import RUN_KEYS, newest_file
 
-# without a bound, what is made for each of them would fill the memory
+# bounded, since a huge number would exhaust the memory
 Count: Any = restricted_number_type("Count", int, [(">", 0), ("<=", 10**6)])
 Processes: Any = restricted_number_type("Processes", int, [(">", 0), ("<=", 1000)])
 
@@ -76,35 +76,35 @@ class SearchOptions:
     """Options of ``tune``.
 
     Args:
-        search_space: From a key of this config (an item of a list by its index) to class path and arguments of the
+        search_space: From each key of this config (for an item of a list, its index) to class path and arguments of the
             Optuna distribution of its values.
-        metric: A trial's value is this metric at its best epoch, averaged over the trial's executions. Of several (give
-            it again), those after the first are taken at the best epoch of the first; parameters, flops and seconds
-            are metrics as well.
-        direction: Whether a good value is high or low, for each metric; by default low for losses, errors, parameters,
-            flops and seconds, else high.
-        limits: How bad a metric may be at most in the best trial, as --limits.parameters 50000; samplers that learn
-            look for trials within. It need not be one of --metric.
+        metric: A trial's value is this metric at its best epoch, averaged over the trial's executions. To search for
+            several metrics, repeat the option: the others are taken at the best epoch of the first. parameters, flops
+            and seconds are also metrics.
+        direction: Whether to maximize or minimize each metric; by default losses, errors, parameters, flops and seconds
+            are minimized, all others maximized.
+        limits: The worst value of a metric that is allowed in the best trial, as in --limits.parameters 50000; samplers
+            that learn look for trials within the limits. The metric need not be one of --metric.
         sampler: Draws the trials. Its seed is seed_everything, unless given.
         pruner: Ends bad trials early, after an epoch or an execution.
-        n_trials: Trials of the study in all, those of earlier commands and of other processes included.
-        timeout: Time after which no trial is begun, such as 90 (seconds), 30m, 2h or 1d; all commands that share the
-            study at the same time keep to that of the first.
-        finish_trials: Whether trials that run when the time is over are trained to their end, not put back.
+        n_trials: Total number of trials of the study, including those of earlier commands and other processes.
+        timeout: Time after which no trial starts, such as 90 (seconds), 30m, 2h or 1d; all commands that share the
+            study at the same time use that of the first.
+        finish_trials: Whether running trials finish when the time is up; otherwise they are re-queued.
         executions_per_trial: Trainings of a trial, with the seeds seed_everything, seed_everything + 1, ...
         study_name: Name of the study, and of its folder in lightning_logs.
         storage: Path of a journal file or URL of an Optuna storage; by default journal.log in the study's folder.
-        workers: Processes that train, each one trial at a time; by default one for each GPU or, without any, each CPU
-            core.
-        grace_period: Seconds after which the trials of a machine that has vanished are run by others.
-        enqueue_baseline: Whether the values that the config has are a trial, the first of a new study.
-        enqueue: YAML file with a list of trials that are run first. Each is a mapping from keys of the search space to
-            values, or a config such as best.yaml; what is missing is drawn.
+        workers: Number of processes, each of which trains one trial at a time; by default one per GPU or, without a
+            GPU, one per CPU core.
+        grace_period: Seconds after which other machines take over the trials of a machine that has vanished.
+        enqueue_baseline: Whether to run the config's own values as a trial, in a new study as the first one.
+        enqueue: YAML file with a list of trials to run first. Each is a mapping from keys of the search space to
+            values, or a config such as best.yaml; missing values are drawn.
         like: Name of another study, in lightning_logs or the storage: the values of its best trial are run first.
-        keep_checkpoints: Whether the weights of the best trial are kept, as checkpoints of its executions.
-        trial: Take this trial of the study instead of searching on and taking the best.
-        refit: Whether the best is trained anew at the end, as a run of its own.
-        refit_epochs: Epochs of that, unless trainer.max_epochs was searched.
+        keep_checkpoints: Whether to keep the weights of the best trial, as checkpoints of its executions.
+        trial: Take this trial of the study, instead of continuing the search and taking the best.
+        refit: Whether to train the best config again at the end, as an ordinary run.
+        refit_epochs: Epochs of the refit, unless trainer.max_epochs was searched.
     """
 
     search_space: dict[str, dict[str, Any]] = field(default_factory=lambda: NOTEBOOK_SPACE)
@@ -131,41 +131,41 @@ class SearchOptions:
 
 
 class SearchCLI(RunCLI):
-    """Parses the options of a search beside those of a run, with the notebook's epochs and batch size."""
+    """Parses the options of a search in addition to those of a run; epochs and batch size are the notebook's."""
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         super().add_arguments_to_parser(parser)
         add_training_options(parser)
         parser.add_class_arguments(SearchOptions, as_group=False)
-        parser.add_argument("--show", action="store_true", help="Print the results so far of the study, and no more.")
+        parser.add_argument("--show", action="store_true", help="Only print the study's results so far.")
         parser.set_defaults({"name": "tuned", "trainer.max_epochs": 10})
         parser.set_defaults({"data": {**DEFAULTS["data"], "init_args": {"batch_size": 32}}})
 
     def before_instantiate_classes(self) -> None:
         super().before_instantiate_classes()
         defaults = self.parser.get_defaults()
-        for option in fields(SearchOptions):  # null is the default, but a search of nothing is a mistake
+        for option in fields(SearchOptions):  # null means the default, but an empty search space is a mistake
             value = self.config[option.name]
             if value is None and option.name != "search_space":
                 self.config[option.name] = defaults[option.name]
             elif isinstance(value, int) and not isinstance(value, bool):
-                self.config[option.name] = int(value)  # processes that start know no type of this parser
+                self.config[option.name] = int(value)  # the workers do not know this parser's types
         self.metrics = _metrics(self.config.metric, self.config.direction)
-        if not self.config.show:  # the study says which
+        if not self.config.show:  # the study holds its own limits
             check_limits(self.config.limits)
         if len(self.metrics) > 1 and not self.config.pruner.class_path.endswith("NopPruner"):
-            raise UserError("A pruner knows one metric only: leave --pruner, or give one --metric.")
+            raise UserError("A pruner supports only one metric: leave out --pruner, or give one --metric.")
         for key in ("sampler", "pruner"):
             arguments = self.config[key].get("init_args", {})
-            for name, value in arguments.items():  # a number is taken for text where both may stand: max_resource
+            for name, value in arguments.items():  # where both are allowed, a number is read as text: max_resource
                 arguments[name] = int(value) if isinstance(value, str) and value.isdecimal() else value
 
 
 def _metrics(names: str | list[str], directions: Direction | list[Direction] | None) -> list[Metric]:
-    """Return what a search optimizes.
+    """Return the metrics that a search optimizes.
 
     Raises:
-        UserError: If names and directions do not fit together.
+        UserError: If names and directions do not match.
     """
     names = [names] if isinstance(names, str) else names
     given: Sequence[Direction | None] = (
@@ -176,7 +176,7 @@ def _metrics(names: str | list[str], directions: Direction | list[Direction] | N
             f"Each metric needs one direction: metric is {', '.join(names)}, direction {', '.join(map(str, given))}."
         )
     if names[0] in COMPUTED:
-        raise UserError(f"The first metric tells the best epoch; {names[0]} cannot.")
+        raise UserError(f"The first metric determines the best epoch, which {names[0]} cannot: give it later.")
     return [Metric(name, direction) for name, direction in zip(names, given, strict=True)]
 
 
@@ -184,7 +184,7 @@ def main(command: str, description: str, arguments: Sequence[str]) -> None:
     """Run the command."""
     seen: set[str] = set()
     words = []
-    for word in arguments:  # --metric A --metric B are two, as the parser's --metric A --metric+ B
+    for word in arguments:  # turn --metric A --metric B into the parser's --metric A --metric+ B
         key, is_joined, value = word.partition("=")
         words.append(f"{key}+{is_joined}{value}" if key in seen else word)
         seen |= {key} & {"--metric", "--direction"}
@@ -200,10 +200,10 @@ def main(command: str, description: str, arguments: Sequence[str]) -> None:
 
 
 def show(run: SearchCLI) -> None:
-    """Print the results so far of a study, from any machine and while it is searched.
+    """Print a study's results so far, on any machine and also during the search.
 
     Raises:
-        UserError: There is no such study.
+        UserError: If the study does not exist or was not made by ``tune``.
     """
     name = run.config.study_name
     source = run.config.storage or str(run.logs / name / "journal.log")
@@ -219,9 +219,9 @@ def tune(run: SearchCLI, command: str, interrupt: Interrupt) -> None:
     """Search, print the results, refit the best.
 
     Args:
-        run: Gives the options, and the config of a run.
-        command: What was typed, to be typed again.
-        interrupt: Of the process.
+        run: The parsed options, and the config of a run.
+        command: The command as the user typed it, to be printed.
+        interrupt: The process's interrupt.
     """
     options = run.config
     timeout = None if options.timeout is None else _seconds(options.timeout)
@@ -241,7 +241,7 @@ def tune(run: SearchCLI, command: str, interrupt: Interrupt) -> None:
         interrupted = pool.run(interrupt)
     _print_results(study, options.limits)
     if pool is not None and not interrupted and is_time_up(study) and not is_complete(study, options.n_trials):
-        print(f"\nThe time is over. Continue: {command}")
+        print(f"\nThe time is up. Continue: {command}")
     chosen = _write_best(study, run, search, command)
     if interrupted:
         print(f"\nStopped. Continue: {command}")
@@ -251,17 +251,17 @@ def tune(run: SearchCLI, command: str, interrupt: Interrupt) -> None:
         reason = f" The first failed: {failed[0].user_attrs['error']}" if failed else ""
         raise UserError(f"No trial was completed, so there is nothing to refit.{reason}")
     if options.refit:
-        # several commands that share the study end together
+        # several commands that share a study end at the same time: only one refits
         finished = [t for t in study.get_trials(deepcopy=False) if t.datetime_complete is not None and is_counted(t)]
         last = TrialRecord.of(max(finished, key=lambda trial: (trial.datetime_complete, trial.number))).owner
         if pool is not None and last not in pool.names:
-            print(f"Refit: left to the command of {last}, which ended the last trial. This one, given again, does it.")
+            print(f"Refit: left to the command of {last}, which finished the last trial. Run this one again to do it.")
         else:
             _refit(*chosen, run.logs, options)
 
 
 def _make_search(run: SearchCLI) -> Search:
-    """Make what the workers share, and see that all values of the space can be had."""
+    """Return what the workers share, after checking that all values of the space are valid."""
     base = {key: value for key, value in run.plain_config().items() if key in ("name", "origin", *RUN_KEYS)}
     base = spread(base, run.config.search_space or {})
     space = make_space(run.config.search_space, base)
@@ -279,7 +279,7 @@ def _print_space(space: SearchSpace) -> None:
 
 
 def _open(run: SearchCLI, search: Search) -> tuple[Study, Any]:
-    """Open the study; return it and its storage."""
+    """Return the opened study and its storage."""
     storage = open_storage(search.storage)
     search.folder.mkdir(parents=True, exist_ok=True)
     defaults = flatten(_settings(run.plain_config(run.parser.get_defaults()), None))
@@ -292,13 +292,13 @@ def _open(run: SearchCLI, search: Search) -> tuple[Study, Any]:
 
 
 def _enqueue(study: Study, first: Iterable[tuple[str, dict[str, Any]]], n_trials: int) -> None:
-    """Enqueue the trials that are to be run first, unless they were, or there is no room."""
+    """Enqueue the trials to run first, unless they exist or the study has no room."""
     for source, params in first:
         count = sum(map(is_counted, study.get_trials(deepcopy=False)))
         if has_trial_with(study, params):
             continue
         if count >= n_trials:
-            print(f"{source}: not done, the study has its {count} trials. --n_trials {count + 1} has room")
+            print(f"{source}: skipped, the study has its {count} trials. --n_trials {count + 1} makes room")
         else:
             study.enqueue_trial(params)
 
@@ -308,12 +308,12 @@ def _print_ways_to_look(search: Search, logs: Path) -> None:
     print("While it runs, elsewhere:")
     print(f"  {command_line('tune', '--show', '--study_name', search.options.study_name, *storage)}")
     print(f"  tensorboard --logdir {shlex.quote(str(logs))}")
-    if not search.storage.startswith("grpc://"):  # the dashboard reads journals and databases
+    if not search.storage.startswith("grpc://"):  # the dashboard reads only journals and databases
         print(f"  optuna-dashboard {shlex.quote(search.storage)}")
 
 
 def _write_best(study: Study, run: SearchCLI, search: Search, command: str) -> tuple[Path, dict[str, Any]] | None:
-    """Write the config of the best trial, or of the one that is wanted, and say how to train it; None without any."""
+    """Write the config of the best or chosen trial, and print how to train it; return None if there is no trial."""
     options = search.options
     if options.trial is None and not study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,)):
         return None
@@ -322,14 +322,14 @@ def _write_best(study: Study, run: SearchCLI, search: Search, command: str) -> t
     )
     path, config = _write_config(trial, run, search)
     print(f"\nConfig of trial {trial.number}: {path}    Train it: {command_line('fit', '--config', path)}")
-    print(f"Of another: {command} --trial N")
+    print(f"Config of another trial: {command} --trial N")
     for weights in kept_weights(search, trial):
         print(f"Its weights: {weights}    Test them: {command_line('test', '--ckpt_path', weights)}")
     return path, config
 
 
 def _first_trials(run: SearchCLI, space: SearchSpace, base: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
-    """Return the trials that the options want to be run first, each with where it comes from.
+    """Return the trials to run first, each with the option or file that it comes from.
 
     Raises:
         UserError: If a file or study does not exist, or has a value that is not searched.
@@ -343,12 +343,12 @@ def _first_trials(run: SearchCLI, space: SearchSpace, base: dict[str, Any]) -> l
     for source, values in given:
         found, values = {}, spread(values, space)
         for key in space:
-            with suppress(KeyError, TypeError, IndexError, ValueError):  # a config may lack what is not always drawn
+            with suppress(KeyError, TypeError, IndexError, ValueError):  # a config may lack a conditional key
                 found[key] = values[key] if key in values else get_value(values, full_key(key))
         params = params_of(found, space, source)
         if values.keys() <= space.keys() and (ignored := values.keys() - params.keys()):
             raise UserError(
-                f"{source}: {', '.join(ignored)} is not drawn beside the other values. Leave it, or change those."
+                f"{source}: {', '.join(ignored)} is not drawn with the other values. Leave it out, or change those."
             )
         if params:
             trials.append((source, params))
@@ -356,38 +356,38 @@ def _first_trials(run: SearchCLI, space: SearchSpace, base: dict[str, Any]) -> l
 
 
 def _best_of(name: str, run: SearchCLI, space: SearchSpace) -> dict[str, Any]:
-    """Return the values of another study's best trial, as far as this space has them."""
+    """Return those values of another study's best trial that this space has."""
     source = run.config.storage or str(run.logs / name / "journal.log")
     study = find_study(name, source)
     if study is None:
         raise UserError(f"like: there is no study {name} in {hide_password(source)}.")
     best = best_trial(study).params
     values = {key: best[key] for key in space if key in best and in_distribution(best[key], space[key])}
-    values = params_of(values, space, "")  # without what depends on something that is not taken
+    values = params_of(values, space, "")  # drop keys whose conditions no longer hold
     if left := sorted(best.keys() - values.keys()):
-        print(f"like {name}: {', '.join(map(short_key, left))} not taken, which this space does not have")
+        print(f"like {name}: {', '.join(map(short_key, left))} not taken: not in this search space")
     return values
 
 
 def _read_trials(path: str, space: SearchSpace) -> Iterator[tuple[str, dict[str, Any]]]:
     """Read trials from a file: mappings from keys to values, or configs."""
     try:
-        # as configs are read: to YAML 1.1 alone, 1e-5 is not a number, but to json.dump it is
+        # jsonargparse's loader, as for configs: YAML 1.1 does not read 1e-5, which json.dump writes, as a number
         items = get_loader("yaml")(Path(path).read_text(encoding="utf-8"))
     except (yaml.YAMLError, ValueError) as error:
-        raise UserError(f"{path} is no YAML: {' '.join(str(error).split())}") from error
+        raise UserError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
     items = items if isinstance(items, list) else [items]
     for number, item in enumerate(items):
         source = f"{path}, trial {number + 1} of {len(items)}"
         if not isinstance(item, dict) or not item:
-            raise UserError(f"{source} is no mapping from keys of the search space to values.")
+            raise UserError(f"{source} is not a mapping from keys of the search space to values.")
         if "model" not in item and (unknown := item.keys() - space.keys()):
             raise UserError(f"{source}: {', '.join(map(str, unknown))} is not searched.")
         yield source, item
 
 
 def _write_config(trial: FrozenTrial, run: SearchCLI, search: Search) -> tuple[Path, dict[str, Any]]:
-    """Write the config that refits a trial; gives its file and itself."""
+    """Write the config that refits a trial; return its path and the config."""
     options = search.options
     config = run.plain_config(run.parser.parse_object(config_with(search.base, trial.params, search.space)))
     config = {key: config[key] for key in search.base}
@@ -405,16 +405,16 @@ def _seconds(timeout: float | str) -> float:
     match = re.fullmatch(r"(\d+(?:\.\d+)?)([smhd]?)", str(timeout))
     seconds = float(match[1]) * {"m": 60, "h": 3600, "d": 86400}.get(match[2], 1) if match else 0
     if not 0 < seconds < math.inf:
-        raise UserError(f"timeout {timeout} is no time: give seconds, or 30m, 2h, 1d.")
+        raise UserError(f"timeout {timeout} is not a time: give seconds, or 30m, 2h, 1d.")
     return seconds
 
 
 def _check_training(run: SearchCLI, search: Search) -> None:
-    """See that data, network and metrics fit together, before anything is trained."""
+    """Check, before the first trial, that data, network and metrics fit together."""
     if run.trainer.world_size > 1:
         raise UserError(
-            "A trial trains on one device, and the workers share the devices out: leave --trainer.devices at 1, and "
-            "say --workers N for another number of workers."
+            "A trial trains on one device, and each worker gets its own: leave --trainer.devices at 1, and use "
+            "--workers N for another number of workers."
         )
     run.datamodule.setup("fit")
     run.trainer.limit_val_batches = 1
@@ -422,17 +422,17 @@ def _check_training(run: SearchCLI, search: Search) -> None:
     for metric in (*search.metrics, *search.limited):
         if metric.name not in logged and metric.name not in COMPUTED and not metric.name.startswith("train/"):
             raise UserError(
-                f"The metric {metric.name} is not logged in validation. These are: {', '.join(logged)}; "
-                f"those of train/ and {', '.join(COMPUTED)} can be taken as well."
+                f"The metric {metric.name} is not logged in validation. Logged metrics: {', '.join(logged)}; "
+                f"metrics in train/ and {', '.join(COMPUTED)} also work."
             )
 
 
 def _settings(config: dict[str, Any], digest: str | None) -> dict[str, Any]:
-    """Return what the values of a study depend on, beside its space and metrics.
+    """Return the settings that affect the values of a study, besides its space and metrics.
 
     Args:
-        config: Of a run.
-        digest: Tells its data, wherever that is, from any other.
+        config: Config of a run.
+        digest: Digest that identifies the data, wherever it is stored.
     """
     data = {
         key: value for key, value in config["data"]["init_args"].items() if value is not None and value is not False
@@ -462,7 +462,7 @@ def _print_results(study: Study, limits: dict[str, float]) -> None:
     if len(study.directions) > 1:
         front = {str(trial.number) for trial in pareto_front(study)}
         table = table[table["trial"].isin(front)]
-        print(f"Pareto front: {len(table)} of them, none of which another betters in every metric")
+        print(f"Pareto front: {len(table)} trials, which no other trial dominates")
     print(table.head(10 if len(study.directions) == 1 else 30).to_string(index=False))
     limits = limits or study.user_attrs.get("limits", {})
     best = best_trial(study, limits)
@@ -483,10 +483,10 @@ def _print_results(study: Study, limits: dict[str, float]) -> None:
 
 
 def _refit(path: Path, config: dict[str, Any], logs: Path, options: Namespace) -> None:
-    """Train a config as an ordinary run, unless there is one already, and show it beside the baseline."""
+    """Train a config as an ordinary run, unless that run exists, and print it next to the baseline."""
     epochs = config["trainer"]["max_epochs"]
     if run := _find_run(logs / config["name"], config):
-        print(f"Refit: it is there already, {run}")
+        print(f"Refit: already done, {run}")
     else:
         if epochs != options.refit_epochs:
             print(f"\ntrainer.max_epochs was searched: {epochs}. --refit_epochs {options.refit_epochs} is not used.")
@@ -501,11 +501,11 @@ def _refit(path: Path, config: dict[str, Any], logs: Path, options: Namespace) -
 
 
 def _find_run(folder: Path, config: dict[str, Any]) -> Path | None:
-    """Return the complete run of a config, if there is one."""
+    """Return the run folder of a config's complete run, or None."""
     for path in sorted(folder.glob("version_*/test.csv")):
         try:
             found = flatten(yaml.safe_load(path.with_name("config.yaml").read_text(encoding="utf-8")))
-        except (OSError, ValueError, AttributeError, yaml.YAMLError):  # damaged: it is of another config
+        except (OSError, ValueError, AttributeError, yaml.YAMLError):  # damaged, so not a run of this config
             continue
         if all(found.get(key, value) == value for key, value in flatten(config).items()):
             return path.parent
@@ -513,7 +513,7 @@ def _find_run(folder: Path, config: dict[str, Any]) -> Path | None:
 
 
 def _compare(folders: Sequence[Path]) -> list[str]:
-    """Print the tests of the newest complete runs in folders; return the runs as ``report`` takes them."""
+    """Print the test results of the newest complete run in each folder; return the runs as arguments of ``report``."""
     tests = {}
     for folder in folders:
         newest = newest_file(folder.glob("version_*/test.csv"))

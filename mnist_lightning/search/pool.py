@@ -25,7 +25,7 @@ from mnist_lightning.system.signals import Interrupt
 
 
 def devices(options: Any) -> list[str | None]:
-    """Return for each worker that there may be the GPU that it sees, or None."""
+    """Return for each possible worker the GPU that it sees, or None."""
     gpus: list[str] = []
     if options.trainer.devices == 1 and options.trainer.accelerator in ("auto", "gpu", "cuda"):
         visible = os.environ.get("CUDA_VISIBLE_DEVICES")
@@ -40,12 +40,12 @@ class Pool:
 
     Args:
         search: The search.
-        study: Its study.
+        study: The search's study.
         storage: The study's storage.
-        devices: For each worker that there may be, the GPU that it sees, or None.
+        devices: For each possible worker the GPU that it sees, or None.
 
     Attributes:
-        names: Of all workers that there have been.
+        names: Names of all workers so far.
     """
 
     def __init__(self, search: Search, study: Study, storage: Any, devices: Sequence[str | None]) -> None:
@@ -61,7 +61,7 @@ class Pool:
         self._shown = {trial.number for trial in study.get_trials(deepcopy=False) if trial.state.is_finished()}
 
     def run(self, interrupt: Interrupt) -> bool:
-        """Search until nothing is left to do; return whether that was interrupted."""
+        """Search until nothing is left to do; return whether the search was interrupted."""
         options = self.search.options
         total = options.n_trials * options.executions_per_trial * self.search.epochs
         shape = "{desc} |{bar}| {percentage:3.0f} % [{elapsed} < {remaining}]"
@@ -73,11 +73,11 @@ class Pool:
         finally:
             interrupt.is_put_off = True
             for worker in self._workers:
-                worker.stop()  # all at once
+                worker.stop()  # ask all before waiting for the first
             for worker in self._workers:
                 worker.end()
             self.storage.patience = 0.0
-            with suppress(UserError):  # the storage is away: the next command will notice
+            with suppress(UserError):  # without the storage, the next command notices these trials
                 for trial in self._recovery.running(self.names):
                     self._recovery.put_back(trial.number, died=False)
             self.bar.close()
@@ -85,13 +85,13 @@ class Pool:
         return interrupt.received
 
     def _watch(self, interrupt: Interrupt) -> None:
-        """Keep the workers at work, and show how far the study is."""
+        """Keep the workers busy, and show the study's progress."""
         next_sweep = 0.0
-        while not interrupt.received:  # some code swallows a KeyboardInterrupt
+        while not interrupt.received:  # some libraries swallow a KeyboardInterrupt
             if time.monotonic() > next_sweep:
                 self._recovery.beat(self.names)
                 for number in self._recovery.sweep():
-                    self._print(f"Trial {number:3} is run again: its process died, or was silent for too long")
+                    self._print(f"Trial {number:3} is re-queued: its process died or was silent for too long")
                 next_sweep = time.monotonic() + self.search.options.grace_period / SWEEPS
             trials = [trial for trial in self.study.get_trials(deepcopy=False) if is_counted(trial)]
             is_running = any(trial.state == TrialState.RUNNING for trial in trials)
@@ -106,7 +106,7 @@ class Pool:
                 self.names.add(self._workers[-1].name)
             sentinels = [worker.process.sentinel for worker in self._workers]
             ended = wait(sentinels, timeout=1)
-            if not sentinels:  # others are at work
+            if not sentinels:  # only other commands have trials to run
                 time.sleep(1)
             self._show_progress()
             for worker in [worker for worker in self._workers if worker.process.sentinel in ended]:
@@ -120,21 +120,21 @@ class Pool:
         return waiting + (0 if self._is_exhausted else max(0, self.search.options.n_trials - len(trials)))
 
     def _end(self, worker: Worker) -> None:
-        """Look at how a worker ended, and put its trial back."""
-        code, words = worker.end(), worker.error_line()
-        if words is not None:
-            raise UserError(words)
-        if code == 0:  # it found nothing to begin
+        """Handle a worker's end: raise the error that it sent, or re-queue its trial if it died."""
+        code, message = worker.end(), worker.error_line()
+        if message is not None:
+            raise UserError(message)
+        if code == 0:  # the worker found no trial to start
             self._is_exhausted = True
             return
         trials = self._recovery.running([worker.name])
         for trial in trials:
             self._recovery.put_back(trial.number, died=True)
-            self._print(f"Trial {trial.number:3} goes on with another worker: one died (exit code {code})")
+            self._print(f"Trial {trial.number:3} continues with another worker: its worker died (exit code {code})")
         self._early_deaths = 0 if trials else self._early_deaths + 1
         if self._early_deaths == ATTEMPTS:
             raise UserError(
-                f"{ATTEMPTS} workers died before they had begun, the last with exit code {code}. "
+                f"{ATTEMPTS} workers died before they started a trial, the last with exit code {code}. "
                 f"Is there enough memory for {len(self._workers) + 1} workers?"
             )
 
@@ -164,11 +164,11 @@ class Pool:
             complete = [trial for trial in finished if trial.state == TrialState.COMPLETE]
             remarks.append(f"best {self.search.metrics[0].best(trial.values[0] for trial in complete):.4f}")
         if (left := time_left(self.study)) < math.inf:
-            remarks.append(f"{tqdm.format_interval(left)} until no trial is begun")
+            remarks.append(f"{tqdm.format_interval(left)} left to start trials")
         return remarks
 
     def _epochs_of(self, trial: FrozenTrial) -> int:
-        """Return how many epochs of a trial were reported."""
+        """Return the number of epochs that a trial has reported."""
         executions = len(TrialRecord.of(trial).executions)
         is_by_epoch = not isinstance(self.study.pruner, WilcoxonPruner) and trial.intermediate_values
         return len(trial.intermediate_values) if is_by_epoch else executions * self.search.epochs

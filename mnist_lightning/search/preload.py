@@ -5,7 +5,7 @@ import threading
 
 
 def _end_with_parent(parent: int, is_done: threading.Event) -> None:
-    # by itself, the server notices only once it has imported everything, seconds later
+    # on its own, the server would notice only after importing everything, seconds later
     while not is_done.wait(0.2):
         if os.getppid() != parent:
             os._exit(1)

@@ -10,7 +10,7 @@ from optuna.study import Study, StudyDirection
 from optuna.trial import FrozenTrial, TrialState
 
 COMPUTED = ("parameters", "flops", "seconds")
-"""Metrics that are not logged: trainable parameters, operations for one image, time that the training took."""
+"""Metrics that are not logged: trainable parameters, operations per image, training time."""
 
 
 Direction = Literal["maximize", "minimize"]
@@ -21,8 +21,8 @@ class Metric:
     """A metric and whether a high or a low value is good.
 
     Attributes:
-        name: As it is logged, or one of ``COMPUTED``.
-        direction: ``"maximize"`` or ``"minimize"``; by default low is good for losses, errors and what is computed.
+        name: The name under which it is logged, or one of ``COMPUTED``.
+        direction: ``"maximize"`` or ``"minimize"``; by default losses, errors and computed metrics are minimized.
     """
 
     name: str
@@ -39,21 +39,21 @@ class Metric:
         return 1 if self.direction == "maximize" else -1
 
     def best(self, values: Iterable[Any]) -> Any:
-        """Return the best of some values, or of pairs that begin with one."""
+        """Return the best of some values, or of tuples that start with a value."""
         return (max if self.sign == 1 else min)(values)
 
     def excess(self, value: float, limit: float) -> float:
-        """Return by how much a value is worse than a limit; 0 or less if it is not."""
+        """Return how much worse a value is than a limit; 0 or less if it is within the limit."""
         return self.sign * (limit - value)
 
 
 def directions_of(metrics: Sequence[Metric]) -> list[Direction]:
-    """Return the directions of metrics, as Optuna wants them."""
+    """Return the directions of metrics, as Optuna expects them."""
     return ["maximize" if metric.sign == 1 else "minimize" for metric in metrics]
 
 
 def metrics_of(study: Study) -> list[Metric]:
-    """Return what a study optimizes."""
+    """Return the metrics that a study optimizes."""
     settings = study.user_attrs.get("settings")
     metric = settings.get("metric") if isinstance(settings, dict) else None
     names = [metric] if isinstance(metric, str) else metric
@@ -68,19 +68,19 @@ def metrics_of(study: Study) -> list[Metric]:
 
 @dataclass(frozen=True)
 class TrialRecord:
-    """The user attributes of a trial: all that another process needs to go on with it.
+    """The user attributes of a trial: all that another process needs to continue the trial.
 
     Attributes:
-        owner: Name of the process that runs it; empty while it waits.
-        heartbeat: Changes as long as the owner's command lives.
-        executions: Those that are finished, in their order: ``execution`` (its number), ``seed``, ``score`` (the first
-            metric at its best epoch), ``scores`` (all metrics, if there are several), ``limited`` (what has limits),
-            ``seconds``, ``values`` (pairs of epoch and first metric), ``folder`` (in that of the study).
-        attempts: How many processes died at it since an execution was finished.
-        error: Why it failed.
+        owner: Name of the process that runs the trial; empty while the trial waits.
+        heartbeat: A number that changes while the owner's command is alive.
+        executions: The finished executions in order: ``execution`` (its number), ``seed``, ``score`` (the first metric
+            at its best epoch), ``scores`` (all metrics, if there are several), ``limited`` (metrics with limits),
+            ``seconds``, ``values`` (pairs of epoch and first metric), ``folder`` (relative to the study's).
+        attempts: Number of processes that died while running the trial since it last finished an execution.
+        error: Why the trial failed.
 
     Raises:
-        AttributeError, KeyError, TypeError, ValueError: If an attribute is not one that ``tune`` writes.
+        AttributeError, KeyError, TypeError, ValueError: If an attribute is not as ``tune`` writes it.
     """
 
     owner: str = ""
@@ -100,7 +100,7 @@ class TrialRecord:
 
     @classmethod
     def of(cls, trial: FrozenTrial) -> "TrialRecord":
-        """Read a trial's."""
+        """Read the record of a trial."""
         names = [field.name for field in fields(cls)]
         return cls(**{name: trial.user_attrs[name] for name in names if name in trial.user_attrs})
 
@@ -109,9 +109,9 @@ def check_finite(values: Iterable[Any]) -> None:
     """Raise a ValueError or TypeError if a value is not a finite number."""
     for value in values:
         if isinstance(value, bool) or not math.isfinite(value):
-            raise ValueError(f"{value} stands for a finite number")
+            raise ValueError(f"{value} is not a finite number")
 
 
 def is_counted(trial: FrozenTrial) -> bool:
-    """Return whether a trial is one of ``n_trials``: all are but those that were one too many."""
+    """Return whether a trial counts towards ``n_trials``: all do, except surplus and repeated trials."""
     return trial.state != TrialState.FAIL or "error" in trial.user_attrs

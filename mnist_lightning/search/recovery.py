@@ -17,20 +17,20 @@ from optuna.trial import FrozenTrial, TrialState
 from mnist_lightning.search.record import TrialRecord
 
 ATTEMPTS = 3
-"""How many processes may die at a trial, without finishing an execution, before it counts as failed."""
+"""How many processes may die while running a trial, without finishing an execution, before the trial fails."""
 
 SWEEPS = 6
-"""Sweeps in a grace period: a process on another machine that is silent for all of them is taken for dead."""
+"""Sweeps in a grace period: a process on another machine that is silent for all of them is considered dead."""
 
 
 def process_name(pid: int | None = None) -> str:
-    """Return machine, number and start time of a process, by default of this one: no other ever has the same."""
+    """Return the unique name of a process, by default of this one: its machine, number and start time."""
     pid = pid or os.getpid()
     return f"{_machine()}:{pid}:{_start_time(pid)}"
 
 
 def _machine() -> str:
-    """Return where the number of a process means the same: the host since its start, or a container on it."""
+    """Return a name for the scope of process numbers: this host since its boot, or a container on it."""
     try:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii")[:8]
         return f"{socket.gethostname()}/{boot}/{Path('/proc/self/ns/pid').stat().st_ino}"
@@ -39,13 +39,13 @@ def _machine() -> str:
 
 
 def _start_time(pid: int) -> str | None:
-    """Return when a process started, in seconds; empty if the system does not say, None if the process is dead."""
+    """Return when a process started, in seconds; empty if the system does not tell, None if the process is dead."""
     try:
         process = psutil.Process(pid)
-        # a container's first process may never bury the dead
+        # a container's first process may never reap zombies
         if process.status() in (psutil.STATUS_ZOMBIE, psutil.STATUS_DEAD):
             return None
-        # Linux counts from its start: there, what psutil adds to the ticks moves when the clock is set
+        # Linux counts from boot, and the boot time that psutil adds changes when the clock is set
         return f"{process.create_time() - (psutil.boot_time() if psutil.LINUX else 0):.2f}"
     except psutil.NoSuchProcess:
         return None
@@ -56,13 +56,13 @@ def _start_time(pid: int) -> str | None:
 class Recovery:
     """Puts the running trials of dead processes back into the queue of a study.
 
-    Processes of this machine can be looked at. The commands on other machines change the ``heartbeat`` of their
-    workers' trials. Sweeps without a change are counted, not seconds, so that clocks need not agree and an outage of
-    the storage makes nobody look dead.
+    Processes on this machine are looked up. Commands on other machines change the ``heartbeat`` of their workers'
+    trials. Sweeps without a change are counted, not seconds, so clocks need not agree, and an outage of the storage
+    makes no process look dead.
 
     Args:
         study: The study.
-        storage: Its storage.
+        storage: The study's storage.
     """
 
     def __init__(self, study: Study, storage: BaseStorage) -> None:
@@ -77,19 +77,19 @@ class Recovery:
         return [trial for trial in trials if trial.user_attrs.get("owner") in owners]
 
     def beat(self, owners: Collection[str]) -> None:
-        """Say that the processes which run trials are alive."""
+        """Record that the processes with running trials are alive."""
         for trial in self.running(owners):
             with suppress(UpdateFinishedTrialError):
                 self._set(trial.number, heartbeat=time.time())
 
     def put_back(self, number: int, died: bool) -> None:
-        """Let a running trial wait for another process, which goes on with its parameters and executions.
+        """Put a running trial back into the queue: another process continues with its parameters and executions.
 
         Args:
-            number: Of the trial.
-            died: Whether its process died, and was not stopped.
+            number: Number of the trial.
+            died: Whether the trial's process died, rather than being stopped.
         """
-        # read again: it may have been finished, or put back by another command, since it was listed
+        # read again: another process may have finished or re-queued the trial since it was listed
         trial = self._study.get_trials(deepcopy=False)[number]
         if trial.state != TrialState.RUNNING:
             return
@@ -98,13 +98,13 @@ class Recovery:
             self._storage.set_trial_state_values(self._id(number), TrialState.WAITING)
 
     def sweep(self) -> list[int]:
-        """Put back the running trials whose process is dead or whose machine has vanished; return their numbers."""
+        """Re-queue the running trials whose process is dead or whose machine has vanished; return their numbers."""
         dead = []
         for trial in self._study.get_trials(deepcopy=False):
             if trial.state != TrialState.RUNNING:
                 self._silence.pop(trial.number, None)
             elif self._is_dead(trial):
-                self._silence.pop(trial.number)  # its next owner has all the time again
+                self._silence.pop(trial.number)  # the next owner gets a full grace period
                 self.put_back(trial.number, died=True)
                 dead.append(trial.number)
         return dead
@@ -115,7 +115,7 @@ class Recovery:
         silent = silent + 1 if record.heartbeat == before else 0
         self._silence[trial.number] = record.heartbeat, silent
         machine, _, process = record.owner.partition(":")
-        if machine != _machine():  # or without an owner: its process is about to write its name, or died before
+        if machine != _machine():  # or there is no owner: the process has not yet written its name, or never will
             return silent >= SWEEPS
         pid, _, start = process.partition(":")
         return not pid.isdecimal() or _start_time(int(pid)) not in (start, "")

@@ -20,14 +20,14 @@ from mnist_lightning.system.errors import UserError
 
 
 class TrialSampler(BaseSampler):
-    """Draws each trial with a sampler of its own, seeded for the trial's ordinal.
+    """Draws each trial with its own sampler, seeded for the trial's ordinal.
 
-    So a trial's draw depends on the seed, the ordinal and, if the sampler learns, the trials before: not on how often
-    the study was interrupted, nor on how many processes share it.
+    So a trial's draw depends on the seed, the ordinal and, if the sampler learns, the earlier trials. It does not
+    depend on how often the study was interrupted or how many processes share it.
 
     Args:
-        study: The study; some pruners show a sampler only a part of it.
-        make: Makes the sampler of a trial from its ordinal: the number of trials before it that count.
+        study: The whole study; some pruners pass a sampler only a part of it.
+        make: Makes the sampler of a trial from its ordinal, the number of earlier trials that count.
 
     Attributes:
         is_finite: Whether the sampler draws each combination once, and then stops.
@@ -54,19 +54,19 @@ class TrialSampler(BaseSampler):
         return self._sampler.sample_independent(study, trial, name, distribution)
 
     def after_trial(self, study: Study, trial: FrozenTrial, state: TrialState, values: Sequence[float] | None) -> None:
-        if not (self.is_finite and "fixed_params" in trial.system_attrs):  # GridSampler wants to know its place
+        if not (self.is_finite and "fixed_params" in trial.system_attrs):  # GridSampler needs a trial's grid index
             self._sampler.after_trial(study, trial, state, values)
 
 
 def draw(trial: Trial, space: SearchSpace) -> None:
-    """Draw the parameters of a trial; those that it has already stay."""
+    """Draw the parameters of a trial, except those that it already has."""
     study, sampler = trial.study, trial.study.sampler
     drawn_before = trial.params.keys() - trial.relative_params.keys()
     for name, distribution in space.items():
         if not space.is_drawn(name, trial.params):
             continue
         if name in drawn_before and not getattr(sampler, "is_finite", False):
-            # by a process that died then: with this, the rest is what it would have been
+            # a process drew this and died: draw again, so that the remaining draws do not change
             frozen = study.get_trials(deepcopy=False)[trial.number]
             sampler.sample_independent(study, frozen, name, distribution)
         if isinstance(distribution, CategoricalDistribution):
@@ -83,14 +83,14 @@ def make_sampler(study: Study, config: Namespace, seed: int, space: SearchSpace)
     Args:
         study: The study.
         config: Class path and arguments of Optuna's sampler.
-        seed: Of the search, for a sampler that has no seed of its own.
+        seed: Seed of the search, for a sampler without its own seed.
         space: The search space.
 
     Raises:
         UserError: If the sampler does not suit the space.
     """
     if space.conditions and issubclass(resolve_name(config.class_path), GridSampler):
-        raise UserError("GridSampler knows no conditions (when): take BruteForceSampler.")
+        raise UserError("GridSampler does not support conditions (when): use BruteForceSampler.")
 
     def make(ordinal: int) -> BaseSampler:
         seeded = copy.deepcopy(config)
@@ -102,11 +102,11 @@ def make_sampler(study: Study, config: Namespace, seed: int, space: SearchSpace)
 
 
 def _seed(config: Namespace, seed: int, ordinal: int) -> None:
-    """Seed a sampler, and those that it draws with, for a trial."""
+    """Seed a sampler and its inner samplers for a trial."""
     sampler_class = resolve_name(config.class_path)
     arguments = config["init_args"] = config.get("init_args") or Namespace()
     if sampler_class is QMCSampler and arguments.get("independent_sampler") is None:
-        # its own would have the seed of the sequence, and draw the same in every trial
+        # the default would use the sequence's seed, and draw the same values in every trial
         arguments["independent_sampler"] = Namespace(class_path="optuna.samplers.RandomSampler")
     for inner in vars(arguments).values():
         if isinstance(inner, Namespace) and "class_path" in inner:
@@ -114,17 +114,17 @@ def _seed(config: Namespace, seed: int, ordinal: int) -> None:
     if "seed" in inspect.signature(sampler_class).parameters:
         own = arguments.get("seed")
         own = seed if own is None else own
-        if sampler_class in (GridSampler, QMCSampler):  # the points of a grid or sequence belong together
+        if sampler_class in (GridSampler, QMCSampler):  # all points of a grid or sequence share one seed
             arguments["seed"] = int(own)
         elif own is not False:
             arguments["seed"] = int(np.random.SeedSequence([own, ordinal]).generate_state(1)[0])
 
 
 def check_sampler(config: Namespace, seed: int, space: SearchSpace, metrics: Sequence[Metric]) -> None:
-    """See that two trials can be drawn, before anything is trained.
+    """Check, before the first training, that two trials can be drawn.
 
     Raises:
-        UserError: If the sampler lacks a package, or does not suit the space or the metrics.
+        UserError: If a package of the sampler is missing, or the sampler does not suit the space or the metrics.
     """
     study = optuna.create_study(directions=directions_of(metrics))
     study.sampler = make_sampler(study, config, seed, space)
@@ -135,6 +135,6 @@ def check_sampler(config: Namespace, seed: int, space: SearchSpace, metrics: Seq
 
     try:
         study.optimize(objective, n_trials=2)
-    except Exception as error:  # a sampler may be anybody's
+    except Exception as error:  # a sampler may be the user's own
         name = config.class_path.rpartition(".")[2]
         raise UserError(f"sampler: {name} cannot draw. {' '.join(str(error).split())}") from error

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
@@ -18,15 +19,15 @@ from mnist_lightning.system.nested import get_value
 
 
 class SearchSpace(dict[str, BaseDistribution]):
-    """From a key of the config, with dots and the indices of lists, to the distribution of its values.
+    """A mapping from keys of the config, with dots and list indices, to the distributions of their values.
 
-    A key comes after those on which it depends.
+    A key comes after the keys on which it depends.
 
     Args:
-        distributions: The distributions.
+        distributions: From each key to its distribution.
 
     Attributes:
-        conditions: From a key to those on which it depends, and the values that they must have for it to be drawn.
+        conditions: From each conditional key to the keys on which it depends, each with the values that allow a draw.
     """
 
     def __init__(self, distributions: Mapping[str, BaseDistribution] | None = None) -> None:
@@ -34,16 +35,16 @@ class SearchSpace(dict[str, BaseDistribution]):
         self.conditions: dict[str, dict[str, list[Any]]] = {}
 
     def is_drawn(self, key: str, params: Mapping[str, Any]) -> bool:
-        """Whether a key is drawn beside these values."""
+        """Return whether a key is drawn, given the values of other keys."""
         conditions = self.conditions.get(key, {}).items()
         return all(parent in params and params[parent] in values for parent, values in conditions)
 
     def has_all(self, params: Mapping[str, Any]) -> bool:
-        """Whether these are the values of a whole trial."""
+        """Return whether ``params`` has exactly the keys of a complete trial."""
         return {key for key in self if self.is_drawn(key, params)} == params.keys()
 
     def example(self, values: Mapping[str, Any]) -> dict[str, Any]:
-        """The values of a trial: these, those on which they depend, and the lowest or first of all others."""
+        """Return the values of a trial that contains the given ones; all free values are the lowest or first."""
         wanted, waiting = dict(values), [*values]
         while waiting:
             for parent, allowed in self.conditions.get(waiting.pop(), {}).items():
@@ -81,23 +82,23 @@ NOTEBOOK_SPACE: dict[str, dict[str, Any]] = {
 
 
 def instantiate(base_class: type, config: Any) -> Any:
-    """Make an object of a class path and arguments."""
-    # not by the command's parser: it would give a key's new distribution arguments of the default one
+    """Create an object from a class path and arguments."""
+    # the command's parser would mix a key's default arguments into its new distribution
     parser = ArgumentParser(exit_on_error=False)
     parser.add_argument("--value", type=base_class)
     return parser.instantiate(parser.parse_object({"value": config})).value
 
 
 def make_space(config: dict[str, Any] | None, base: dict[str, Any]) -> SearchSpace:
-    """Make the distributions, and see that each has a key.
+    """Make a search space from a config, and check it.
 
     Args:
-        config: From a key to class path and arguments of its distribution and, if it is not always drawn, ``when``: a
-            value or several of each key on which it depends.
+        config: From each key to class path and arguments of its distribution and, if the key is conditional, ``when``:
+            one or several values of each key on which it depends.
         base: Config of a run.
 
     Raises:
-        UserError: A distribution, a condition or a key is none, or there are none.
+        UserError: If a distribution, a condition or a key is invalid, or the space is empty.
     """
     if not config:
         raise UserError("search_space is empty: give at least one key and its distribution.")
@@ -111,8 +112,8 @@ def make_space(config: dict[str, Any] | None, base: dict[str, Any]) -> SearchSpa
             if isinstance(arguments.get("choices"), list):
                 arguments["choices"] = [_encode(choice) for choice in arguments["choices"]]
             distributions[key] = instantiate(BaseDistribution, distribution)
-            json.dumps(distributions[key]._asdict(), allow_nan=False)  # Optuna takes infinite bounds, fails at a draw
-        except Exception as error:  # jsonargparse and Optuna have many
+            json.dumps(distributions[key]._asdict(), allow_nan=False)  # with infinite bounds, Optuna fails at a draw
+        except Exception as error:  # jsonargparse and Optuna raise many types
             reason = " ".join(str(error).split())
             raise UserError(f"search_space: {key} has no valid distribution. {reason}") from error
     space = SearchSpace()
@@ -121,7 +122,7 @@ def make_space(config: dict[str, Any] | None, base: dict[str, Any]) -> SearchSpa
         if not ready:
             key = next(key for key in distributions if key not in space)
             parents = ", ".join(conditions[key].keys() - space.keys())
-            raise UserError(f"search_space: {key} depends on {parents}, which is not searched, or depends on it.")
+            raise UserError(f"search_space: {key} depends on {parents}, which is not searched, or depends on {key}.")
         for key in ready:
             space[key] = distributions[key]
             if conditions[key]:
@@ -131,7 +132,7 @@ def make_space(config: dict[str, Any] | None, base: dict[str, Any]) -> SearchSpa
     for key in space:
         for part in space:
             if f"{full_key(part)}.".startswith(f"{full_key(key)}.") and part != key:
-                raise UserError(f"search_space: {part} is a part of {key}: search one of them.")
+                raise UserError(f"search_space: {part} is a part of {key}: search only one of them.")
         try:
             if not key.startswith(("trainer.", "model.", "data.")):
                 raise KeyError(key)
@@ -139,31 +140,32 @@ def make_space(config: dict[str, Any] | None, base: dict[str, Any]) -> SearchSpa
         except (AttributeError, KeyError, IndexError, ValueError, TypeError) as error:
             raise UserError(
                 f"search_space: trainer, model and data have no key {key}. "
-                f"`{PROG} tune --print_config` shows their keys; an item of a list is its key with .0, .1, ..., "
-                "its number of items the key with .length."
+                f"`{PROG} tune --print_config` shows their keys; for an item of a list, append .0, .1, ... to the key, "
+                "for the number of items .length."
             ) from error
     epochs = space.get("trainer.max_epochs")
     for value in bounds(epochs) if epochs else [base["trainer"]["max_epochs"]]:
         if not isinstance(value, int) or value < 1:
-            raise UserError(f"A search needs a number of epochs: trainer.max_epochs is {value}.")
+            raise UserError(f"A search needs a fixed number of epochs, but trainer.max_epochs is {value}.")
     return space
 
 
 def _condition(key: str, parent: str, values: Any, distribution: BaseDistribution) -> list[Any]:
-    """The values of ``parent`` with which ``key`` is drawn, as the distribution has them."""
+    """Return the values of ``parent`` for which ``key`` is drawn, in the distribution's own form."""
     found = []
     for value in values if isinstance(values, list) else [values]:
         among = in_distribution(value, distribution)
         if not among:
             raise UserError(
-                f"search_space: {key} is drawn when {parent} is {value}, but {describe(distribution)} is searched."
+                f"search_space: {key} is drawn when {parent} is {value}, which is not searched "
+                f"({describe(distribution)})."
             )
         found += among
     return found
 
 
 def in_distribution(value: Any, distribution: BaseDistribution) -> list[Any]:
-    """A value as a distribution has it; nothing if it has not."""
+    """Return a list of the value in the distribution's own form; empty if the distribution does not contain it."""
     if isinstance(distribution, CategoricalDistribution):
         return [choice for choice in distribution.choices if _is_same(choice, _encode(value))][:1]
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
@@ -171,27 +173,27 @@ def in_distribution(value: Any, distribution: BaseDistribution) -> list[Any]:
 
 
 def _is_same(one: Any, other: Any) -> bool:
-    """Whether two values are equal, or one is the short name of the other's class."""
+    """Return whether two values are equal, or one is the short name of the other, a class path."""
     if isinstance(one, str) and isinstance(other, str):
         return one == other or one.endswith(f".{other}") or other.endswith(f".{one}")
     return bool(one == other) and isinstance(one, bool) == isinstance(other, bool)
 
 
 def _encode(value: Any) -> Any:
-    """Lists and mappings as JSON: Optuna's storages keep nothing but text, numbers and None."""
+    """Encode lists and mappings as JSON: Optuna's storages hold only text, numbers and None."""
     return json.dumps(value) if isinstance(value, list | tuple | dict) else value
 
 
 def check_values(space: SearchSpace, base: dict[str, Any], parser: Parser) -> None:
-    """See that each key can have the outermost of its values, or all that it chooses from.
+    """Check that the config is valid with the lowest and the highest value, or with each choice, of every key.
 
     Raises:
-        UserError: It cannot.
+        UserError: If a value is invalid.
     """
     parser.exit_on_error = False
     for key, distribution in space.items():
         for value in bounds(distribution):
-            params = space.example({key: value})  # with what depends on the value
+            params = space.example({key: value})
             if key not in params:
                 raise UserError(f"search_space: the conditions of {key} exclude each other.")
             config = config_with(base, params, space)
@@ -200,22 +202,22 @@ def check_values(space: SearchSpace, base: dict[str, Any], parser: Parser) -> No
                 last = key.rpartition(".")[2]
                 if key.startswith("model.network.") and (last == "length" or last.isdigit()):  # lists must fit together
                     instantiate(Module, config["model"]["network"])
-            except Exception as error:  # networks raise what they like
+            except Exception as error:  # networks raise any type
                 reason = shorten(str(getattr(error, "message", error)))
                 raise UserError(f"search_space: {key} cannot be {value!r}. {reason}") from error
     parser.exit_on_error = True
 
 
 def params_of(values: Mapping[str, Any], space: SearchSpace, what: str) -> dict[str, Any]:
-    """The values of a trial, as the space has them.
+    """Return the values of a trial in the form of the space.
 
     Args:
-        values: From keys to values; what is not drawn beside the others is left out, what is missing will be drawn.
+        values: From keys to values; a value that is not drawn with the others is dropped, a missing one will be drawn.
         space: The search space.
         what: Where the values come from, for the message.
 
     Raises:
-        UserError: One is not among those that are searched.
+        UserError: If a value is not searched.
     """
     params: dict[str, Any] = {}
     for key, distribution in space.items():
@@ -223,20 +225,21 @@ def params_of(values: Mapping[str, Any], space: SearchSpace, what: str) -> dict[
             found = in_distribution(values[key], distribution)
             if not found:
                 raise UserError(
-                    f"{what}: {key} is {values[key]}, but {describe(distribution)} is searched. "
-                    f"Give another value, or widen its space."
+                    f"{what}: {key} is {values[key]}, which is not searched ({describe(distribution)}). "
+                    f"Give another value, or widen the space."
                 )
             params[key] = found[0]
     return params
 
 
 def config_with(base: dict[str, Any], params: Mapping[str, Any], space: SearchSpace) -> dict[str, Any]:
-    """A config of a run with these values of the search space.
+    """Return the config of a run with the given values of the search space.
 
-    A class comes without the arguments of the class before. A list gets as many items as its ``length`` says, the last
-    one repeated; an item that is searched, but not drawn, is not there.
+    A new class does not inherit the old class's arguments. A list gets as many items as its ``length`` says, by
+    repeating the last one; an item that is searched but not drawn, or is drawn beyond that length, is left out.
     """
     config = copy.deepcopy(base)
+    lengths = {full_key(key).removesuffix(".length"): n for key, n in params.items() if key.endswith(".length")}
     for key, value in sorted(
         ((full_key(key), value) for key, value in params.items()), key=lambda item: _order(item[0])
     ):
@@ -245,13 +248,15 @@ def config_with(base: dict[str, Any], params: Mapping[str, Any], space: SearchSp
         parent, _, last = key.removesuffix(".class_path").rpartition(".")
         node = get_value(config, parent)
         if key.endswith(".class_path"):
-            if _is_same(get_value(node, f"{last}.class_path"), value):  # its arguments stay
+            if _is_same(get_value(node, f"{last}.class_path"), value):  # keep its arguments
                 continue
             value = value and {"class_path": value, "init_args": {}}
         if last == "length" and isinstance(node, list):
             node[value:] = node[-1:] * (value - len(node))
         elif isinstance(node, list):
-            index = [str(i) for i in range(len(node) + 1)].index(last)  # one name, so that no item is searched twice
+            if last.isdigit() and int(last) >= lengths.get(parent, math.inf):
+                continue
+            index = [str(i) for i in range(len(node) + 1)].index(last)  # refuses 00, another spelling of 0
             node[index : index + 1] = [value]
         elif last in node or parent.endswith(".init_args"):  # the parser knows the arguments of a class
             node[last] = value
@@ -259,7 +264,7 @@ def config_with(base: dict[str, Any], params: Mapping[str, Any], space: SearchSp
             raise KeyError(last)
     for key in sorted(map(full_key, space.keys() - params.keys()), key=_order, reverse=True):
         parent, _, last = key.rpartition(".")
-        with suppress(KeyError, TypeError, IndexError, ValueError):  # of another class
+        with suppress(KeyError, TypeError, IndexError, ValueError):  # the key belongs to another class
             node = get_value(config, parent)
             if isinstance(node, list) and last != "length":
                 del node[int(last)]
@@ -267,15 +272,15 @@ def config_with(base: dict[str, Any], params: Mapping[str, Any], space: SearchSp
 
 
 def spread(config: dict[str, Any], keys: Iterable[str]) -> dict[str, Any]:
-    """Return a config in which a number that stands for all layers is a list, where one of its items is searched.
+    """Return a config in which a number for all layers is expanded to a list if one of its items is searched.
 
-    There are as many layers as the first list among the network's arguments has items.
+    The number of layers is the length of the first list among the network's arguments.
     """
     config = copy.deepcopy(config)
     for key in keys:
         parent, _, index = full_key(key).rpartition(".")
         parent, _, name = parent.rpartition(".")
-        # make_space says that there is no such key
+        # make_space reports a missing key
         with suppress(AttributeError, KeyError, TypeError, IndexError, ValueError):
             arguments = get_value(config, parent)
             layers = [len(value) for value in arguments.values() if isinstance(value, list)] if index.isdigit() else []
@@ -285,25 +290,25 @@ def spread(config: dict[str, Any], keys: Iterable[str]) -> dict[str, Any]:
 
 
 def full_key(key: str) -> str:
-    """The key in a config: that of an argument of ``data`` may be written as on the command line."""
+    """Return the config's full key for a key that may lack ``init_args`` after ``data``, as on the command line."""
     return re.sub(r"^data\.(?!class_path$|init_args\b)", "data.init_args.", str(key))
 
 
 def _order(key: str) -> tuple[int, int]:
-    """Classes come before their arguments, lengths before items, items in their order."""
+    """Return a sort key that puts classes before their arguments, and lengths before items in order."""
     last = key.rpartition(".")[2]
     return {"class_path": 0, "length": 1}.get(last, 2), int(last) if last.isdigit() else 0
 
 
 def max_epochs(space: SearchSpace, base: dict[str, Any]) -> Any:
-    """The epochs of the longest execution."""
+    """Return the epochs of the longest execution."""
     epochs = space.get("trainer.max_epochs")
     is_base = epochs is None or "trainer.max_epochs" in space.conditions
     return max([*(bounds(epochs) if epochs else []), *([base["trainer"]["max_epochs"]] if is_base else [])])
 
 
 def bounds(distribution: BaseDistribution) -> list[Any]:
-    """The lowest and the highest value of a distribution, or all of its choices."""
+    """Return the lowest and the highest value of a distribution, or all of its choices."""
     if isinstance(distribution, CategoricalDistribution):
         return list(distribution.choices)
     assert isinstance(distribution, FloatDistribution | IntDistribution)
@@ -311,7 +316,7 @@ def bounds(distribution: BaseDistribution) -> list[Any]:
 
 
 def describe(distribution: BaseDistribution) -> str:
-    """A distribution in words."""
+    """Describe a distribution in words."""
     if isinstance(distribution, CategoricalDistribution):
         return "one of " + ", ".join(short_value(choice) for choice in distribution.choices)
     assert isinstance(distribution, FloatDistribution | IntDistribution)
@@ -320,19 +325,19 @@ def describe(distribution: BaseDistribution) -> str:
 
 
 def describe_conditions(conditions: Mapping[str, Sequence[Any]]) -> str:
-    """When a key is drawn, in words; nothing if always."""
+    """Describe in words when a key is drawn; return an empty text if always."""
     parts = [f"{short_key(key)} is {' or '.join(map(short_value, values))}" for key, values in conditions.items()]
     return f", when {' and '.join(parts)}" if parts else ""
 
 
 def short_key(key: str) -> str:
-    """A config key without what only the config's nesting needs: ``units.0``, ``optimizer``."""
+    """Shorten a config key to its meaningful parts: ``units.0``, ``optimizer``."""
     parts = [part for part in key.split(".") if part not in ("init_args", "class_path")]
     return ".".join(parts[2:] if parts[:2] == ["model", "network"] and len(parts) > 2 else parts[1:] or parts)
 
 
 def short_value(value: Any) -> str:
-    """A value of a parameter: numbers in few digits, class paths by their last name."""
+    """Shorten a parameter's value: numbers to four digits, class paths to the class name."""
     if isinstance(value, float):
         return f"{value:.4g}"
     is_path = isinstance(value, str) and all(part.isidentifier() for part in value.split("."))

@@ -21,18 +21,18 @@ from tqdm import tqdm
 from mnist_lightning.system.errors import UserError
 
 PATIENCE = 600.0
-"""Seconds for which a storage that does not answer is asked again."""
+"""For how many seconds a request is repeated if the storage does not answer."""
 
 
 class JournalFile(JournalFileBackend):
-    """Optuna's journal file, which stays readable when a writer dies or the disk is full in the middle of a line.
+    """Optuna's journal file, but readable even if a writer dies or the disk fills up in the middle of a line.
 
-    One that is moved or deleted while it is used is not begun anew, nor is another in its place continued.
+    If the file is moved or deleted during use, no new file is started, and no other file in its place is used.
     """
 
     def __init__(self, path: str) -> None:
         self._path = path
-        self._file_lock = JournalFileOpenLock(path)  # Optuna's default is a symbolic link, which Windows may refuse
+        self._file_lock = JournalFileOpenLock(path)  # Optuna's default needs symbolic links, which Windows may refuse
         super().__init__(path, self._file_lock)
         self._identity = self._identify()
 
@@ -45,8 +45,8 @@ class JournalFile(JournalFileBackend):
     def _check(self) -> None:
         if self._identify() != self._identity:
             raise UserError(
-                f"{self._path} was moved or deleted while it was in use. Put it back, and give the command again; "
-                "or give it where the study is now."
+                f"{self._path} was moved or deleted while it was in use. Restore it and run the command again, or "
+                "give the new path as --storage."
             )
 
     def read_logs(self, log_number_from: int) -> Generator[dict[str, Any], None, None]:
@@ -55,7 +55,7 @@ class JournalFile(JournalFileBackend):
         yield from super().read_logs(log_number_from)
 
     def append_logs(self, logs: list[dict[str, Any]]) -> None:
-        """Append operations; what is left of a line that was never finished is removed first."""
+        """Append operations, after removing an unfinished last line."""
         self._check()
         lines = b"".join(json.dumps(log, separators=(",", ":")).encode() + b"\n" for log in logs)
         self._file_lock.acquire()
@@ -75,16 +75,16 @@ class JournalFile(JournalFileBackend):
 
 
 class PatientStorage:
-    """A storage that asks again, for ten minutes, when the one behind it does not answer.
+    """A wrapper that repeats a request, for ten minutes, when the storage does not answer.
 
     Args:
-        storage: The one behind it.
-        name: Its path or URL, for messages.
+        storage: The wrapped storage.
+        name: Path or URL of the storage, for messages.
 
     Attributes:
-        patience: Seconds for which it is asked again.
-        quiet: Whether nothing is said of it.
-        busy: Held while the storage works: a process that ends then may leave a lock for which others wait.
+        patience: For how many seconds a request is repeated.
+        quiet: Whether to print nothing about an outage.
+        busy: Held during a request: a process that ends then may leave a lock that blocks others.
     """
 
     def __init__(self, storage: BaseStorage, name: str) -> None:
@@ -95,7 +95,7 @@ class PatientStorage:
         self.busy = threading.Lock()
 
     def __getattr__(self, name: str) -> Any:
-        """The storage's own attribute; a method is patient."""
+        """Return an attribute of the wrapped storage; calls of a method are repeated during an outage."""
         attribute = getattr(self._storage, name)
         return partial(self._ask, attribute) if callable(attribute) else attribute
 
@@ -112,11 +112,11 @@ class PatientStorage:
                 if time.monotonic() - since >= self.patience:
                     self.patience = 0.0
                     raise UserError(
-                        f"The storage {self._name} does not answer: {_reason(error)}. What is finished is kept: when "
-                        "it is back, the same command goes on."
+                        f"The storage {self._name} does not answer: {_reason(error)}. Finished work is kept: run the "
+                        "command again when the storage is back."
                     ) from error
                 if delay == 0.1:
-                    message = f"The storage does not answer, asking again for {self.patience / 60:.0f} minutes: "
+                    message = f"The storage does not answer, retrying for {self.patience / 60:.0f} minutes: "
                     self._say(message + _reason(error))
             else:
                 if since is not None:
@@ -125,7 +125,7 @@ class PatientStorage:
             try:
                 time.sleep(delay)
             except KeyboardInterrupt:
-                self.patience = 0.0  # nobody wants to wait any more
+                self.patience = 0.0  # the user does not want to wait
                 raise
             delay = min(2 * delay, 5.0)
 
@@ -139,12 +139,12 @@ def _cause(error: Exception) -> BaseException:
 
 
 def _is_outage(error: Exception) -> bool:
-    from sqlalchemy.exc import DataError, ProgrammingError, SQLAlchemyError  # takes a while to import
+    from sqlalchemy.exc import DataError, ProgrammingError, SQLAlchemyError  # slow to import
 
     cause = _cause(error)
     if isinstance(cause, DataError | ProgrammingError):
         return False
-    # grpc is imported by those alone who use it
+    # compared by name, so that only users of grpc import it
     return isinstance(cause, OSError | SQLAlchemyError) or type(cause).__module__.startswith("grpc.")
 
 
@@ -155,7 +155,7 @@ def _reason(error: Exception) -> str:
 
 
 def hide_password(storage: str) -> str:
-    """A storage's URL as it may be shown; a path as it is."""
+    """Return a storage's URL without its password, or its path unchanged."""
     return re.sub(r"(://[^/@]*):[^/@]*@", r"\1:***@", storage)
 
 
@@ -163,13 +163,13 @@ def open_storage(storage: str) -> Any:
     """Open a storage by its URL or, for a journal file, by its path.
 
     Args:
-        storage: A path, ``grpc://host:port`` of Optuna's proxy, or a URL of a database as SQLAlchemy writes it.
+        storage: A path, ``grpc://host:port`` of Optuna's proxy, or a database URL in SQLAlchemy's form.
 
     Returns:
-        A :class:`PatientStorage`, which does whatever an Optuna storage does.
+        A :class:`PatientStorage`, which can be used as an Optuna storage.
 
     Raises:
-        UserError: It cannot be opened.
+        UserError: If the storage cannot be opened.
     """
     name = hide_password(storage)
     opened: BaseStorage
@@ -181,11 +181,11 @@ def open_storage(storage: str) -> Any:
         elif "://" in storage:
             opened = _open_database(storage)
         else:
-            path = Path(storage).absolute()  # whatever becomes of the current folder
+            path = Path(storage).absolute()  # stays valid if the current folder changes
             path.parent.mkdir(parents=True, exist_ok=True)
             opened = JournalStorage(JournalFile(str(path)))
-            if _is_last_line_damaged(path):  # of which Optuna says nothing
-                raise ValueError("its last line is damaged; without that line, the study can go on")
+            if _is_last_line_damaged(path):  # Optuna would not report it
+                raise ValueError("its last line is damaged; if you remove that line, the study can continue")
     except ImportError as error:
         raise UserError(
             f"The storage {name} needs a database driver ({error.__cause__ or error}). For postgresql://: pip install "
@@ -202,10 +202,10 @@ def open_storage(storage: str) -> Any:
 
 
 def _is_last_line_damaged(path: Path) -> bool:
-    """Return whether the last line of a journal that was written to its end cannot be read."""
+    """Return whether the last complete line of a journal is invalid."""
     with path.open("rb") as file:
         size = file.seek(0, os.SEEK_END)
-        for block in (2**16, size):  # a line is short
+        for block in (2**16, size):  # lines are usually short
             file.seek(max(0, size - block))
             *lines, _ = file.read().split(b"\n")
             if len(lines) > 1:
@@ -225,6 +225,6 @@ def _open_database(url: str) -> BaseStorage:
     for _ in range(2):
         try:
             return optuna.storages.get_storage(url)
-        except (IntegrityError, ProgrammingError):  # two processes made the tables of a new database at once
+        except (IntegrityError, ProgrammingError):  # two processes created the tables of a new database simultaneously
             time.sleep(0.5)
     return optuna.storages.get_storage(url)

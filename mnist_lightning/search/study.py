@@ -43,7 +43,7 @@ OF_TRAINING = (
     *("val_check_interval", "check_val_every_n_epoch", "gradient_clip_val", "gradient_clip_algorithm", "callbacks"),
     *("sync_batchnorm", "use_distributed_sampler", "reload_dataloaders_every_n_epochs"),
 )
-"""Keys of the trainer on which the values of a study depend."""
+"""Keys of the trainer that affect the values of a study."""
 
 
 def open_study(
@@ -54,18 +54,18 @@ def open_study(
     space: SearchSpace,
     defaults: Mapping[str, Any] = MappingProxyType({}),
 ) -> Study:
-    """Load a study that has these settings and this space, or make it.
+    """Load a study with the given settings and space, or create it.
 
     Args:
-        storage: Where it is.
-        name: Its name.
-        metrics: What it optimizes.
-        settings: What else a value of the study depends on, in plain types.
-        space: Its search space.
-        defaults: From a setting's key with dots to its value in a study that was made before there was such a setting.
+        storage: Storage of the study.
+        name: Name of the study.
+        metrics: The metrics to optimize.
+        settings: All other settings that affect the study's values, in plain types.
+        space: Search space of the study.
+        defaults: From a setting's dotted key to its value in a study that is older than the setting.
 
     Raises:
-        UserError: If there is a study of this name with other settings or another space.
+        UserError: If a study of this name exists with other settings or another space.
     """
     searched = {key: json.loads(distribution_to_json(space[key])) for key in space}
     for key, conditions in space.conditions.items():
@@ -87,7 +87,7 @@ def open_study(
         return study
     except optuna.exceptions.DuplicatedStudyError:
         study = optuna.load_study(storage=storage, study_name=name)
-    for _ in range(50):  # the process that makes it at this moment still has to write them
+    for _ in range(50):  # another process may just have created the study and not yet written its settings
         if "settings" in study.user_attrs or study.get_trials(deepcopy=False):
             break
         time.sleep(0.1)
@@ -99,17 +99,17 @@ def open_study(
     elif differences := _differences(found, own, defaults):
         raise UserError(
             f"The study {name} has other settings: {'; '.join(differences)}. "
-            "Give those to continue it, or take another --study_name."
+            "Use the study's settings to continue it, or another --study_name."
         )
     check_study(study, space)
     return study
 
 
 def find_study(name: str, source: str) -> Study | None:
-    """Load a study from a journal's path or a storage's URL; None if there is none, and nothing is made.
+    """Load a study from a journal's path or a storage's URL; return None, and create nothing, if it does not exist.
 
     Raises:
-        UserError: If it is damaged.
+        UserError: If the study is damaged.
     """
     if "://" not in source and not Path(source).is_file():
         return None
@@ -122,14 +122,14 @@ def find_study(name: str, source: str) -> Study | None:
 
 
 def check_study(study: Study, space: SearchSpace | None = None) -> None:
-    """See that a study holds what is read of it: anybody can edit a journal, and Optuna takes much of what is there.
+    """Check the contents of a study: anyone can edit a journal, and Optuna checks little.
 
     Args:
-        study: The study, which need not be of ``tune``: what it lacks is not looked at.
-        space: Its search space, if it is known: complete trials have values of the whole of it.
+        study: The study, which need not be from ``tune``: missing attributes are not checked.
+        space: The study's search space, if known: each completed trial must have values for all of it.
 
     Raises:
-        UserError: If something of it is not what ``tune`` writes.
+        UserError: If the contents are not as ``tune`` writes them.
     """
     of_study = f"the study {study.study_name}"
     with _damage(f"The{of_study[3:]}"):
@@ -194,27 +194,26 @@ def _describe(key: str, flat: dict[str, Any]) -> str:
     try:
         conditions = json.loads(flat[key]).get("when", {})
         return describe(json_to_distribution(flat[key])) + describe_conditions(conditions)
-    except (KeyError, TypeError, ValueError):  # another setting
+    except (KeyError, TypeError, ValueError):  # not a distribution
         return str(flat[key])
 
 
 def check_limits(limits: Mapping[str, float]) -> None:
-    """See that limits are finite numbers.
+    """Check that limits are finite numbers.
 
     Raises:
-        UserError: If one is not.
+        UserError: If a limit is not finite.
     """
     if unlimited := [name for name, limit in limits.items() if not math.isfinite(limit)]:
-        raise UserError(f"limits: that of {', '.join(unlimited)} must be a finite number.")
+        raise UserError(f"limits: the limit of {', '.join(unlimited)} must be a finite number.")
 
 
 def best_trial(study: Study, limits: Mapping[str, float] | None = None) -> FrozenTrial:
-    """Return the trial with the best first metric, of those within the limits; the earliest of equals.
+    """Return the trial within the limits that has the best first metric; the earliest if several are equal.
 
     Args:
         study: The study.
-        limits: From the name of a metric to the worst value that is allowed; by default those of the last command
-            that searched.
+        limits: From the name of a metric to the worst allowed value; by default the limits of the last search command.
 
     Raises:
         UserError: If no completed trial is within the limits.
@@ -227,7 +226,7 @@ def best_trial(study: Study, limits: Mapping[str, float] | None = None) -> Froze
     if not trials:
         raise UserError(
             f"No completed trial is within {', '.join(f'{name} {limit:g}' for name, limit in limits.items())}: "
-            "give other --limits, or take any with --trial N."
+            "change --limits, or choose a trial with --trial N."
         )
 
     def goodness(trial: FrozenTrial) -> tuple[list[float], int]:
@@ -237,7 +236,7 @@ def best_trial(study: Study, limits: Mapping[str, float] | None = None) -> Froze
 
 
 def pareto_front(study: Study) -> list[FrozenTrial]:
-    """Return the completed trials that no other betters in every metric; limits play no part, as they may change."""
+    """Return the completed trials that no other trial dominates; limits are ignored, since they may change."""
     trials = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
     signs = [metric.sign for metric in metrics_of(study)]
     values = [[sign * value for sign, value in zip(signs, trial.values, strict=True)] for trial in trials]
@@ -251,7 +250,7 @@ def pareto_front(study: Study) -> list[FrozenTrial]:
 def _is_within(trial: FrozenTrial, metrics: Sequence[Metric], limits: Mapping[str, float]) -> bool:
     values = limited_values(trial, limits) | dict(zip([metric.name for metric in metrics], trial.values, strict=True))
     known = {metric.name: metric for metric in metrics}
-    # what was trained before there was a limit has no value
+    # a trial that is older than a limit has no value for it
     return all(
         name in values and known.get(name, Metric(name)).excess(values[name], limit) <= 0
         for name, limit in limits.items()
@@ -259,7 +258,7 @@ def _is_within(trial: FrozenTrial, metrics: Sequence[Metric], limits: Mapping[st
 
 
 def limited_values(trial: FrozenTrial, limits: Iterable[str]) -> dict[str, float]:
-    """Return the means over a trial's executions of what has limits, as far as it was recorded."""
+    """Return the means over a trial's executions of the recorded metrics that have limits."""
     records = [execution.get("limited", {}) for execution in TrialRecord.of(trial).executions]
     return {
         name: mean(each[name] for each in records)
@@ -269,13 +268,13 @@ def limited_values(trial: FrozenTrial, limits: Iterable[str]) -> dict[str, float
 
 
 def format_value(value: float) -> str:
-    """A value of a metric: whole numbers in full, others with four decimals."""
+    """Format a metric's value: whole numbers in full, others with four decimals."""
     return f"{value:,.0f}" if value == int(value) and abs(value) > 1 else f"{value:.4f}"
 
 
 def results(study: Study, keys: Sequence[str]) -> "pd.DataFrame":
-    """The completed trials, the best first, as text: number, values, scores of the executions, values of ``keys``."""
-    import pandas as pd  # takes a while
+    """Return a table of texts, best trial first: number, values, scores of the executions, values of ``keys``."""
+    import pandas as pd  # slow to import
 
     trials = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
     metrics, rows = metrics_of(study), []
@@ -289,53 +288,54 @@ def results(study: Study, keys: Sequence[str]) -> "pd.DataFrame":
 
 
 def renew_deadline(study: Study, timeout: float | None) -> None:
-    """Let no trial begin after ``timeout`` seconds from now, or without end; a time that others have set counts first.
+    """Set the time after which no trial starts to ``timeout`` seconds from now, or remove it.
 
-    Clocks of machines must agree about as well as the time is meant.
+    A deadline of another command that has not passed stays. The machines' clocks must agree to the accuracy that is
+    wanted for the deadline.
     """
-    if time_left(study) in (0.0, math.inf):  # it is over, or nobody has set one
+    if time_left(study) in (0.0, math.inf):  # the deadline has passed, or there is none
         study.set_user_attr("deadline", None if timeout is None else time.time() + timeout)
 
 
 def time_left(study: Study) -> float:
-    """Seconds until no trial may begin any more, infinite if nobody has set a time."""
+    """Return the seconds during which trials may start; infinite without a deadline."""
     deadline = study.user_attrs.get("deadline")
     return math.inf if deadline is None else max(0.0, deadline - time.time())
 
 
 def is_time_up(study: Study) -> bool:
-    """Whether no trial may begin any more."""
+    """Return whether the deadline has passed, so that no trial may start."""
     return time_left(study) == 0
 
 
 def has_trial_with(study: Study, params: dict[str, Any]) -> bool:
-    """Whether a trial has these parameters, or waits to get them."""
+    """Return whether a trial has these parameters, or is enqueued with them."""
     trials = study.get_trials(deepcopy=False)
     return any(params in (trial.params, trial.system_attrs.get("fixed_params")) for trial in trials)
 
 
 def find_trial(study: Study, number: int, space: SearchSpace) -> FrozenTrial:
-    """A trial with all of its parameters.
+    """Return the trial of a number, if all its parameters are drawn.
 
     Raises:
-        UserError: There is none of this number.
+        UserError: If there is no such trial.
     """
     trials = study.get_trials(deepcopy=False)
     if number < len(trials) and space.has_all(trials[number].params):
         return trials[number]
     drawn = [str(trial.number) for trial in trials if space.has_all(trial.params)]
     raise UserError(
-        f"The study {study.study_name} has no trial {number}: its numbers are {', '.join(drawn) or 'none yet'}."
+        f"The study {study.study_name} has no trial {number}: its trials are {', '.join(drawn) or 'none yet'}."
     )
 
 
 def is_complete(study: Study, n_trials: int) -> bool:
-    """Return whether a study has all its trials, and they are finished."""
+    """Return whether all trials of a study are finished."""
     trials = study.get_trials(deepcopy=False)
     return sum(is_counted(trial) for trial in trials if trial.state.is_finished()) >= n_trials
 
 
 def has_room(study: Study, n_trials: int) -> bool:
-    """Return whether a trial waits, or can be added."""
+    """Return whether a trial is waiting or can be added."""
     trials = study.get_trials(deepcopy=False)
     return sum(map(is_counted, trials)) < n_trials or any(trial.state == TrialState.WAITING for trial in trials)

@@ -37,31 +37,31 @@ from mnist_lightning.system.errors import UserError
 from mnist_lightning.training.checkpoints import RunCheckpoint
 
 REPEATS = 3
-"""Trials in a row that repeat others, after which a finite space is taken to be drawn to its end."""
+"""After so many repeated trials in a row, a finite space is considered exhausted."""
 
 
 class FailedTrialError(Exception):
-    """Ends a trial that fails, or that is one too many."""
+    """Ends a trial that fails, or that is surplus."""
 
 
 class AbandonedTrial(BaseException):
-    """Ends a trial without a word to the study: others have it, or are to go on with it.
+    """Ends a trial without telling the study: another process runs it, or will continue it.
 
-    ``Study.optimize`` tells the study of every Exception.
+    It is not an Exception, since ``Study.optimize`` tells the study about every Exception.
     """
 
 
 @dataclass
 class Search:
-    """What the workers of a search share.
+    """The data that the workers of a search share.
 
     Attributes:
         options: The command's own options.
-        metrics: What is optimized.
+        metrics: The metrics to optimize.
         base: Config of a run, whose keys the space changes.
         space: The search space.
         storage: Path or URL of the study's storage.
-        folder: Of the study, for the logs of the executions.
+        folder: The study's folder, for the logs of the executions.
     """
 
     options: Namespace
@@ -73,14 +73,14 @@ class Search:
 
     @property
     def epochs(self) -> int:
-        """Epochs of the longest execution."""
+        """The epochs of the longest execution."""
         return int(max_epochs(self.space, self.base))
 
     def lock(self) -> FileLock:
-        """Return a lock that one worker of this machine can hold.
+        """Return a lock that one worker on this machine can hold.
 
         Raises:
-            FileNotFoundError: If the study's folder was moved or deleted, which the lock would make anew.
+            FileNotFoundError: If the study's folder was moved or deleted; the lock would create it again.
         """
         if not self.folder.is_dir():
             raise FileNotFoundError(f"{self.folder} was moved or deleted while its study was searched.")
@@ -88,18 +88,18 @@ class Search:
 
     @property
     def limited(self) -> list[Metric]:
-        """What has limits: metrics of the study, and others."""
+        """The metrics that have limits, whether the study optimizes them or not."""
         known = {metric.name: metric for metric in self.metrics}
         return [known.get(name, Metric(name)) for name in self.options.limits]
 
 
 class Objective:
-    """What ``Study.optimize`` calls for each trial.
+    """The function that ``Study.optimize`` calls for each trial.
 
     Args:
         search: The search.
-        study: Its study.
-        name: Name of the process.
+        study: The search's study.
+        name: Name of this process.
     """
 
     def __init__(self, search: Search, study: Study, name: str) -> None:
@@ -110,12 +110,12 @@ class Objective:
         self._repeats = 0
 
     def __call__(self, trial: Trial) -> list[float]:
-        """Run a trial, or what is left of one whose process died.
+        """Run a trial, or the rest of a trial whose process died.
 
         Raises:
-            FailedTrialError: If it fails, or is one too many.
-            TrialPruned: If the pruner ends it.
-            AbandonedTrial: If others have it by now or, with a cause, if this process cannot go on.
+            FailedTrialError: If the trial fails, or is surplus.
+            TrialPruned: If the pruner ends the trial.
+            AbandonedTrial: If another process has the trial or, with a cause, if this process cannot continue.
         """
         try:
             return self._run(trial)
@@ -123,21 +123,21 @@ class Objective:
             raise
         except UpdateFinishedTrialError:
             raise AbandonedTrial from None
-        except Exception as error:  # the machine or the storage
+        except Exception as error:  # an error of the machine or the storage
             raise AbandonedTrial from error
 
     def _run(self, trial: Trial) -> list[float]:
         before = self.study.get_trials(deepcopy=False)[: trial.number]
         if sum(map(is_counted, before)) >= self.search.options.n_trials:
-            raise FailedTrialError("two processes asked for the last trial at once")
+            raise FailedTrialError("two processes asked for the last trial simultaneously")
         trial.set_user_attr("owner", self.name)
         record = TrialRecord.of(self._frozen(trial))
-        with self.search.lock():  # or two workers could draw the same of a finite space
+        with self.search.lock():  # otherwise two workers could draw the same values from a finite space
             draw(trial, self.search.space)
             self._check_repeat(trial)
         if record.error is None and record.attempts >= ATTEMPTS:
-            self._fail(trial, f"{ATTEMPTS} processes died that ran it")
-        if record.error is not None:  # its process died before it could say so
+            self._fail(trial, f"{ATTEMPTS} processes died while running it")
+        if record.error is not None:  # the trial failed, and its process died before it told the study
             raise FailedTrialError(record.error)
         executions = [*record.executions]
         for number in range(self.search.options.executions_per_trial):
@@ -145,12 +145,12 @@ class Objective:
                 executions.append(self.train(trial, number, executions))
                 executions.sort(key=lambda execution: execution["execution"])
                 trial.set_user_attr("executions", executions)
-                if record.attempts:  # a trial that gets on is not what kills its processes
+                if record.attempts:  # a trial that makes progress does not kill its processes
                     trial.set_user_attr("attempts", 0)
             if self.report(trial, executions) and len(executions) < self.search.options.executions_per_trial:
                 raise optuna.TrialPruned
         limits = self.search.options.limits
-        values = limited_values(self._frozen(trial), limits)  # not of executions that are older than the limit
+        values = limited_values(self._frozen(trial), limits)  # lacks limits that are newer than an execution
         for metric in self.search.limited:
             if metric.name in values:
                 trial.set_constraint(metric.name, metric.excess(values[metric.name], limits[metric.name]))
@@ -160,7 +160,7 @@ class Objective:
         return self.study.get_trials(deepcopy=False)[trial.number]
 
     def owns(self, trial: Trial) -> bool:
-        """Return whether a trial is still this process's: others may have taken its machine for dead."""
+        """Return whether this process still owns a trial: other machines may have considered this one dead."""
         frozen = self._frozen(trial)
         return frozen.state == TrialState.RUNNING and frozen.user_attrs.get("owner") == self.name
 
@@ -169,7 +169,7 @@ class Objective:
         raise FailedTrialError(error)
 
     def _check_repeat(self, trial: Trial) -> None:
-        """Stop where a sampler of a finite space has nothing new: it draws again what others are still training."""
+        """Fail a trial that repeats a combination of a finite space; after several in a row, stop the search."""
         frozen = self._frozen(trial)
         if not getattr(self.study.sampler, "is_finite", False) or "fixed_params" in frozen.system_attrs:
             return
@@ -177,29 +177,29 @@ class Objective:
         if not any(is_counted(other) and other.params == trial.params for other in before):
             self._repeats = 0
             return
-        self._repeats += 1  # two processes may draw the same at once, but not again and again
+        self._repeats += 1  # one repeat may be two processes drawing simultaneously, several are not
         if self._repeats == REPEATS:
             self.study.stop()
-        raise FailedTrialError("this combination has a trial")
+        raise FailedTrialError("this combination already has a trial")
 
     def report(
         self, trial: Trial, executions: Sequence[dict[str, Any]], curve: Mapping[int, float] | None = None
     ) -> bool:
-        """Report what is known of a trial, and ask the pruner.
+        """Report a trial's intermediate values, and ask the pruner.
 
-        A value is an estimate of the trial's: the mean over its executions so far, of the best epoch so far. Its step
-        counts epochs, those of earlier executions included. For Wilcoxon's test, which compares pairs, it is an
-        execution and its score.
+        Each value estimates the trial's value: the mean over its executions so far of the best epoch so far. Its step
+        counts epochs, including those of earlier executions. For Wilcoxon's test, which compares pairs, step and value
+        are the number of an execution and its score.
 
         Args:
             trial: The trial.
-            executions: Those that are finished.
-            curve: From an epoch to its value, of the execution that is at work.
+            executions: The finished executions.
+            curve: From epochs to values, of the running execution.
 
         Returns:
-            Whether the trial is to end here.
+            Whether the pruner ends the trial.
         """
-        if len(self.search.metrics) > 1:  # pruners know one
+        if len(self.search.metrics) > 1:  # pruners support only one metric
             return False
         metric, epochs = self.search.metrics[0], self.search.epochs
         curves = [dict(execution["values"]) for execution in executions]
@@ -223,15 +223,15 @@ class Objective:
         """Train an execution; return its record."""
         start = time.perf_counter()
         config = config_with(self.search.base, trial.params, self.search.space)
-        config["seed_everything"] += number  # the same seeds in all trials, so that they compare
+        config["seed_everything"] += number  # the same seeds in all trials, so that trials are comparable
         config["origin"] = {"study_name": self.search.options.study_name, "trial": trial.number}
         folder = _new_folder(self.search.folder, trial.number, number)
         progress = Progress(self, trial, executions)
         try:
             self._fit(config, folder, progress)
-        except (OSError, UpdateFinishedTrialError):  # the machine is at fault, or others have the trial
+        except (OSError, UpdateFinishedTrialError):  # a fault of the machine, or another process has the trial
             raise
-        except (Exception, SystemExit) as error:  # whatever a combination of values makes go wrong
+        except (Exception, SystemExit) as error:  # caused by this combination of values
             shutil.rmtree(folder / "checkpoints", ignore_errors=True)
             if not self.owns(trial):
                 raise AbandonedTrial from None
@@ -250,7 +250,7 @@ class Objective:
         }
 
     def _fit(self, config: dict[str, Any], folder: Path, progress: "Progress") -> None:
-        """Train as ``fit`` would with a config, and write the config, events and weights to a folder."""
+        """Train a config as ``fit`` would; write config, events and weights to a folder."""
         search = self.search
         loggers: list[Any] = []
         named = copy.deepcopy(config)
@@ -265,7 +265,7 @@ class Objective:
             self._data = run.datamodule
             loggers = [*run.trainer.loggers]
             if loggers:
-                with search.lock():  # two at once could fail to make the same database
+                with search.lock():  # two loggers could fail to create the same database simultaneously
                     for logger in loggers:
                         logger.experiment  # noqa: B018
             if config["tensorboard"]:
@@ -281,15 +281,15 @@ class Objective:
             run.trainer.fit(run.model, datamodule=run.datamodule)
         finally:
             for logger in loggers:
-                if isinstance(logger, WandbLogger):  # or the next would go on with the same run
+                if isinstance(logger, WandbLogger):  # otherwise the next execution would log to the same run
                     logger.experiment.finish()
 
 
 def run_trials(search: Search, storage: BaseStorage) -> None:
-    """Run trials of a study until there are none to begin.
+    """Run trials of a study until none is left to start.
 
     Raises:
-        Exception: If the machine or the storage does not let a trial go on; the trial is left as it is.
+        Exception: If the machine or the storage stops a trial; the trial is left unchanged.
     """
     pruner = instantiate(BasePruner, search.options.pruner)
     study = optuna.load_study(storage=storage, study_name=search.options.study_name, pruner=pruner)
@@ -309,20 +309,20 @@ def run_trials(search: Search, storage: BaseStorage) -> None:
     while can_go_on() and not is_exhausted:
         try:
             study.optimize(objective, catch=(FailedTrialError,), callbacks=[after_trial], gc_after_trial=True)
-            is_exhausted = True  # or it would have gone on: the sampler has stopped it
+            is_exhausted = True  # without an exception, optimize returns only after study.stop()
         except AbandonedTrial as reason:
             if isinstance(reason.__cause__, Exception):
                 raise reason.__cause__ from None
 
 
 def scores_of(execution: dict[str, Any]) -> list[float]:
-    """Return the values of all metrics of an execution, at the best epoch of the first."""
+    """Return the values of all metrics of an execution, at the best epoch of the first metric."""
     scores: list[float] = execution.get("scores", [execution["score"]])
     return scores
 
 
 def kept_weights(search: Search, trial: FrozenTrial) -> list[Path]:
-    """Return the weights of a trial that are kept on this machine: those of its best execution."""
+    """Return the path of a trial's weights on this machine, those of its best execution; empty if none are kept."""
     executions = [each for each in TrialRecord.of(trial).executions if "folder" in each]
     if not executions:
         return []
@@ -331,9 +331,9 @@ def kept_weights(search: Search, trial: FrozenTrial) -> list[Path]:
 
 
 def delete_weights(search: Search, study: Study) -> None:
-    """Delete the weights of the trials that are finished, but not the best."""
+    """Delete the weights of all finished trials except the best one."""
     best = None
-    with suppress(UserError):  # none is complete, or within the limits
+    with suppress(UserError):  # no trial is complete, or none is within the limits
         best = best_trial(study, search.options.limits)
     for trial in study.get_trials(deepcopy=False):
         if trial.state.is_finished() and (best is None or trial.number != best.number):
@@ -344,7 +344,7 @@ def delete_weights(search: Search, study: Study) -> None:
 
 
 def _new_folder(study_folder: Path, trial: int, execution: int) -> Path:
-    """Make the folder of an execution; the log of one that was lost stays."""
+    """Create and return the folder of an execution; the logs of lost executions stay."""
     lost = 0
     while True:
         again = f"_again_{lost}" if lost else ""
@@ -356,7 +356,7 @@ def _new_folder(study_folder: Path, trial: int, execution: int) -> Path:
 
 
 def _name_loggers(config: Any, name: str) -> None:
-    """Give the user's loggers, of which each execution has its own, the execution's name if they have none."""
+    """Name the user's loggers after the execution, unless they have a name: each execution has its own loggers."""
     keys = {"CSVLogger": "version", "TensorBoardLogger": "version", "MLFlowLogger": "run_name", "WandbLogger": "name"}
     for logger in config if isinstance(config, list) else [config]:
         key = keys.get(logger["class_path"].rpartition(".")[2]) if isinstance(logger, dict) else None
@@ -367,12 +367,12 @@ def _name_loggers(config: Any, name: str) -> None:
 class Progress(Checkpoint):
     """Reports the metric after each epoch, ends the training of a trial that is pruned or lost, and logs the score.
 
-    As a Checkpoint, it is called when the metrics of the epoch's training are there, too.
+    Lightning calls a Checkpoint last, when the epoch's training metrics also exist.
 
     Args:
-        objective: Knows the search and the study.
+        objective: The objective, which holds the search and the study.
         trial: The trial.
-        executions: Its executions that are finished.
+        executions: The trial's finished executions.
 
     Attributes:
         pruned: Whether the pruner ended the trial.
@@ -407,7 +407,7 @@ class Progress(Checkpoint):
         self._is_validated = not trainer.sanity_checking
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if not self._is_validated:  # with check_val_every_n_epoch
+        if not self._is_validated:  # because of check_val_every_n_epoch
             return
         self._is_validated = False
         for name, metric in trainer.callback_metrics.items():
@@ -427,17 +427,17 @@ class Progress(Checkpoint):
         if name == "seconds":
             return round(time.perf_counter() - self._start, 2)
         if name == "flops":
-            module.eval()  # or it would draw random numbers
+            module.eval()  # otherwise dropout would draw random numbers
             with torch.no_grad(), FlopCounterMode(display=False) as counter:
                 module(module.example_input_array.to(module.device))  # type: ignore[union-attr]
             module.train()
             return float(counter.get_total_flops())
         if name not in trainer.callback_metrics:
-            raise KeyError(f"{name} is not logged; these are: {', '.join(trainer.callback_metrics)}")
+            raise KeyError(f"{name} is not logged; logged metrics: {', '.join(trainer.callback_metrics)}")
         return float(trainer.callback_metrics[name])
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Log hyper-parameters and scores for TensorBoard's page "HParams"."""
+        """Log hyper-parameters and scores for TensorBoard's HParams page."""
         result = self.result()
         others = zip(self._metrics[1:], scores_of(result)[1:], strict=True)
         scores = {"score": result["score"], **{metric.name: value for metric, value in others}}

@@ -21,14 +21,14 @@ from mnist_lightning.system.signals import ENDINGS
 if TYPE_CHECKING:
     from mnist_lightning.search.trial import Search
 
-# Forked copies of a server process that has imported everything: they start at once, share its memory, and hold no GPU.
-# Windows cannot fork, and libraries of macOS do not survive it.
+# Workers are forked from a server process that has imported everything: they start quickly, share its memory, and hold
+# no GPU. Windows cannot fork, and macOS libraries do not survive a fork.
 _HAS_SERVER = "forkserver" in multiprocessing.get_all_start_methods() and sys.platform != "darwin"
 _CONTEXT: Any = multiprocessing.get_context("forkserver" if _HAS_SERVER else "spawn")
 
 
 def start_server() -> None:
-    """Start to import what workers need, in a process beside this one, unless there is one already."""
+    """Start a process that imports what workers need, unless it is already running."""
     if _HAS_SERVER:
         from multiprocessing import forkserver
 
@@ -39,14 +39,14 @@ def start_server() -> None:
 
 @contextmanager
 def _ctrl_c_blocked() -> Iterator[None]:
-    """Start processes that do not see Ctrl-C: it reaches every process of a terminal, but the parent decides."""
-    if not hasattr(signal, "pthread_sigmask"):  # Windows: workers ignore it, once they have begun
+    """Block Ctrl-C in the processes started within: it reaches every process of a terminal, but the parent decides."""
+    if not hasattr(signal, "pthread_sigmask"):  # Windows: workers ignore Ctrl-C once they run
         yield
         return
     from multiprocessing import resource_tracker
 
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # that it died; it has nothing to track
+        warnings.simplefilter("ignore")  # a warning that the tracker died is harmless: it has nothing to track
         resource_tracker.ensure_running()  # first: it unblocks the signals
     before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
     try:
@@ -56,15 +56,15 @@ def _ctrl_c_blocked() -> Iterator[None]:
 
 
 class Worker:
-    """A process that runs trials until there are none to begin.
+    """A process that runs trials until none is left to start.
 
     Args:
         search: The search.
-        device: The GPU that it may see, as ``CUDA_VISIBLE_DEVICES`` names it; None hides none.
+        device: The only GPU that the process may see, as in ``CUDA_VISIBLE_DEVICES``; None hides no GPU.
 
     Attributes:
         process: The process.
-        name: What the study knows it by.
+        name: Name of the process in the study.
     """
 
     def __init__(self, search: "Search", device: str | None) -> None:
@@ -80,27 +80,27 @@ class Worker:
         self.name = process_name(self.process.pid)
 
     def error_line(self) -> str | None:
-        """Why it could not go on, if it said so before it ended; waits for its end."""
+        """Wait for the worker's end; return the error that it sent, or None."""
         try:
-            words: str = self._connection.recv()
+            line: str = self._connection.recv()
         except (EOFError, ConnectionError):
             return None
-        return words
+        return line
 
     def stop(self) -> None:
-        """Ask the process to end, which it does as soon as it leaves no lock behind."""
-        with suppress(OSError):  # it is dead
-            self._connection.send(None)  # a signal would do, but Windows has none that a process can handle
+        """Ask the process to end; it does so as soon as it leaves no lock behind."""
+        with suppress(OSError):  # the process is dead
+            self._connection.send(None)  # not a signal: Windows has none that a process can handle
 
     def end(self) -> int:
-        """End the process, if it is not dead already; gives its exit code, negative for a signal."""
+        """End the process if it is alive; return its exit code, negative for a signal."""
         from mnist_lightning.search.recovery import process_name
 
         self.stop()
         self.process.join(timeout=3)
-        self.process.kill()  # it does not answer
+        self.process.kill()  # if it did not end by itself
         self.process.join()
-        # if the server died, its processes are taken for dead, but live
+        # if the server died, multiprocessing considers its processes dead even while they live
         with suppress(psutil.NoSuchProcess):
             while self.name.rpartition(":")[2] and process_name(self.process.pid) == self.name:
                 psutil.Process(self.process.pid).kill()
@@ -110,7 +110,7 @@ class Worker:
 
 
 def _work(search: "Search", device: str | None, connection: "Connection[str, None]") -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # where it could not be blocked
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # on systems where it could not be blocked
     if device is not None:
         os.environ["CUDA_VISIBLE_DEVICES"] = device
     warnings.simplefilter("ignore")
@@ -121,30 +121,30 @@ def _work(search: "Search", device: str | None, connection: "Connection[str, Non
     from mnist_lightning.system.errors import describe_os_error, silence_os_errors_of_threads
 
     silence_os_errors_of_threads()
-    gc.freeze()  # what is imported is not garbage: collections after each trial skip it
+    gc.freeze()  # imported objects are not garbage: the collection after each trial skips them
     try:
         with patched_jsonargparse():
             storage = open_storage(search.storage)
-            storage.quiet = True  # the command says it
-            # the parent sends something when the worker is to stop, and its death closes the connection
+            storage.quiet = True  # the command prints the notes
+            # the parent sends a message to stop the worker, and its death closes the connection
             for end in (lambda: connection.poll(None), _termination()):
                 threading.Thread(target=_leave, args=(end, storage.busy), daemon=True).start()
             run_trials(search, storage)
-    except Exception as error:  # the machine is at fault, as with a full disk
+    except Exception as error:  # a fault of the machine, such as a full disk
         reason = describe_os_error(error) if isinstance(error, OSError) else str(error) or repr(error)
-        connection.send(f"{reason}. What is finished is kept: after a remedy, give the command again.")
+        connection.send(f"{reason}. Finished work is kept: fix the problem, then run the command again.")
         sys.exit(1)
 
 
 def _leave(wait_for_end: Callable[[], object], busy: threading.Lock) -> None:
-    with suppress(OSError):  # Windows, of a connection that is closed
+    with suppress(OSError):  # Windows raises it for a closed connection
         wait_for_end()
-    busy.acquire(timeout=2)  # so that no lock of the storage is left behind; who waits for one holds none
+    busy.acquire(timeout=2)  # leave no lock of the storage behind; a process that waits for a lock holds none
     os._exit(1)
 
 
 def _termination() -> Callable[[], object]:
-    """Return what waits for SIGTERM, or SIGHUP, which a terminal sends when it is closed."""
+    """Return a function that waits for SIGTERM, or for SIGHUP, which a closing terminal sends."""
     terminated = threading.Event()
     for number in ENDINGS:
         if number != signal.SIGINT:

@@ -11,19 +11,19 @@ PROG = "python -m mnist_lightning"
 
 
 def command_line(*words: object) -> str:
-    """Return a command of this package as it can be pasted into a terminal."""
+    """Return a command of this package that can be pasted into a terminal."""
     texts = [*PROG.split(), *map(str, words)]
     return subprocess.list2cmdline(texts) if os.name == "nt" else shlex.join(texts)
 
 
 @rank_zero_only
 def rank_zero_print(line: str) -> None:
-    """Print a line, once for all processes."""
+    """Print a line once for all processes."""
     print(line, flush=True)
 
 
 def format_table(rows: Sequence[Sequence[str]]) -> str:
-    """Return rows of cells, the header first, as lines: the first column to the left, all others to the right."""
+    """Return rows of cells as lines, the header first: the first column left-aligned, all others right-aligned."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = []
     for first, *cells in rows:

@@ -15,24 +15,24 @@ from types import MappingProxyType
 
 
 class UserError(Exception):
-    """A mistake in what the user gave, or in what was found where the user pointed; the message is one line."""
+    """A mistake in the user's input, or in files that the input names; the message is one line."""
 
 
 def is_for_users(error: BaseException) -> bool:
-    """Return whether an error tells users what to do: this package's and Lightning's, missing modules, the system's."""
-    from lightning.pytorch.utilities.exceptions import MisconfigurationException  # takes long to import
+    """Return whether users can act on an error: this package's, Lightning's and system errors, and missing modules."""
+    from lightning.pytorch.utilities.exceptions import MisconfigurationException  # slow to import
 
     return isinstance(error, UserError | MisconfigurationException | ModuleNotFoundError | OSError)
 
 
 def describe_os_error(error: OSError) -> str:
-    """Return what the system refused, and where."""
+    """Return the system's reason and the file."""
     return f"{os.fsdecode(error.filename)}: {error.strerror}" if error.filename else str(error)
 
 
 @contextmanager
 def user_errors() -> Iterator[None]:
-    """End the process with a message instead of a traceback where the user can do something about it."""
+    """End the process with a message instead of a traceback if users can act on the error."""
     silence_os_errors_of_threads()
     try:
         with library_errors():
@@ -50,23 +50,23 @@ LIBRARIES = [
     *(Path(sysconfig.get_path(name)) for name in ("stdlib", "platstdlib")),
     *map(Path, (*site.getsitepackages(), site.getusersitepackages())),
 ]
-"""Folders of code that a user cannot be expected to read."""
+"""Folders of code that users are not expected to read."""
 
 
 @contextmanager
 def library_errors(folder: Path | None = None, options: Mapping[type, str] = MappingProxyType({})) -> Iterator[None]:
-    """End the process with a line where a library fails, and keep the traceback in a file.
+    """End the process with one line if a library fails, and write the traceback to a file.
 
-    A traceback that passes through code of the user's own is shown: it says where to look.
+    A traceback that passes through the user's own code is shown: it says where to look.
 
     Args:
-        folder: Where the file shall be; by default in the system's folder for temporary files.
-        options: From a class to the option that chose it, to be named if the error is raised inside of it.
+        folder: Folder of the file; by default a new one in the system's folder for temporary files.
+        options: A mapping from a class to the option that chose it, to name it if the error is raised inside the class.
     """
     try:
         yield
     except Exception as error:
-        if is_for_users(error) or is_from_user_code(error):  # user_errors prints the first kind
+        if is_for_users(error) or is_from_user_code(error):  # user_errors prints errors for users
             raise
         path = (folder or Path(tempfile.mkdtemp(prefix="mnist_lightning-"))) / "traceback.txt"
         with suppress(OSError):
@@ -75,7 +75,7 @@ def library_errors(folder: Path | None = None, options: Mapping[type, str] = Map
 
 
 def is_from_user_code(error: BaseException) -> bool:
-    """Return whether code that is of neither this package nor a library was running when an error was raised."""
+    """Return whether an error passed through code that belongs neither to this package nor to a library."""
     files = [Path(frame.filename) for frame in traceback.extract_tb(error.__traceback__)]
     return any(
         not (path.name.startswith("<frozen") or any(path.is_relative_to(folder) for folder in LIBRARIES))
@@ -84,7 +84,7 @@ def is_from_user_code(error: BaseException) -> bool:
 
 
 def explain(error: BaseException, options: Mapping[type, str] = MappingProxyType({})) -> str:
-    """Return an error of a library in a line: what raised it, the reason, and its type if the value is not at fault."""
+    """Return a library's error in a line: where it was raised, the reason, and its type unless it is a ValueError."""
     raised_in = [frame.f_locals.get("self") for frame, _ in traceback.walk_tb(error.__traceback__)]
     places = [f"--{options[type(each)]} {type(each).__name__}" for each in raised_in if type(each) in options]
     reason = one_line(error)
@@ -100,7 +100,7 @@ def one_line(error: BaseException) -> str:
 
 
 def silence_os_errors_of_threads() -> None:
-    """Let threads end silently where the system refuses something: TensorBoard's writer raises it again elsewhere."""
+    """Silence system errors in threads: TensorBoard's writer raises them again elsewhere."""
     threading.excepthook = lambda failure: (
         None if issubclass(failure.exc_type, OSError) else threading.__excepthook__(failure)
     )

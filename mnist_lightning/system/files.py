@@ -13,17 +13,17 @@ from mnist_lightning.system.errors import UserError
 
 @contextmanager
 def atomic_write(path: Path, overwrite: bool = True) -> Iterator[Path]:
-    """Give another path to write to, which then becomes ``path``: a reader finds the old file or the new one, whole.
+    """Yield a temporary path to write to, then rename it to ``path``: readers find a whole file, the old or the new.
 
     Args:
         path: Path of the file.
-        overwrite: Whether a file that exists by then is replaced.
+        overwrite: Whether to replace an existing file.
 
     Raises:
-        OSError: If the file cannot be written; an old one is left as it was.
-        UserError: If a file exists that may not be replaced.
+        OSError: If the file cannot be written; an existing file is not changed.
+        UserError: If the file exists and must not be replaced.
     """
-    partial = path.with_name(f".{path.name[:100]}.{secrets.token_hex(4)}.partial")  # no two writers have the same
+    partial = path.with_name(f".{path.name[:100]}.{secrets.token_hex(4)}.partial")  # unique for each writer
     try:
         yield partial
         if overwrite:
@@ -31,7 +31,7 @@ def atomic_write(path: Path, overwrite: bool = True) -> Iterator[Path]:
         else:
             place(partial, path)
     except OSError as error:
-        raise OSError(error.errno, error.strerror, str(path)) from error  # a full disk is reported without a name
+        raise OSError(error.errno, error.strerror, str(path)) from error  # on a full disk, the name is missing
     finally:
         with suppress(OSError):
             partial.unlink()
@@ -39,7 +39,7 @@ def atomic_write(path: Path, overwrite: bool = True) -> Iterator[Path]:
 
 def _replace(source: Path, target: Path) -> None:
     for delay in (0.01, 0.03, 0.1, 0.3, 1.0):
-        with suppress(PermissionError):  # Windows, while somebody reads the target: a virus scanner, say
+        with suppress(PermissionError):  # on Windows, while another process (a virus scanner) reads the target
             source.replace(target)
             return
         time.sleep(delay)
@@ -47,16 +47,16 @@ def _replace(source: Path, target: Path) -> None:
 
 
 def place(source: Path, target: Path) -> None:
-    """Give a file its name, unless another file has it by now.
+    """Rename a file, unless the new name exists.
 
     Raises:
-        UserError: If another file has it.
+        UserError: If the new name exists.
     """
     try:
-        target.hardlink_to(source)  # in one step: no second writer can come between
+        target.hardlink_to(source)  # atomic: no second writer can interfere
         source.unlink()
     except FileExistsError as error:
-        raise UserError(f"{target} exists and is not overwritten: another command has written it meanwhile.") from error
+        raise UserError(f"{target} exists and is not overwritten: another command wrote it meanwhile.") from error
     except OSError:  # a file system without links
         if target.exists():
             raise UserError(f"{target} exists and is not overwritten.") from None
@@ -64,7 +64,7 @@ def place(source: Path, target: Path) -> None:
 
 
 def write_csv(path: Path, rows: Sequence[Mapping[str, Any]], overwrite: bool = True) -> None:
-    """Write rows, whose columns are all that any of them has; see :func:`atomic_write`."""
+    """Write rows, with the columns of all of them; see :func:`atomic_write`."""
     with atomic_write(path, overwrite) as partial, partial.open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, fieldnames=list(dict.fromkeys(name for row in rows for name in row)))
         writer.writeheader()

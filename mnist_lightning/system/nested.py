@@ -5,7 +5,7 @@ from typing import Any
 
 
 def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Return a nested config as one from keys with dots; lists are values."""
+    """Return a nested config as a flat dict with dotted keys; lists are values."""
     flat: dict[str, Any] = {}
     for key, value in config.items():
         flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
@@ -13,7 +13,7 @@ def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def get_value(config: Any, key: str) -> Any:
-    """Return the value at a key with dots; the class of None is None, and ``length`` of a list is its length."""
+    """Return the value at a dotted key; ``class_path`` of None is None, and ``length`` of a list is its length."""
     for part in key.split("."):
         if isinstance(config, list):
             config = len(config) if part == "length" else config[[str(i) for i in range(len(config))].index(part)]

@@ -12,37 +12,37 @@ ENDINGS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if 
 
 
 def _handle(handler: Callable[..., Any]) -> dict[int, Any]:
-    """Install a handler, but not for what is ignored, as by nohup; gives the handlers before."""
-    # what ignores is a function as well: Python complains of a signal that comes while its handler becomes SIG_IGN
+    """Install a handler for all signals that are not ignored, as with nohup; return the handlers before."""
+    # callers pass a function even to ignore: Python complains of a signal that arrives while SIG_IGN is installed
     return {number: signal.signal(number, handler) for number in ENDINGS if signal.getsignal(number) != signal.SIG_IGN}
 
 
 def leave_at_once() -> None:
-    """Let any of them end the process without a word, while there is nothing yet to be put in order."""
+    """Make these signals end the process silently, while there is nothing to clean up."""
     _handle(lambda number, _: os._exit(128 + number))
 
 
 def leave_as_usual() -> None:
-    """Give SIGINT, SIGTERM and SIGHUP back to Python, to be handled by Lightning."""
+    """Restore Python's handlers of SIGINT, SIGTERM and SIGHUP, so that Lightning can handle these."""
     for number in _handle(lambda *_: None):
         signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
 
 
 def ignore() -> None:
-    """Let them do nothing, while the process ends."""
+    """Make these signals do nothing, while the process ends."""
     _handle(lambda *_: None)
 
 
 SAME_PRESS = 2.0
-"""Seconds after a signal in which another is no new one."""
+"""Seconds after a signal in which further signals do not count as new."""
 
 
 class Interrupt:
-    """The first of them raises KeyboardInterrupt, unless that is put off; what comes together with it does nothing.
+    """A handler that raises KeyboardInterrupt, unless it is put off, and ignores signals right after another.
 
     Attributes:
-        received: Whether one came.
-        is_put_off: Whether it only is ``received``.
+        received: Whether a signal has arrived.
+        is_put_off: Whether a signal only sets ``received``.
     """
 
     def __init__(self) -> None:
@@ -59,7 +59,7 @@ class Interrupt:
 
 @contextmanager
 def interruptible() -> Iterator[Interrupt]:
-    """Handle them by an :class:`Interrupt`; at the end they do what they did before."""
+    """Handle these signals with an :class:`Interrupt`, and restore the previous handlers at the end."""
     interrupt = Interrupt()
     before = _handle(interrupt)
     try:

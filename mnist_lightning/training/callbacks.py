@@ -23,7 +23,7 @@ from mnist_lightning.training.checkpoints import RunCheckpoint
 
 
 class EpochProgressBar(ProgressBar):
-    """A line for each finished epoch, and in a terminal a bar for the running one.
+    """A line for each finished epoch, and in a terminal a bar for the running epoch.
 
     The bar moves 20 times an epoch: drawing it at every batch takes longer than the batch.
     """
@@ -38,14 +38,14 @@ class EpochProgressBar(ProgressBar):
         self._is_validated = False
 
     def disable(self) -> None:
-        # Lightning does so on all processes but the first
+        # Lightning calls this in all processes but the first
         self._enabled = False
 
     def enable(self) -> None:
         self._enabled = True
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Print the line of the epoch before and start a bar."""
+        """Print the line of the previous epoch and start a bar."""
         self._print_line(trainer)
         self._start = time.perf_counter()
         epochs = f"/{trainer.max_epochs}" if trainer.max_epochs and trainer.max_epochs > 0 else ""
@@ -56,7 +56,7 @@ class EpochProgressBar(ProgressBar):
             total=int(total) if total < float("inf") else None,
             unit="batch",
             leave=False,
-            disable=None if self._enabled else True,  # None: where the output is no terminal
+            disable=None if self._enabled else True,  # None: if the output is not a terminal
         )
         self._every = max(1, (self._bar.total or 1000) // 20)
 
@@ -78,7 +78,7 @@ class EpochProgressBar(ProgressBar):
         self._print_line(trainer)
 
     def _print_line(self, trainer: Trainer) -> None:
-        # one hook late: callbacks see the metrics of an epoch only after its end
+        # printed one hook late: callbacks see the metrics of an epoch only after its end
         if self._line and self._enabled:
             for stage in ("train", "val") if self._is_validated else ("train",):
                 values = {name: v for name, v in trainer.callback_metrics.items() if name.startswith(f"{stage}/")}
@@ -89,10 +89,10 @@ class EpochProgressBar(ProgressBar):
 
 
 class Figures(Callback):
-    """The notebook's figures in ``figures/`` of the run's folder and in TensorBoard, with what TensorBoard adds.
+    """The notebook's figures, in ``figures/`` of the run folder and in TensorBoard.
 
     TensorBoard also gets a confusion matrix for each epoch, the graph, a chart of train against validation for each
-    metric (page "Custom scalars") and the hyper-parameters beside the validation metrics (page "HParams").
+    metric (page "Custom scalars") and the hyper-parameters with the validation metrics (page "HParams").
 
     Args:
         checkpoint: Keeps the history that the curves show.
@@ -109,17 +109,17 @@ class Figures(Callback):
         data: ImageDataModule = trainer.datamodule  # type: ignore[attr-defined]
         assert data.train is not None
         indices = range(min(25, len(data.train)))
-        with isolate_rng():  # augmentation draws, and a run that goes on must not draw more often
+        with isolate_rng():  # augmentation draws, and a continued run must not draw more often
             images, _ = data.train.__getitems__(indices)
         names = [data.classes[label] for label in data.train.labels[: len(indices)]]
         self._show(trainer, "samples", figures.sample_grid(figures.pictures(images), names))
         for logger in _tensorboards(trainer):
-            # in evaluation mode, where nothing is drawn from the random state
+            # evaluation mode does not use the random state
             network: Any = copy.deepcopy(pl_module.network)
             try:
                 logger.experiment.add_graph(network.eval(), images[:1].to(pl_module.device).type(pl_module.dtype))
-            except Exception as error:  # whatever a network does that cannot be traced
-                rank_zero_warn(f"TensorBoard gets no graph, since the network cannot be traced: {error}")
+            except Exception as error:  # a network that cannot be traced may raise anything
+                rank_zero_warn(f"TensorBoard gets no graph, because the network cannot be traced: {error}")
 
     def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._confusion.zero_()
@@ -161,7 +161,7 @@ class Figures(Callback):
     @rank_zero_only
     @torch.no_grad()
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Show the curves and what the network now makes of the first ten test images."""
+        """Show the curves and the network's predictions for the first ten test images."""
         self._show(trainer, "accuracy", figures.curves(self._checkpoint.history, ["accuracy"]))
         self._show(trainer, "loss", figures.curves(self._checkpoint.history, ["penalized_loss", "loss"]))
         data: ImageDataModule = trainer.datamodule  # type: ignore[attr-defined]
@@ -185,7 +185,7 @@ class Figures(Callback):
 
 
 def _log_image(trainer: Trainer, name: str, pixels: NDArray[np.uint8], step: int) -> None:
-    """Show a picture in those loggers that take any."""
+    """Show a picture in the loggers that take pictures."""
     for logger in trainer.loggers:
         if isinstance(logger, TensorBoardLogger):
             logger.experiment.add_image(name, pixels, step, dataformats="HWC")

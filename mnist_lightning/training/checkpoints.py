@@ -26,11 +26,11 @@ from mnist_lightning.system.files import atomic_write, write_csv
 from mnist_lightning.training.saved_run import SavedRun, checkpoint_errors, load_checkpoint, read_history
 
 INSTANTIATOR = "lightning.pytorch.cli.instantiate_module"
-"""Path of what makes a model from the hyper-parameters in a checkpoint."""
+"""Path of the function that makes a model from the hyper-parameters in a checkpoint."""
 
 
 class CheckpointConnector(_CheckpointConnector):
-    """Restores a trainer and its parts from a checkpoint, or says that it cannot."""
+    """Restore a trainer and its parts from a checkpoint, or explain why it cannot be used."""
 
     def _restore_modules_and_callbacks(self, checkpoint_path: Any = None, *args: Any) -> None:
         with checkpoint_errors(checkpoint_path):
@@ -42,12 +42,12 @@ class CheckpointConnector(_CheckpointConnector):
 
 
 class FitLoop(_FitLoop):
-    """Lightning's loop over the epochs, which also starts and ends a resumed training of which no epoch is left.
+    """Lightning's loop over the epochs, which also starts and ends a resumed training with no epochs left.
 
-    So a run that was killed between its last epoch and its evaluation gets all that a run folder holds.
+    This completes the run folder of a run that was killed between its last epoch and its evaluation.
 
     Args:
-        trainer: The trainer whose loop it becomes.
+        trainer: The trainer that uses the loop.
     """
 
     def __init__(self, trainer: Trainer) -> None:
@@ -55,24 +55,24 @@ class FitLoop(_FitLoop):
         self.epoch_loop = trainer.fit_loop.epoch_loop
 
     def _iteration_based_training(self) -> bool:
-        # Lightning continues a training with max_steps inside an epoch; here all checkpoints are of an epoch's end
+        # with max_steps, Lightning continues inside an epoch; here all checkpoints are from an epoch's end
         return False
 
     @property
     def skip(self) -> bool:
-        """Whether not even the start and the end of the training are run."""
+        """Whether to skip even the start and the end of the training."""
         return bool(self.trainer.limit_train_batches == 0 or (self.done and not self.is_resuming))
 
 
 class CheckpointIO(TorchCheckpointIO):
-    """Writes a checkpoint beside its place and renames it, and loads nothing but tensors and plain types.
+    """Write a checkpoint next to its place and rename it; load only tensors and plain types.
 
-    (Lightning's own class copies it there from the system's temporary folder. And it runs the code in a malicious local
-    checkpoint.)
+    (Lightning's class copies the checkpoint from the system's temporary folder, and it runs the code in a malicious
+    local checkpoint.)
     """
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None) -> None:
-        buffer = io.BytesIO()  # torch.save itself says of a full disk "unexpected pos"
+        buffer = io.BytesIO()  # on a full disk, torch.save itself only reports "unexpected pos"
         torch.save(checkpoint, buffer)
         Path(path).parent.mkdir(parents=True, exist_ok=True)
         with atomic_write(Path(path)) as partial:
@@ -81,27 +81,28 @@ class CheckpointIO(TorchCheckpointIO):
     def load_checkpoint(
         self, path: Any, map_location: Any = lambda storage, _: storage, weights_only: bool | None = True
     ) -> dict[str, Any]:
-        """Load from ``path``; whatever the caller says, with ``weights_only``."""
+        """Load a checkpoint from ``path``, always with ``weights_only``."""
         return load_checkpoint(path, map_location)
 
 
 class RunCheckpoint(ModelCheckpoint):
-    """``checkpoints/best.ckpt``, ``checkpoints/last.ckpt`` and ``metrics.csv`` of a run, renewed after every epoch.
+    """``checkpoints/best.ckpt``, ``checkpoints/last.ckpt`` and ``metrics.csv`` of a run, updated after every epoch.
 
-    Best is the earliest epoch with the highest ``val/accuracy``, or the best of another metric. Beyond what Lightning
-    stores, a checkpoint carries the random state of Python, NumPy and torch and the metrics of all epochs so far. A run
-    that starts from it draws the same shuffles and dropout masks as one that was never interrupted, and its folder is
-    complete: metrics of all epochs, and the best checkpoint even if it came before the interruption.
+    The best checkpoint is from the earliest epoch with the highest ``val/accuracy``, or the best value of another
+    metric. In addition to Lightning's state, a checkpoint stores the random state of Python, NumPy and torch and the
+    metrics of all epochs so far. A run that continues from it draws the same shuffles and dropout masks as a run that
+    was never interrupted. Its run folder is complete: it has the metrics of all epochs, and the best checkpoint even if
+    that is from before the interruption.
 
     Args:
-        config: The run's, in plain types, to be stored in its checkpoints.
+        config: The run's config, in plain types, to be stored in its checkpoints.
         monitor: The metric.
         mode: ``max`` or ``min``.
 
     Attributes:
-        config: As given.
+        config: The run's config.
         history: One row an epoch: ``epoch``, ``step`` and the logged metrics.
-        seconds: Training time up to the last checkpoint, validation and logs included.
+        seconds: Training time up to the last checkpoint, including validation and logs.
     """
 
     def __init__(
@@ -128,16 +129,16 @@ class RunCheckpoint(ModelCheckpoint):
 
     @property
     def state_key(self) -> str:
-        return "RunCheckpoint"  # the name of this part in a checkpoint file
+        return "RunCheckpoint"  # the callback's name in a checkpoint file
 
     @property
     def run_dir(self) -> Path:
-        """Folder of the run."""
+        """The run folder."""
         # trainer.log_dir waits until all processes ask for it
         return Path(str(self.dirpath)).parent
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Note where a resumed run comes from, before its state is loaded; without all of it, it would start anew."""
+        """Record a resumed run's checkpoint before its state is loaded; refuse a checkpoint without the full state."""
         if trainer.state.fn == TrainerFn.FITTING:
             parts = (
                 checkpoint["callbacks"][self.state_key],
@@ -152,12 +153,12 @@ class RunCheckpoint(ModelCheckpoint):
             self._done_batches = int(batches["current"]["ready"]) if is_inside else 0
             if parts[0].get("is_changed_at_end"):
                 rank_zero_print(
-                    f"{trainer.ckpt_path} has the weights that a callback, such as an average, made of the last ones."
+                    f"{trainer.ckpt_path} has weights that a callback computed from the last ones, such as an average."
                 )
             self._resumed_from = Path(str(trainer.ckpt_path))
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Bring the logs and the learning rate of a resumed run to where its checkpoint was taken."""
+        """Bring the logs and the learning rate of a resumed run to the state of its checkpoint."""
         super().on_train_start(trainer, pl_module)
         self._since = time.perf_counter()
         if self._resumed_from is None:
@@ -167,7 +168,7 @@ class RunCheckpoint(ModelCheckpoint):
             for logger in trainer.loggers:
                 logger.log_metrics(metrics, step=int(row["step"]))
         self._write_metrics(trainer)
-        # Lightning steps these after the checkpoint of the epoch is written
+        # Lightning steps these schedulers after it has written the epoch's checkpoint
         epoch = self.history[-1]
         for config in trainer.lr_scheduler_configs:
             is_due = config.interval == "epoch" and (epoch["epoch"] + 1) % config.frequency == 0
@@ -179,19 +180,19 @@ class RunCheckpoint(ModelCheckpoint):
             trainer.should_stop = True
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Refuse to train on from inside an epoch; a run that was stopped there may still be evaluated.
+        """Refuse to continue from inside an epoch; a run that was stopped there may still be evaluated.
 
         Raises:
-            UserError: If the checkpoint that the run goes on from is of the middle of an epoch.
+            UserError: If the checkpoint was written in the middle of an epoch.
         """
         if self._done_batches:
             raise UserError(
-                f"{self._resumed_from} was written inside an epoch, after {self._done_batches} batches, from where no "
-                "run can be continued exactly. Take a checkpoint of an epoch's end, or train anew."
+                f"{self._resumed_from} was written inside an epoch, after {self._done_batches} batches, so the run "
+                "cannot be continued exactly. Use a checkpoint from an epoch's end, or start a new run."
             )
 
     def on_train_batch_end(self, *_: Any) -> None:
-        pass  # epochs are saved, no batches
+        pass  # only epochs are saved
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Keep the metrics of ``val`` for the epoch's row."""
@@ -203,13 +204,13 @@ class RunCheckpoint(ModelCheckpoint):
         self._validated = {name: value.clone() for name, value in pl_module.state_dict().items()}
 
     def _validate_again(self, trainer: Trainer, pl_module: LightningModule) -> bool:
-        """Validate the weights that are going to be saved, if they are not those that were validated.
+        """Validate the weights that are about to be saved, if they differ from the validated weights.
 
-        They have moved if the last validation was inside the epoch, and if a callback prunes or averages them after it.
-        Other callbacks do not hear of it: EarlyStopping would count it.
+        They differ if the last validation was inside the epoch, or if a callback prunes or averages weights after it.
+        Other callbacks are not called: EarlyStopping would count this validation.
 
         Returns:
-            Whether that was necessary.
+            Whether the weights differed.
         """
         weights = pl_module.state_dict()
         if weights.keys() == self._validated.keys() and all(
@@ -225,12 +226,12 @@ class RunCheckpoint(ModelCheckpoint):
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Add the epoch's row, then save."""
-        is_inside = not trainer.fit_loop.epoch_loop.batch_progress.is_last_batch  # of max_steps or max_time
+        is_inside = not trainer.fit_loop.epoch_loop.batch_progress.is_last_batch  # with max_steps or max_time
         if trainer.enable_validation and (self._val_metrics or is_inside):
             self._validate_again(trainer, pl_module)
         metrics = {n: value.item() for n, value in trainer.callback_metrics.items() if not n.startswith("val/")}
         row = {"epoch": trainer.current_epoch, "step": trainer.global_step - 1, **metrics, **self._val_metrics}
-        self._val_metrics = {}  # an epoch without validation has none
+        self._val_metrics = {}  # an epoch without validation does not have any
         self.history.append(row)
         now = time.perf_counter()
         self.seconds += now - self._since
@@ -240,11 +241,11 @@ class RunCheckpoint(ModelCheckpoint):
         if not self._should_skip_saving_checkpoint(trainer):
             candidates = self._monitor_candidates(trainer)
             self._save_topk_checkpoint(trainer, candidates)
-            # Lightning's own method renews last.ckpt only together with best.ckpt
+            # Lightning's own method updates last.ckpt only together with best.ckpt
             self._save_last_checkpoint(trainer, candidates)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Complete the folder of a resumed run of which no epoch was left, and save weights that the end changed."""
+        """Complete the run folder of a resumed run with no epochs left, and save weights that the end has changed."""
         if self._resumed_from is not None and not self.last_model_path:
             self.last_model_path = str(Path(str(self.dirpath), "last.ckpt"))
             _copy(self._resumed_from, Path(self.last_model_path))
@@ -254,7 +255,7 @@ class RunCheckpoint(ModelCheckpoint):
         if trainer.is_global_zero:
             saved = SavedRun.read(self.last_model_path).weights
             is_changed = any(not torch.equal(value.cpu(), saved[name]) for name, value in weights.items())
-        if trainer.strategy.broadcast(is_changed):  # to averages, as by StochasticWeightAveraging
+        if trainer.strategy.broadcast(is_changed):  # to averages, as with StochasticWeightAveraging
             self._is_changed_at_end = True
             if trainer.enable_validation and self._validate_again(trainer, pl_module):
                 self.history[-1] |= self._val_metrics
@@ -263,7 +264,7 @@ class RunCheckpoint(ModelCheckpoint):
             self._save_checkpoint(trainer, self.last_model_path)
 
     def state_dict(self) -> dict[str, Any]:
-        """Lightning's state, the history and each process's random state, in plain types and tensors."""
+        """Return Lightning's state, the history and each process's random state, in plain types and tensors."""
         name, keys, *rest = np.random.get_state(legacy=True)
         random_state = {
             "python": random.getstate(),
@@ -286,8 +287,8 @@ class RunCheckpoint(ModelCheckpoint):
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take up the history, the random state and the best checkpoint of the run that is resumed."""
-        if self._resumed_from is None or self.dirpath is None:  # to evaluate, weights are enough
+        """Restore the history, the random state and the best checkpoint of the resumed run."""
+        if self._resumed_from is None or self.dirpath is None:  # an evaluation needs only weights
             return
         self.history = read_history(state_dict)
         self.seconds = float(state_dict["seconds"])
@@ -297,25 +298,25 @@ class RunCheckpoint(ModelCheckpoint):
         old, new = self._resumed_from.with_name("best.ckpt"), Path(self.dirpath, "best.ckpt")
         last_epoch = self.history[-1]["epoch"]
         epoch_of_best = math.inf
-        with suppress(Exception):  # what is damaged may raise anything; it is not what was to be continued
+        with suppress(Exception):  # a damaged file may raise anything, but the run does not continue from it
             epoch_of_best = SavedRun.read(old).epoch
         if epoch_of_best <= last_epoch:
             _copy(old, new)
             moved = {name: str(new) for name in ("best_model_path", "kth_best_model_path")}
-            float(state_dict["best_model_score"])  # what is no number raises an error here, not at the next epoch
+            float(state_dict["best_model_score"])  # raises an error here instead of at the next epoch
             score = {"best_k_models": {str(new): state_dict["best_model_score"]}, "last_model_path": ""}
             super().load_state_dict({**state_dict, **moved, **score, "dirpath": self.dirpath})
         elif state_dict["best_model_path"]:
             reason = "is of a later epoch" if epoch_of_best < math.inf else "is damaged" if old.is_file() else "is gone"
-            rank_zero_warn(f"{old} {reason}: the best epoch is looked for from here on only.")
+            rank_zero_warn(f"{old} {reason}: only epochs from here on can become the best epoch.")
 
     def _set_random_state(self, states: list[dict[str, Any]]) -> None:
         is_distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
         rank, size = (torch.distributed.get_rank(), torch.distributed.get_world_size()) if is_distributed else (0, 1)
         if len(states) != size:
             rank_zero_warn(
-                f"The checkpoint is of {len(states)} processes, this run has {size}: it goes on, but not exactly as "
-                "the other would have."
+                f"The checkpoint is from {len(states)} processes, this run has {size}: it continues, but not with "
+                "identical results."
             )
             return
         state = states[rank]

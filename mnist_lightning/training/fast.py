@@ -1,13 +1,13 @@
 """Make ``fit`` fast: a short way through a training step, around Lightning's hooks.
 
-Lightning calls some 30 hooks around each batch, and nobody listens to most of them. So all batches of an epoch but the
-last take the short way: forward, backward, step, and Lightning's counters. The weights, metrics and checkpoints are the
-same to the bit (``tests/training/test_fast.py``).
+Lightning calls about 30 hooks around each batch, and most of them do nothing. So all batches of an epoch but the last
+take the short way: forward, backward, step, and Lightning's counters. The weights, metrics and checkpoints are the same
+to the bit (``tests/training/test_fast.py``).
 
-Lightning's own way is taken wherever anything that a user can write, choose or replace would see the difference: see
-:func:`is_unwatched`. ``--fast false`` always takes it. ``benchmarks/tricks.py`` measures what the short way gains.
+Lightning's own loop runs wherever anything that a user can write, choose or replace would see the difference: see
+:func:`is_unwatched`. With ``--fast false`` it always runs. ``benchmarks/tricks.py`` measures the gain of the short way.
 
-This is the only module that depends on the inside of Lightning's training loop.
+This is the only module that depends on the internals of Lightning's training loop.
 """
 
 import inspect
@@ -48,7 +48,7 @@ MODULE_HOOKS = (
     "optimizer_step",
     "optimizer_zero_grad",
 )
-"""What Lightning calls in a step: of a callback, a data module, a module."""
+"""Hooks that Lightning calls in a step: of a callback, a data module and a module."""
 
 KNOWN_FILES = {
     inspect.getfile(each)
@@ -57,20 +57,20 @@ KNOWN_FILES = {
         *(Classifier, EpochProgressBar, RunCheckpoint),
     )
 }
-"""Source files whose hooks the short way does without, or calls itself."""
+"""Source files whose hooks the short way skips or calls itself."""
 
 
 def speed_up(trainer: Trainer) -> None:
-    """Let a trainer take the short way where it can."""
+    """Make a trainer take the short way where possible."""
     trainer.fit_loop.epoch_loop = EpochLoop(trainer, trainer.min_steps, trainer.max_steps)
 
 
 def is_unwatched(trainer: Any) -> bool:
-    """Return whether nothing but Lightning and this package sees, or changes, what happens in a step of this epoch.
+    """Return whether only Lightning and this package see or change the steps of this epoch.
 
-    The module is this package's own, on one device and in single precision, without clipping, accumulation or a
-    profiler, and every hook in a step is a function of a source file that we know. The files also tell when somebody
-    has set another function on a module or its class, in place of ours or around it.
+    The module must be this package's own, on one device and in single precision, without clipping, accumulation or a
+    profiler, and every hook in a step must come from a known source file. The files also reveal a function that a user
+    has set on a module or its class, in place of ours or around it.
     """
     module, data = trainer.lightning_module, trainer.datamodule
     return (
@@ -97,14 +97,14 @@ def _has_known(listener: Callback | LightningDataModule | LightningModule, hooks
 
 
 class EpochLoop(_TrainingEpochLoop):
-    """Lightning's loop over the batches of an epoch, which takes the short way if nobody watches."""
+    """Lightning's loop over the batches of an epoch, which takes the short way if :func:`is_unwatched` allows it."""
 
     def on_run_start(self, data_fetcher: _DataFetcher) -> None:
         super().on_run_start(data_fetcher)
         self._is_unwatched = is_unwatched(self.trainer)
 
     def advance(self, data_fetcher: _DataFetcher) -> None:
-        """Train on one batch, or on all up to the last of the epoch."""
+        """Train on one batch, or on all remaining batches of the epoch, all but the last by the short way."""
         if self._is_unwatched and not self.restarting:
             self._advance_to_last(data_fetcher)
         super().advance(data_fetcher)

@@ -18,17 +18,18 @@ from torch import Tensor
 
 DIGIT_WIDTH, DIGIT_HEIGHT = 0.636, 0.73  # of DejaVu Sans, matplotlib's own font, in units of its size
 RIGHT, WRONG = "#1a7f37", "#cf222e"
-FOR, AGAINST = "#d55e00", "#0072b2"  # of Okabe and Ito, which the colour-blind tell apart
+FOR, AGAINST = "#d55e00", "#0072b2"  # Okabe and Ito's colors, which color-blind people can tell apart
 
 
 def pictures(images: Tensor) -> NDArray[Any]:
-    """Images as they are drawn.
+    """Return images ready to be drawn.
 
     Args:
-        images: Of shape (n, channels, height, width); what is not in [0, 1], as after standardisation, is scaled to it.
+        images: Images of shape (n, channels, height, width); values outside [0, 1], as after standardization, are
+            scaled to it.
 
     Returns:
-        Of shape (n, height, width, 3) if there are three channels, else the first one, of shape (n, height, width).
+        All three channels, of shape (n, height, width, 3), or else the first channel, of shape (n, height, width).
     """
     low, high = map(float, images.aminmax()) if images.numel() else (0.0, 1.0)
     if low < 0 or high > 1:
@@ -38,14 +39,14 @@ def pictures(images: Tensor) -> NDArray[Any]:
 
 
 def colored(images: NDArray[Any], saliency: NDArray[Any] | None = None) -> NDArray[Any]:
-    """Images in colour, ink on white if they are grey, under what speaks for a class (red) or against it (blue).
+    """Return images in color, gray ones as ink on white, overlaid with evidence for a class (red) or against it (blue).
 
     Args:
-        images: As :func:`pictures` gives them.
-        saliency: From -1 to 1, of shape (n, height, width).
+        images: Images from :func:`pictures`.
+        saliency: Evidence from -1 to 1, of shape (n, height, width).
 
     Returns:
-        In [0, 1], of shape (n, height, width, 3).
+        Images in [0, 1], of shape (n, height, width, 3).
     """
     colors = images if images.ndim == 4 else np.repeat(1 - images[..., None], 3, axis=-1)
     if saliency is None:
@@ -58,43 +59,43 @@ def colored(images: NDArray[Any], saliency: NDArray[Any] | None = None) -> NDArr
 def image_grid(
     images: NDArray[Any], titles: Sequence[str], columns: int, colors: Sequence[str] | None = None, scale: float = 1.2
 ) -> Figure:
-    """Images in rows, each under its title; grey ones as ink on white.
+    """Draw images in rows, each under its title; gray images as ink on white.
 
     Args:
-        images: As :func:`pictures` gives them.
-        titles: One for each image, all with the same number of lines.
-        columns: Images in a row; the last row may have fewer.
-        colors: Of the titles, by default black.
+        images: Images from :func:`pictures`.
+        titles: One title for each image, all with the same number of lines.
+        columns: Number of images in a row; the last row may have fewer.
+        colors: Colors of the titles, by default black.
         scale: Width of an image in inches.
     """
     rows, lines = -(-len(images) // columns), 1 + titles[0].count("\n")
-    size = images.shape[2] / 28  # the text has the same size in the picture whatever the image has
-    top, side = round((4 + 6 * lines) * size), round(6 * size)  # pixels of an image's cell above and beside it
+    size = images.shape[2] / 28  # the text has the same size for any image size
+    top, side = round((4 + 6 * lines) * size), round(6 * size)  # pixels of a cell above the image and next to it
     border = [(0, 0), (top, 0), (side, side), (0, 0)][: images.ndim]
     cells = np.pad(images, border, constant_values=images.ndim == 4)
     height, width = cells.shape[1:3]
     figure = Figure(figsize=(columns * scale, rows * scale * height / width))
-    axes = figure.add_axes((0, 0, 1, 1))  # one image for all: an axes for each takes ten times as long to draw
+    axes = figure.add_axes((0, 0, 1, 1))  # one image for all: separate axes take ten times as long to draw
     axes.imshow(mosaic(cells, columns), cmap="gray_r", vmin=0, vmax=1)
     axes.set_axis_off()
     for index, title in enumerate(titles):
         row, column = divmod(index, columns)
         place = ((column + 0.5) * width, row * height + top - 2 * size)
         color = colors[index] if colors else "black"
-        # a name is no mathematics, whatever dollars it has
+        # dollar signs in a name do not mean mathematics
         axes.text(*place, title, ha="center", va="bottom", color=color, fontsize=9, parse_math=False)
     return figure
 
 
 def mosaic(images: NDArray[Any], columns: int) -> NDArray[Any]:
-    """Images in rows as one image, white where the last row has no more.
+    """Return images in rows as one image, with white in the free places of the last row.
 
     Args:
-        images: Of shape (n, height, width), where 0 is white, or (n, height, width, 3).
-        columns: Images in a row.
+        images: Images of shape (n, height, width), where 0 is white, or (n, height, width, 3).
+        columns: Number of images in a row.
 
     Returns:
-        Of shape (rows * height, columns * width) or (rows * height, columns * width, 3), with one row at least.
+        An image of shape (rows * height, columns * width) or (rows * height, columns * width, 3), at least one row.
     """
     count, height, width, *channels = images.shape
     rows = max(1, -(-count // columns))
@@ -105,20 +106,20 @@ def mosaic(images: NDArray[Any], columns: int) -> NDArray[Any]:
 
 
 def sample_grid(images: NDArray[Any], labels: Sequence[str]) -> Figure:
-    """The first 25 images in five rows, each under its label.
+    """Draw the first 25 images in five rows, each under its label.
 
     Args:
-        images: As :func:`pictures` gives them.
+        images: Images from :func:`pictures`.
         labels: Names of their classes.
     """
     return image_grid(images[:25], labels[:25], columns=5)
 
 
 def predictions(images: NDArray[Any], labels: Sequence[str], predicted: Sequence[str]) -> Figure:
-    """The first ten images in two rows, each under what was predicted: green where it is right, red where not.
+    """Draw the first ten images in two rows, each under its prediction: green if it is right, red if it is wrong.
 
     Args:
-        images: As :func:`pictures` gives them.
+        images: Images from :func:`pictures`.
         labels: Names of their true classes.
         predicted: Names of the predicted classes.
     """
@@ -129,24 +130,24 @@ def predictions(images: NDArray[Any], labels: Sequence[str], predicted: Sequence
 
 
 def confusion_matrix(counts: NDArray[Any], title: str, classes: Sequence[str]) -> Figure:
-    """A confusion matrix, coloured by the share of each true class.
+    """Draw a confusion matrix, colored by the share of each true class.
 
     Args:
-        counts: Of shape (classes, classes): rows are true, columns predicted classes.
-        title: Stands above the matrix.
-        classes: Their names.
+        counts: Counts of shape (classes, classes): rows are true classes, columns predicted classes.
+        title: Title above the matrix.
+        classes: Names of the classes.
     """
-    # seaborn.heatmap: 2 s more in a fit of 20 epochs (3.2 s for 20 pictures and 0.2 s to import it, against 1.4 s)
+    # seaborn.heatmap takes 2 s more in a fit of 20 epochs (3.2 s for 20 pictures and 0.2 s to import, against 1.4 s)
     shares = counts / counts.sum(axis=1, keepdims=True).clip(min=1)
     text = max(map(len, classes))
-    size, margin = 4.3 * max(1, len(classes) / 10) ** 0.7, 0.4 + 0.09 * text  # inches: of the matrix, and for the names
+    size, margin = 4.3 * max(1, len(classes) / 10) ** 0.7, 0.4 + 0.09 * text  # in inches, of the matrix and the names
     width, height = margin + size + 0.15, margin + size + 0.3
     figure = Figure(figsize=(width, height))
     box = (margin / width, margin / height, size / width, size / height)
     axes = figure.add_axes(box, title=title, xlabel="predicted", ylabel="true")
     axes.set_xticks(range(len(counts)), classes, rotation=90 if text > 2 else 0, parse_math=False)
     axes.set_yticks(range(len(counts)), classes, parse_math=False)
-    # the root lets a handful of mistakes be seen beside a thousand right answers
+    # the root makes a handful of mistakes visible next to a thousand right answers
     axes.imshow(np.sqrt(shares), cmap="Blues", vmin=0, vmax=1)
     for color, cells in (("white", shares > 0.4), ("black", (shares <= 0.4) & (counts > 0))):
         axes.add_artist(PathPatch(_numbers(counts, cells), color=color, linewidth=0))  # add_patch is slow
@@ -154,7 +155,7 @@ def confusion_matrix(counts: NDArray[Any], title: str, classes: Sequence[str]) -
 
 
 def _numbers(counts: NDArray[Any], cells: NDArray[np.bool_], size: float = 0.33) -> Path:
-    """The numbers in some cells of a matrix as one path: a hundred texts take ten times as long to draw."""
+    """Return the numbers in some cells of a matrix as one path: a hundred texts take ten times as long to draw."""
     paths = []
     for row, column in zip(*np.nonzero(cells), strict=True):
         digits = [_digit(character) for character in str(counts[row, column])]
@@ -170,11 +171,11 @@ def _digit(character: str) -> TextPath:
 
 
 def curves(history: Sequence[dict[str, float]], metrics: Sequence[str]) -> Figure:
-    """Metrics of training and validation over the epochs.
+    """Draw metrics of training and validation over the epochs.
 
     Args:
         history: One row an epoch with ``epoch`` (from 0) and values like ``train/loss`` and ``val/loss``.
-        metrics: Names without their stage; the first is drawn solid, the next dashed.
+        metrics: Names without their stage; the first is drawn solid, the second dashed.
     """
     figure = Figure(figsize=(7, 4.5))
     axes = figure.add_axes((0.1, 0.11, 0.87, 0.85), xlabel="epoch", ylabel=metrics[0].replace("_", " "))
@@ -190,9 +191,9 @@ def curves(history: Sequence[dict[str, float]], metrics: Sequence[str]) -> Figur
 
 
 def render(figure: Figure) -> NDArray[np.uint8]:
-    """The pixels of a figure, of shape (height, width, 3)."""
+    """Return the pixels of a figure, of shape (height, width, 3)."""
     canvas = FigureCanvasAgg(figure)
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Glyph .* missing")  # a box stands for what the font lacks
+        warnings.filterwarnings("ignore", "Glyph .* missing")  # a box replaces a missing glyph
         canvas.draw()
     return np.asarray(canvas.buffer_rgba())[..., :3]

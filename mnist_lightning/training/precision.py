@@ -9,10 +9,10 @@ from lightning.pytorch.accelerators import CUDAAccelerator, MPSAccelerator
 
 
 def has_bf16(accelerator: Any) -> bool | None:
-    """Return whether a device has instructions for bfloat16; None if torch cannot tell.
+    """Return whether a device has instructions for bfloat16, or None if that is unknown.
 
     Args:
-        accelerator: As the Trainer's; ``auto`` and ``gpu`` are the device that the Trainer would take.
+        accelerator: The Trainer's ``accelerator``; ``auto`` and ``gpu`` stand for the device that the Trainer chooses.
     """
     if accelerator in ("auto", "gpu"):
         found = [name for name, kind in (("mps", MPSAccelerator), ("cuda", CUDAAccelerator)) if kind.is_available()]
@@ -22,15 +22,15 @@ def has_bf16(accelerator: Any) -> bool | None:
     if accelerator != "cpu" or not hasattr(torch.cpu, "get_capabilities"):  # torch before 2.12
         return None
     instructions = torch.cpu.get_capabilities()
-    if not str(instructions["architecture"]).startswith("x86"):  # nobody has measured what ARM gains
+    if not str(instructions["architecture"]).startswith("x86"):  # the gain on ARM has not been measured
         return None
     is_there = instructions.get("avx512_bf16") or instructions.get("amx_bf16")
-    # oneDNN computes the layers, and ONEDNN_MAX_CPU_ISA may forbid it what is there
+    # oneDNN computes the layers, and ONEDNN_MAX_CPU_ISA may forbid it to use existing instructions
     return bool(is_there and torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
 def choose_precision(precision: Any, accelerator: Any) -> Any:
-    """Return the precision that ``auto`` means on a device, or the precision itself."""
+    """Return the precision that ``auto`` stands for on a device, or the given precision."""
     if precision != "auto":
         return precision
     return "bf16-mixed" if has_bf16(accelerator) else "32-true"
@@ -40,10 +40,10 @@ class Trainer(pl.Trainer):
     """Lightning's Trainer, whose precision may also be ``auto``.
 
     Args:
-        precision: As Lightning's, or ``auto``: ``bf16-mixed`` on a GPU of compute capability 8 or more and on a CPU
-            with AVX512-BF16 or AMX, else ``32-true``.
-        args: As Lightning's.
-        kwargs: As Lightning's.
+        precision: Lightning's ``precision``, or ``auto``: ``bf16-mixed`` on a GPU of compute capability 8 or more and
+            on a CPU with AVX512-BF16 or AMX, otherwise ``32-true``.
+        args: Lightning's arguments.
+        kwargs: Lightning's keyword arguments.
     """
 
     def __init__(self, *args: Any, precision: _PRECISION_INPUT | Literal["auto"] | None = None, **kwargs: Any) -> None:

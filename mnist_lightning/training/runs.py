@@ -11,19 +11,19 @@ from mnist_lightning.system.errors import UserError
 LOGS = "lightning_logs"
 """Folder of all runs, studies and reports."""
 RUN_KEYS = ("seed_everything", "num_threads", "tensorboard", "fast", "trainer", "model", "data")
-"""What the config of a run consists of, beside its name and origin."""
+"""Keys of a run's config, besides its name and origin."""
 
 
 def newest_file(paths: Iterable[Path]) -> Path | None:
-    """Return the file that was written last, or None if there is no file."""
+    """Return the file that was written last, or None if there are no files."""
     return max(paths, key=lambda path: path.stat().st_mtime, default=None)
 
 
 def newest_checkpoint(folder: Path, kind: str) -> Path:
-    """Return the ``last`` or ``best`` checkpoint that was written last, of the runs in a folder.
+    """Return the newest ``last`` or ``best`` checkpoint of the runs in a folder.
 
     Raises:
-        UserError: If no run has one.
+        UserError: If no run has such a checkpoint.
     """
     newest = newest_file(folder.glob(f"version_*/checkpoints/{kind}.ckpt"))
     if newest is None:
@@ -35,10 +35,10 @@ def newest_checkpoint(folder: Path, kind: str) -> Path:
 
 
 def newest_complete_run(folder: Path) -> Path:
-    """Return the run in a folder that was evaluated last.
+    """Return the run in a folder that finished last.
 
     Raises:
-        UserError: If no run was trained to its end.
+        UserError: If no run has finished.
     """
     complete = newest_file(folder.glob("version_*/test.csv"))
     if complete is not None:
@@ -46,19 +46,19 @@ def newest_complete_run(folder: Path) -> Path:
     command = {"baseline": ["fit"], "tuned": ["tune"]}.get(folder.name, ["fit", "--name", folder.name])
     newest = newest_file(folder.glob("version_*"))
     if newest is None:
-        raise UserError(f"No run in {folder} yet. Make one: {command_line(*command)}")
+        raise UserError(f"There is no run in {folder} yet. Start one: {command_line(*command)}")
     last = newest / "checkpoints/last.ckpt"
     remedy = f"Continue it: {command_line('fit', '--ckpt_path', last)}"
     if not last.is_file():
-        remedy = f"It has no checkpoint either. Make a new one: {command_line(*command)}"
-    raise UserError(f"{newest} was stopped before its end. {remedy}")
+        remedy = f"It has no checkpoint. Start a new run: {command_line(*command)}"
+    raise UserError(f"{newest} was stopped before it finished. {remedy}")
 
 
 def newest_result(logs: Path) -> Path:
-    """Return the last checkpoint of the newest complete run that ``tune`` made, or else ``fit``.
+    """Return the last checkpoint of the newest complete run ``tuned``, or else ``baseline``.
 
     Raises:
-        UserError: If neither has made one.
+        UserError: If neither has a complete run.
     """
     for name in ("tuned", "baseline"):
         complete = [path.with_name("checkpoints") / "last.ckpt" for path in logs.glob(f"{name}/version_*/test.csv")]
@@ -73,13 +73,13 @@ def newest_result(logs: Path) -> Path:
 def new_version(folder: Path) -> int:
     """Make the next ``version_N`` in a folder.
 
-    Safe among processes: making a folder succeeds in one of them only.
+    This is safe among processes: only one of them succeeds in making the folder.
 
     Args:
-        folder: Where the versions are; made if it does not exist.
+        folder: Folder of the versions; made if it does not exist.
 
     Returns:
-        N.
+        The number N.
     """
     versions = [int(path.name[8:]) for path in folder.glob("version_*") if path.name[8:].isdigit()]
     version = max(versions, default=-1) + 1

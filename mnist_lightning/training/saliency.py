@@ -12,23 +12,23 @@ from mnist_lightning.data import Split
 def integrated_gradients(
     network: nn.Module, images: Tensor, split: Split, classes: Tensor, others: Tensor, steps: int = 32
 ) -> Tensor:
-    """How much each pixel adds to the logit of one class, less that of another.
+    """Return how much each pixel adds to the logit of one class minus that of another.
 
-    Integrated gradients (Sundararajan et al. 2017, arXiv:1703.01365): the gradients on the way from a baseline to the
-    image, times what differs between them. The baseline is the mean of some thousand images of ``split``, and not a
-    black image, as in the paper: so ink that is missing counts as well as ink that is there. All pixels of an image add
-    up to what separates its logits from the baseline's.
+    Integrated gradients (Sundararajan et al. 2017, arXiv:1703.01365): the mean gradient on the line from a baseline to
+    the image, times the image minus the baseline. The baseline is the mean of about a thousand images of ``split``, not
+    a black image as in the paper, so missing ink counts, too. All pixels of an image add up to the difference between
+    its logits and the baseline's.
 
     Args:
-        network: In evaluation mode; maps standardised images to logits.
-        images: In [0, 1], of shape (n, channels, height, width).
-        split: Images of the data set, and how they are standardised.
-        classes: That which the pixels speak for, of shape (n,).
-        others: That which they speak against, of shape (n,).
-        steps: Points on the way (midpoint rule).
+        network: A network in evaluation mode, which maps standardized images to logits.
+        images: Images in [0, 1], of shape (n, channels, height, width).
+        split: Images of the data set, with the statistics to standardize them.
+        classes: The class for each image that the pixels speak for, of shape (n,).
+        others: The class for each image that the pixels speak against, of shape (n,).
+        steps: Number of points on the line (midpoint rule).
 
     Returns:
-        Of shape (n, height, width), summed over the channels.
+        Attributions of shape (n, height, width), summed over the channels.
     """
     baseline = split.scaled(range(0, len(split), max(1, len(split) // 1000))).mean(dim=0)
     total = torch.zeros_like(images)
@@ -41,7 +41,7 @@ def integrated_gradients(
 
 
 def smoothed(attributions: Tensor) -> NDArray[np.float32]:
-    """Attributions as they are drawn: neighbouring pixels share theirs, and the strongest of an image is 1 or -1."""
+    """Return attributions to draw: smoothed over neighboring pixels, and with 1 or -1 as the strongest of an image."""
     side = max(attributions.shape[1:])
     values = ndimage.gaussian_filter(attributions.numpy(), (0, side / 28, side / 28))
     drawn: NDArray[np.float32] = values / abs(values).max(axis=(1, 2), keepdims=True, initial=1e-12)

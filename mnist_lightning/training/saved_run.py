@@ -26,13 +26,13 @@ class SavedRun:
     """A run, read from a checkpoint.
 
     Attributes:
-        path: Of the checkpoint.
+        path: Path of the checkpoint.
         weights: State of the classifier.
-        epoch: Number of the epoch after which it was written, from 0.
+        epoch: Number of the epoch after which the checkpoint was written, from 0.
         model: Arguments of the classifier, in plain types.
         data: Class path and arguments of the data module, in plain types.
-        data_state: State of the data module: the names of the classes. None if it has not stored them.
-        progress: State of the run's :class:`RunCheckpoint`; empty if it had none.
+        data_state: State of the data module: the names of the classes. None if the data module did not store them.
+        progress: State of the run's :class:`RunCheckpoint`; empty if the run did not have one.
     """
 
     path: Path
@@ -48,15 +48,15 @@ class SavedRun:
         """Read a checkpoint.
 
         Raises:
-            UserError: If it is damaged, or not a checkpoint of this package.
-            OSError: If it cannot be read.
+            UserError: If the file is damaged, or not a checkpoint of this package.
+            OSError: If the file cannot be read.
         """
         path = Path(path)
         with checkpoint_errors(path):
             content = load_checkpoint(path)
             model, data = (dict(content.get(name, {})) for name in ("hyper_parameters", "datamodule_hyper_parameters"))
             class_path = data.pop("_class_path")
-            for arguments in (model, data):  # Lightning would call it, and it could be any function
+            for arguments in (model, data):  # Lightning would call the _instantiator, which could be any function
                 arguments.pop("_instantiator", None)
             return cls(
                 path,
@@ -78,17 +78,17 @@ class SavedRun:
         """The metrics of each epoch.
 
         Raises:
-            UserError: If they are missing or damaged.
+            UserError: If the metrics are missing or damaged.
         """
         with checkpoint_errors(self.path):
             return read_history(self.progress)
 
     @property
     def seconds(self) -> float:
-        """Training time.
+        """The training time.
 
         Raises:
-            UserError: If it is missing or damaged.
+            UserError: If the training time is missing or damaged.
         """
         with checkpoint_errors(self.path):
             return float(self.progress["seconds"])
@@ -101,7 +101,7 @@ class SavedRun:
             UserError: If its arguments or weights are damaged.
         """
         with checkpoint_errors(self.path):
-            # other keys of Lightning's could name another class, and import its module
+            # other keys of Lightning could name another class, whose module would be imported
             arguments = {key: value for key, value in self.model.items() if not key.startswith("_")}
             classifier: Classifier = instantiate_module(Classifier, arguments).eval()
             self.restore(classifier)
@@ -109,7 +109,7 @@ class SavedRun:
 
     @cached_property
     def datamodule(self) -> ImageDataModule:
-        """The data module without augmentation, which is for training; it has not been set up.
+        """The data module, not set up, and without augmentation, which is only for training.
 
         Raises:
             UserError: If its arguments are damaged, or its data set has other classes.
@@ -123,10 +123,10 @@ class SavedRun:
         return data
 
     def restore(self, classifier: Classifier) -> None:
-        """Give a classifier the run's weights.
+        """Load the run's weights into a classifier.
 
         Raises:
-            UserError: If it is another network's classifier.
+            UserError: If the classifier has another network.
         """
         with checkpoint_errors(self.path):
             classifier.load_state_dict(self.weights)
@@ -149,19 +149,19 @@ def outputs(function: Callable[[Tensor], Tensor], split: Split, batches: Iterabl
     """Return a function's values for images of a split, in float32.
 
     Args:
-        function: Takes images of shape (batch, channels, height, width).
+        function: A function of images of shape (batch, channels, height, width).
         split: The images.
-        batches: Indices of the images, as they are given to the function.
+        batches: Indices of the images in each batch.
     """
     return torch.cat([function(split.__getitems__(batch)[0]).float() for batch in batches])
 
 
 @contextmanager
 def checkpoint_errors(path: Any) -> Iterator[None]:
-    """Say which checkpoint is at fault, where its content may make torch and Lightning raise anything.
+    """Name the checkpoint in errors: its content may make torch and Lightning raise anything.
 
     Raises:
-        UserError: If it is damaged, or not a checkpoint of this package.
+        UserError: If the file is damaged, or not a checkpoint of this package.
     """
     try:
         yield
@@ -169,23 +169,23 @@ def checkpoint_errors(path: Any) -> Iterator[None]:
         is_named = getattr(error, "filename", None)  # a file that cannot be read
         if isinstance(error, UserError | MisconfigurationException) or is_named:
             raise
-        reason = "it is damaged or no checkpoint of a fit"
+        reason = "it is damaged or not a checkpoint of fit"
         if "loading state_dict" in str(error):
-            reason = "its weights are not those of its network"
+            reason = "its weights do not match its network"
         raised_in = [frame.f_locals.get("self") for frame, _ in traceback.walk_tb(error.__traceback__)]
         names = [type(each).__name__ for each in raised_in if isinstance(each, Callback)]
         if names := [name for name in names if name != "RunCheckpoint"]:
             reason = f"its {names[-1]} cannot be restored ({explain(error)})"
-        raise UserError(f"{path} cannot be used: {reason}. Take another checkpoint, or train a new one.") from error
+        raise UserError(f"{path} cannot be used: {reason}. Use another checkpoint, or train a new one.") from error
 
 
 def load_checkpoint(path: Any, map_location: Any = "cpu") -> dict[str, Any]:
-    """Load a checkpoint file: tensors and plain types alone, and only if all its bytes are those that were written.
+    """Load a checkpoint file of tensors and plain types, after checking its checksums.
 
     Raises:
-        ValueError: If it is damaged. torch and its unpickler raise others.
+        ValueError: If the file is damaged; torch and its unpickler raise other errors.
     """
-    with zipfile.ZipFile(path) as archive:  # torch.load does not look at the checksums that torch.save writes
+    with zipfile.ZipFile(path) as archive:  # torch.load does not check the checksums that torch.save writes
         if (member := archive.testzip()) is not None:
             raise ValueError(f"the checksum of {member} differs")
     checkpoint: dict[str, Any] = torch.load(path, map_location, weights_only=True)
@@ -193,20 +193,20 @@ def load_checkpoint(path: Any, map_location: Any = "cpu") -> dict[str, Any]:
 
 
 def check_finite(probabilities: Tensor, path: Any) -> None:
-    """See that what the network of a checkpoint says are numbers.
+    """Check that the probabilities of a checkpoint's network are numbers.
 
     Raises:
-        UserError: If one is not, as after a training that diverged.
+        UserError: If one is not a number, as after a training that diverged.
     """
     if not probabilities.isfinite().all():
         raise UserError(
             f"{path} has diverged: its probabilities are not numbers, so nothing is written. Train with a lower "
-            "learning rate, or take the best.ckpt of an epoch before."
+            "learning rate, or use the best.ckpt of an earlier epoch."
         )
 
 
 def read_history(state: dict[str, Any]) -> list[dict[str, float]]:
-    """Return the rows of all epochs in the state of a :class:`RunCheckpoint`; without any, raise an error."""
+    """Return the rows of all epochs in the state of a :class:`RunCheckpoint`, or raise an error if there are none."""
     history = [
         {**{n: float(v) for n, v in row.items()}, "epoch": int(row["epoch"]), "step": int(row["step"])}
         for row in state["history"]

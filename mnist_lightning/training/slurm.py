@@ -14,13 +14,13 @@ from mnist_lightning.training.runs import newest_file
 
 
 class SlurmJob:
-    """The job that this process belongs to.
+    """The job of this process.
 
-    Lightning's own handler saves in the middle of a step, where processes may block each other for ever, and every
-    other job in the folder would continue from that file. Here a job marks its run and continues from the last epoch.
+    Lightning's own handler saves in the middle of a step, where processes may block each other forever, and every other
+    job in the folder would continue from that file. Here a job marks its run and continues from the last epoch.
 
     Args:
-        arguments: Of the command: a job may run several, and each goes on with its own run.
+        arguments: The command's arguments: a job may run several commands, and each continues its own run.
     """
 
     def __init__(self, arguments: Sequence[str]) -> None:
@@ -29,14 +29,14 @@ class SlurmJob:
         self._mark = f"slurm_{self._id}_{zlib.crc32(' '.join(arguments).encode()):08x}"
 
     def checkpoint(self, folder: Path) -> Path | None:
-        """The last checkpoint of the job's run in a folder, if the job was requeued and has one."""
+        """Return the last checkpoint of the job's run in a folder if the job was requeued, or None."""
         if os.environ.get("SLURM_RESTART_COUNT", "0") == "0":
             return None
         runs = [mark.parent for mark in folder.glob(f"version_*/{self._mark}")]
         return newest_file(path for run in runs if (path := run / "checkpoints/last.ckpt").is_file())
 
     def watch(self, trainer: Trainer, run_dir: Path) -> None:
-        """Mark the run, and ask to be requeued when SLURM signals the end of the time."""
+        """Mark the run, and ask to be requeued when SLURM signals the time limit."""
         environment = trainer._accelerator_connector.cluster_environment
         if not (isinstance(environment, SLURMEnvironment) and environment.auto_requeue):
             return

@@ -142,19 +142,19 @@ def mutated(content, generator):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (b"trainer: {max_epochs: [", "c.yaml is no config: .*expected"),
-        (b"name: !!python/object/apply:os.system [touch hacked]", "c.yaml is no config: could not determine"),
-        (b"name: !!python/object/new:subprocess.Popen [[touch, hacked]]", "c.yaml is no config: could not determine"),
-        (b"name: a\0b", "c.yaml is no config: .*special characters"),
-        (b"\x89PNG\r\n\x1a\n\xff\xfe\x00", "c.yaml is no config: 'utf-8' codec"),
-        ("name: é".encode("latin-1"), "c.yaml is no config: 'utf-8' codec"),
-        (b"a: " + b"[" * 5000 + b"]" * 5000, "c.yaml is no config: maximum recursion depth"),
-        (b"a: &a [*a]", "c.yaml is no config: it has too many values"),
+        (b"trainer: {max_epochs: [", "c.yaml is not a config: .*expected"),
+        (b"name: !!python/object/apply:os.system [touch hacked]", "c.yaml is not a config: could not determine"),
+        (b"name: !!python/object/new:subprocess.Popen [[touch, hacked]]", "c.yaml is not a config: could not"),
+        (b"name: a\0b", "c.yaml is not a config: .*special characters"),
+        (b"\x89PNG\r\n\x1a\n\xff\xfe\x00", "c.yaml is not a config: 'utf-8' codec"),
+        ("name: é".encode("latin-1"), "c.yaml is not a config: 'utf-8' codec"),
+        (b"a: " + b"[" * 5000 + b"]" * 5000, "c.yaml is not a config: maximum recursion depth"),
+        (b"a: &a [*a]", "c.yaml is not a config: it has too many values"),
         (
             b"a: &a [1]\n" + b"".join(b"%c: &%c [%s]\n" % (i, i, b"*%c," % (i - 1) * 9) for i in b"bcdefghijk"),
-            "c.yaml is no config: it has too many values",
+            "c.yaml is not a config: it has too many values",
         ),
-        (b"seed_everything: " + b"9" * 5000, "c.yaml is no config: Exceeds the limit"),
+        (b"seed_everything: " + b"9" * 5000, "c.yaml is not a config: Exceeds the limit"),
         (b"[1, 2]", "error: "),
         (b"trainer: {nope: 1}", "nope"),
         (b"trainer: 5", "trainer"),
@@ -205,7 +205,7 @@ def test_a_config_runs_no_code(refused, cwd, model):
         ({RATE: spec("FloatDistribution", low=0.1, high=float("inf"))}, "has no valid distribution"),
         ({UNITS: spec("CategoricalDistribution", choices=[])}, "has no valid distribution"),
         ({UNITS: spec("CategoricalDistribution", choices=[[1], {"a": 2}])}, r"cannot be '\[1\]'"),
-        ({"model.optimizer": spec("CategoricalDistribution", choices=[EVALUATE])}, "sympify is no class"),
+        ({"model.optimizer": spec("CategoricalDistribution", choices=[EVALUATE])}, "sympify is not a class"),
         ({"model.optimizer": spec("CategoricalDistribution", choices=["os.system"])}, "cannot be 'os.system'"),
         ({UNITS: SYSTEM}, "has no valid distribution"),
         ({UNITS: spec("torch.nn.Linear", in_features=1, out_features=1)}, "has no valid distribution"),
@@ -270,7 +270,7 @@ def test_a_number_that_would_fill_the_memory_is_refused(tune_with, option):
 @pytest.mark.parametrize("limit", [math.nan, math.inf])
 def test_a_limit_that_limits_nothing_is_refused(tune_with, limit):
     options = {"metric": ["val/loss", "parameters"], "limits": {"parameters": limit}}
-    assert tune_with(**options) == (1, "error: limits: that of parameters must be a finite number.")
+    assert tune_with(**options) == (1, "error: limits: the limit of parameters must be a finite number.")
 
 
 @pytest.mark.slow
@@ -329,7 +329,7 @@ def test_a_gzip_bomb_does_not_fill_the_memory(images, monkeypatch, count):
         for _ in range(64):
             file.write(bytes(2**20))
     tracemalloc.start()
-    with pytest.raises(UserError, match=f"its header promises {count}x28x28 values"):
+    with pytest.raises(UserError, match=f"its header says {count}x28x28 values"):
         MNISTDataModule(str(images.parent)).setup("test")
     assert tracemalloc.get_traced_memory()[1] < 8 * 2**20
     tracemalloc.stop()
@@ -365,7 +365,7 @@ def test_a_malicious_pickle_is_not_run(refused, checkpoint, reader, kind):
             pickle.dump(_Malicious(), file)
     else:
         torch.save(checkpoint, "x.ckpt", _use_new_zipfile_serialization=kind == "zip")
-    refused("x.ckpt cannot be used: it is damaged or no", *READERS.get(reader, [reader, "--ckpt_path=x.ckpt"]))
+    refused("x.ckpt cannot be used: it is damaged or not", *READERS.get(reader, [reader, "--ckpt_path=x.ckpt"]))
 
 
 @pytest.mark.parametrize("reader", ["test", "report"])
@@ -610,8 +610,8 @@ def odd_journal(records, number, path, value):
 @pytest.mark.parametrize(
     ("op_code", "path", "value", "message"),
     [
-        (6, ["values", 0], math.nan, "Trial 0 of the study odd is damaged .*: nan stands for a finite number"),
-        (6, ["values", 1], math.inf, "Trial 0 of the study odd is damaged .*: inf stands for"),
+        (6, ["values", 0], math.nan, "Trial 0 of the study odd is damaged .*: nan is not a finite number"),
+        (6, ["values", 1], math.inf, "Trial 0 of the study odd is damaged .*: inf is not a finite"),
         (6, ["values"], [0.5], "Trial 0 of the study odd is damaged .*: it has 1 values of 2 metrics"),
         (6, ["values"], None, "Trial 0 of the study odd is damaged"),
         (5, ["param_value_internal"], 99, "Trial 0 of the study odd is damaged .*: its .*units.0 is 99, not 8 to 32"),

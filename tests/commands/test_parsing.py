@@ -62,13 +62,13 @@ def test_a_class_inside_another_can_be_exchanged(model, monkeypatch, tmp_path):
     ("network", "data", "options", "expected", "remark"),
     [
         ({"num_classes": 20}, None, [], 20, "num_classes stays 20, as in the config: the data has 10 classes"),
-        ({"num_classes": 20}, "EMNIST", [], 47, "num_classes is 47, as the data has it, not 20 as in the config"),
+        ({"num_classes": 20}, "EMNIST", [], 47, "num_classes is 47 to match the data, not 20 as in the config"),
         ({"num_classes": 50}, "FashionMNIST", ["--data=EMNIST"], 50, "num_classes stays 50"),
         ({"num_classes": 10}, "FashionMNIST", ["--data=EMNIST"], 47, ""),  # the class's default
-        ({"num_classes": 5}, None, [], 10, "num_classes is 10, as the data has it, not 5 as in the config"),
+        ({"num_classes": 5}, None, [], 10, "num_classes is 10 to match the data, not 5 as in the config"),
         ({"num_classes": 5}, None, ["--model.network.num_classes=30"], 30, ""),
         ({"num_classes": 20}, None, ["--model.network=CNN"], 20, "num_classes stays 20"),
-        ({"in_features": 7}, None, [], 10, "in_features is 784, as the data has it, not 7 as in the config"),
+        ({"in_features": 7}, None, [], 10, "in_features is 784 to match the data, not 7 as in the config"),
         ({}, "EMNIST", ["--data=MNISTDataModule"], 10, ""),
     ],
 )

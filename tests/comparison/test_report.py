@@ -488,23 +488,23 @@ def damage(change):
 
 def no_run():
     shutil.rmtree("lightning_logs/baseline")
-    return [], r"No run in lightning_logs/baseline yet\. Make one: python -m mnist_lightning fit"
+    return [], r"There is no run in lightning_logs/baseline yet\. Start one: python -m mnist_lightning fit"
 
 
 def no_tuned():
     shutil.rmtree("lightning_logs/tuned")
-    return [], r"No run in lightning_logs/tuned yet\. Make one: python -m mnist_lightning tune"
+    return [], r"There is no run in lightning_logs/tuned yet\. Start one: python -m mnist_lightning tune"
 
 
 def killed_at_once():
     shutil.rmtree("lightning_logs/tuned/version_0/checkpoints")
     Path("lightning_logs/tuned/version_0/test.csv").unlink()
-    return [], r"tuned/version_0 was stopped before its end\. It has no checkpoint either"
+    return [], r"tuned/version_0 was stopped before it finished\. It has no checkpoint"
 
 
 def killed():
     Path("lightning_logs/tuned/version_0/test.csv").unlink()
-    return [], r"stopped before its end\. Continue it: python -m mnist_lightning fit --ckpt_path"
+    return [], r"stopped before it finished\. Continue it: python -m mnist_lightning fit --ckpt_path"
 
 
 def no_checkpoint():
@@ -526,7 +526,7 @@ def other_network():
     checkpoint = torch.load(path, weights_only=True)
     checkpoint["hyper_parameters"]["network"]["init_args"]["units"] = [5, 5]
     torch.save(checkpoint, path)
-    return [], "its weights are not those of its network"
+    return [], "its weights do not match its network"
 
 
 def other_data():
@@ -567,7 +567,7 @@ def test_a_mistake_is_said_and_the_old_report_stays(run, change):
 def test_the_command_itself_says_it_too(command, tmp_path):
     result = command(tmp_path, "report", check=False, data=False)
     assert result.returncode == 1
-    assert result.stderr.startswith("error: No run in lightning_logs/baseline yet")
+    assert result.stderr.startswith("error: There is no run in lightning_logs/baseline yet")
     assert "Traceback" not in result.stderr
 
 

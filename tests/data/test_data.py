@@ -83,12 +83,12 @@ def test_a_single_last_image_is_trained_on_with_the_batch_before(data_dir, capsy
     trainer.fit(classifier, MNISTDataModule(str(data_dir), batch_size=333))
     assert seen == sizes
     assert trainer.num_training_batches == len(sizes)
-    assert ("it is added to the batch before" in capsys.readouterr().out) == (sizes[-1] > 1)
+    assert ("the image is added to the batch before it" in capsys.readouterr().out) == (sizes[-1] > 1)
 
 
 def test_batches_of_one_image_are_refused_where_they_cannot_be(data_dir):
     data = MNISTDataModule(str(data_dir), batch_size=1)
-    with pytest.raises(UserError, match=r"one image: give it more with --data\.batch_size \(now 1\)"):
+    with pytest.raises(UserError, match=r"one image: increase --data\.batch_size \(now 1\)"):
         Trainer(max_epochs=1, **QUIET).fit(Classifier(MLP([8], normalization="batch")), data)
     trainer = Trainer(max_epochs=1, limit_train_batches=2, **QUIET)
     trainer.fit(Classifier(MLP([8])), data)
@@ -155,7 +155,7 @@ def test_training_does_not_touch_the_test_files(data_dir, tmp_path):
     ("damage", "message"),
     [
         (lambda path: path.unlink(), "has no file train-images-idx3-ubyte or"),
-        (lambda path: path.write_bytes(path.read_bytes()[:-1]), "its header promises 1250x28x28 values"),
+        (lambda path: path.write_bytes(path.read_bytes()[:-1]), "its header says 1250x28x28 values"),
         (lambda path: path.write_bytes(b"\0\0"), "too few for an IDX header"),
         (lambda path: path.write_bytes(b"no images at all, just text"), "magic number"),
         (
@@ -163,7 +163,7 @@ def test_training_does_not_touch_the_test_files(data_dir, tmp_path):
             "magic number 0x00000801",
         ),
         (lambda path: write_idx(path, np.zeros((3, 28, 28))), "3 images but 1250 labels"),
-        (lambda path: path.rename(f"{path}.gz"), "damaged or no IDX file: Not a gzipped file"),
+        (lambda path: path.rename(f"{path}.gz"), "damaged or not an IDX file: Not a gzipped file"),
     ],
 )
 def test_a_bad_copy_is_named(data_dir, tmp_path, damage, message):

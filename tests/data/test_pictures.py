@@ -173,11 +173,11 @@ def test_predict_names_what_it_leaves_out(fitted, digits, monkeypatch, capfd, tm
     (tmp_path / "text.png").write_text("no picture")
     code, out, err = in_process(capfd, "predict", "--images", "*.png", "3.gif", "nothing.jpg")
     assert code == 0, err
-    assert "Network: lightning_logs/baseline/version_0/checkpoints/last.ckpt, of MNIST" in out
+    assert "Network: lightning_logs/baseline/version_0/checkpoints/last.ckpt, trained on MNIST" in out
     for line in (
         "cut.png is left out: it cannot be read", "empty.png is left out: there is no ink on it",
-        "text.png is left out: it is no picture", "nothing.jpg is left out: there is no such file",
-        "3.gif: it has several frames or pages: the first is taken",
+        "text.png is left out: it is not a picture", "nothing.jpg is left out: there is no such file",
+        "3.gif: it has several frames or pages: the first is used",
     ):  # fmt: skip
         assert err.count(line) == 1
     table = pd.read_csv("predictions.csv")
@@ -194,7 +194,7 @@ def test_predict_names_what_it_leaves_out(fitted, digits, monkeypatch, capfd, tm
     assert (tmp_path / "predictions.png").read_bytes() == before
     code, _, err = in_process(capfd, "predict", "--images", "empty.png", "--output=other.csv")
     assert code == 1
-    assert "none of --images can be used" in err
+    assert "none of the --images can be used" in err
     assert not (tmp_path / "other.csv").exists()
 
 
@@ -232,7 +232,7 @@ def test_predict_draws_why(fitted, digits, monkeypatch, capfd, tmp_path):
     assert reds.min() < -50
     code, _, err = in_process(capfd, "predict", "--explain")
     assert code == 1
-    assert "--explain is for the pictures of --images" in err
+    assert "--explain needs pictures" in err
 
 
 def test_the_newest_tuned_run_is_taken_unless_another_is_named(fitted, digits, monkeypatch, capfd, tmp_path):

@@ -32,7 +32,7 @@ def test_a_killed_worker_loses_only_its_execution(whole, tune_beside, tmp_path):
     study = load(cwd)
     assert outcome(study) == outcome(load(whole[0]))
     assert len(study.trials) == 5
-    assert f"Trial {number:3} goes on with another worker" in output
+    assert f"Trial {number:3} continues with another worker" in output
     assert study.trials[number].user_attrs["attempts"] == 0  # it got on
     assert [execution["execution"] for execution in study.trials[number].user_attrs["executions"]] == [0, 1]
 
@@ -55,7 +55,7 @@ def test_a_trial_that_kills_its_workers_fails_and_the_study_goes_on(tune, monkey
     assert code == 0, errors
     assert "1 completed, 0 pruned, 1 failed" in output
     reasons = [t.user_attrs["error"] for t in load(tmp_path / "here").trials if "error" in t.user_attrs]
-    assert reasons == ["3 processes died that ran it"]
+    assert reasons == ["3 processes died while running it"]
 
 
 def test_a_killed_parent_leaves_no_process_and_no_trial_behind(whole, data_dir, tune, tmp_path):
@@ -140,7 +140,7 @@ def test_machines_share_a_database_that_is_restarted_while_one_of_them_vanishes(
     drawn = [list(trial.params.values()) for trial in counted]
     for trial in load(whole[0]).trials:  # the draws of one process, undisturbed
         assert list(trial.params.values()) in drawn
-    assert all(f"Trial {number:3} is run again" in "".join(outputs) for number in killed)
+    assert all(f"Trial {number:3} is re-queued" in "".join(outputs) for number in killed)
     for trial in counted:
         assert [execution["execution"] for execution in trial.user_attrs["executions"]] == [0, 1]
 
@@ -170,7 +170,7 @@ def test_a_fault_of_the_machine_ends_the_search_and_is_no_trial_s(whole, tune, t
     blocked.touch()  # where a folder belongs
     code, _, errors = tune("--n_trials=5", "--workers=1")
     assert code == 1
-    assert re.search(r"^error: .*trial_001.*: (File exists|Not a directory). What is finished is kept: .*\n$", errors)
+    assert re.search(r"^error: .*trial_001.*: (File exists|Not a directory). Finished work is kept: .*\n$", errors)
     blocked.unlink()
     code, _, errors = tune("--n_trials=5", "--workers=1")
     assert code == 0, errors

@@ -115,7 +115,7 @@ def test_the_refit_is_a_run_beside_the_baseline(tune, quick, tmp_path):
         assert f"lightning_logs/{name}/version_0" in output, errors
     assert f"{float(last['test/accuracy']):.4f}" in output.splitlines()[-3]
     _, output, _ = tune(*arguments)
-    assert "it is there already" in output
+    assert "Refit: already done" in output
     assert not run.with_name("version_1").exists()
     (run / "config.yaml").write_text("[damaged")
     code, output, errors = tune(*arguments)
@@ -176,10 +176,10 @@ def test_the_baseline_can_be_a_trial(tune, tmp_path):
     assert drawn()[2] == given
     code, output, _ = tune(*options, "--n_trials=3", f"--model.network.dropout=[{other()},0.2]")
     assert code == 0
-    assert "enqueue_baseline: not done, the study has its 3 trials. --n_trials 4 has room" in output
+    assert "enqueue_baseline: skipped, the study has its 3 trials. --n_trials 4 makes room" in output
     code, _, errors = tune(*options, "--model.network.dropout=[0.4,0.2]", folder="new")
     assert code == 1
-    assert f"{key} is 0.4, but one of 0.1, 0.15, 0.2, 0.25, 0.3 is searched" in errors
+    assert f"{key} is 0.4, which is not searched (one of 0.1, 0.15, 0.2, 0.25, 0.3)" in errors
     assert not (tmp_path / "new/lightning_logs").exists()
 
 
@@ -215,7 +215,7 @@ def test_trials_come_from_a_file_or_another_study_and_the_best_keeps_its_weights
     assert load(tmp_path / "here", "next").trials[0].params == trial.params
     space = choices(**{"model.optimizer.class_path": ["KerasAdam", "KerasSGD", "KerasRMSprop"]})
     _, output, _ = tune("--executions_per_trial=1", "--n_trials=1", "--like=tune", "--study_name=small", space)
-    assert "like tune: l2.1, units.0 not taken, which this space does not have" in output
+    assert "like tune: l2.1, units.0 not taken: not in this search space" in output
     drawn = load(tmp_path / "here", "small").trials[0].params["model.optimizer.class_path"]
     assert trial.params["model.optimizer.class_path"].endswith(drawn)
 
@@ -224,9 +224,9 @@ def test_trials_come_from_a_file_or_another_study_and_the_best_keeps_its_weights
     ("content", "message"),
     [
         ("- {data.batch_size: 4}", "trial 1 of 1: data.batch_size is not searched."),
-        ("- {model.network.init_args.units.0: 9}\n- 3", "trial 2 of 2 is no mapping"),
-        ("- {model.network.init_args.units.0: 1}", "units.0 is 1, but 8 to 32, step 1 is searched"),
-        ("{", "is no YAML"),
+        ("- {model.network.init_args.units.0: 9}\n- 3", "trial 2 of 2 is not a mapping"),
+        ("- {model.network.init_args.units.0: 1}", "units.0 is 1, which is not searched (8 to 32, step 1)"),
+        ("{", "is not valid YAML"),
         (None, "No such file"),
     ],
 )
@@ -258,7 +258,7 @@ def test_several_metrics_have_a_pareto_front(tune, capfd, tmp_path):
         assert parameters == sum((into + 1) * out for into, out in layers)
         assert flops == sum(2 * into * out for into, out in layers)
     assert re.search(r"^trial +val/loss +parameters +flops", output, re.MULTILINE)
-    assert "Pareto front: 3 of them" in output
+    assert "Pareto front: 3 trials" in output
     small = min((trial for trial in study.trials if trial.values[1] <= 30000), key=lambda trial: trial.values[0])
     assert f"Best within parameters 30,000: trial {small.number}, val/loss" in output
     best = tmp_path / "here/lightning_logs/tune/best.yaml"
@@ -387,7 +387,7 @@ def test_any_trial_is_a_config_by_its_number(tune, data_dir, capfd, tmp_path):
     _, output, _ = tune(*options)
     here = tmp_path / "here/lightning_logs"
     study = load(tmp_path / "here")
-    assert "Of another: python -m mnist_lightning tune" in output
+    assert "Config of another trial: python -m mnist_lightning tune" in output
     assert "--trial N" in output
     number = next(trial.number for trial in study.trials if trial.number != study.best_trial.number)
     code, output, errors = tune(*options, "--n_trials=9", f"--trial={number}", "--refit=true", "--refit_epochs=1")
@@ -409,7 +409,7 @@ def test_any_trial_is_a_config_by_its_number(tune, data_dir, capfd, tmp_path):
     assert max(scores) == pytest.approx(study.trials[number].value)
     code, _, errors = tune(*options, "--trial=7")
     assert code == 1
-    assert "The study tune has no trial 7: its numbers are 0, 1, 2" in errors
+    assert "The study tune has no trial 7: its trials are 0, 1, 2" in errors
 
 
 @pytest.mark.slow
@@ -474,7 +474,7 @@ def test_a_search_ends_when_its_time_is_over(tune, whole, tmp_path, finish):
     code, output, errors = tune(*options, *more, epochs=1)
     assert code == 0, errors
     assert 5 < time.monotonic() - begin < 200
-    assert "The time is over. Continue: " in output
+    assert "The time is up. Continue: " in output
     assert "Best: trial" in output
     assert (tmp_path / "here/lightning_logs/tuned/version_0/test.csv").is_file()
     study = load(tmp_path / "here")
@@ -620,12 +620,12 @@ def test_no_trial_touches_the_test_images(data_dir, tune, tmp_path):
             ["--sampler=GridSampler", '--sampler.search_space={"x": [1]}'],
             "GridSampler cannot draw. The parameter name, ",
         ),
-        (["--metric=val/loss", "--metric=parameters", "--pruner=MedianPruner"], "A pruner knows one metric only"),
+        (["--metric=val/loss", "--metric=parameters", "--pruner=MedianPruner"], "A pruner supports only one metric"),
         (["--metric=val/loss", "--metric=flops", "--direction=minimize"], "Each metric needs one direction"),
         (["--metric=parameters", "--metric=val/loss"], "parameters cannot"),
         (["--limits.parametres=3"], "The metric parametres is not logged"),
         (["--like=other"], "there is no study other in lightning_logs/other/journal.log"),
-        (["--metric=test/accuracy"], "These are: val/loss, val/penalized_loss, val/accuracy"),
+        (["--metric=test/accuracy"], "Logged metrics: val/loss, val/penalized_loss, val/accuracy"),
         (["--trainer.accelerator=cpu", "--trainer.devices=2"], "leave --trainer.devices at 1"),
         (["--n_trials=0"], "n_trials"),
         (["--storage=postgresql://nobody@127.0.0.1:1/x"], "The storage postgresql://nobody@127.0.0.1:1/x cannot be"),

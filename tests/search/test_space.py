@@ -73,6 +73,13 @@ def test_a_config_has_what_was_drawn_and_nothing_else():
     assert BASE["model"]["network"]["init_args"]["units"] == [128, 64]
 
 
+def test_an_item_beyond_the_length_is_left_out():
+    space = make_space({LENGTH: integer(1, 3), f"{NETWORK}.units.2": integer(16, 32)}, BASE)
+    for length, units in ((1, [128]), (2, [128, 64]), (3, [128, 64, 32])):
+        config = config_with(BASE, {LENGTH: length, f"{NETWORK}.units.2": 32}, space)
+        assert config["model"]["network"]["init_args"]["units"] == units
+
+
 def test_a_number_for_all_layers_is_a_list_where_an_item_is_searched():
     keys = [f"{NETWORK}.l2.1", f"{NETWORK}.units.0", f"{NETWORK}.activation.0", "model.optimizer.init_args.lr.0", 5]
     with_list = spread(BASE, keys)
@@ -94,12 +101,12 @@ def test_a_choice_can_be_a_list():
     ("space", "message"),
     [
         ({f"{NETWORK}.units.0": integer(8, 9, when={"data.x": 1})}, "depends on data.x, which is not searched"),
-        ({LENGTH: integer(1, 2), f"{NETWORK}.units.1": integer(8, 9, when={LENGTH: 3})}, "is 3, but 1 to 2, step 1 is"),
+        ({LENGTH: integer(1, 2), f"{NETWORK}.units.1": integer(8, 9, when={LENGTH: 3})}, "is 3, which is not searched"),
         ({f"{NETWORK}.units.3": integer(8, 9)}, "have no key model.network.init_args.units.3"),
         ({f"{NETWORK}.unit.length": integer(1, 2)}, "have no key model.network.init_args.unit.length"),
         (
             {f"{NETWORK}.units.{i}": integer(8, 9, when={f"{NETWORK}.units.{1 - i}": 8}) for i in (0, 1)},
-            "or depends on it",
+            "or depends on model.network",
         ),
         ({"model.optimizer.class_path": choice("A", "B", when=3)}, "has no valid distribution"),
     ],

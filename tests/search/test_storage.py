@@ -100,7 +100,7 @@ def test_an_outage_is_waited_for(capsys):
     storage: BaseStorage = PatientStorage(Flaky(ConnectionError("gone\naway"), TimeoutError("still")), "name")
     assert storage.get_trial(7) == 7
     errors = capsys.readouterr().err
-    assert errors == "The storage does not answer, asking again for 10 minutes: gone\nThe storage answers again.\n"
+    assert errors == "The storage does not answer, retrying for 10 minutes: gone\nThe storage answers again.\n"
 
 
 @pytest.mark.usefixtures("_no_waiting")

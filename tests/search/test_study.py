@@ -304,7 +304,7 @@ def test_a_trial_that_kills_its_processes_has_failed(journal):
         work_and_die(journal, 1)
         assert Recovery(study, open_storage(journal)).sweep() == [0]
     (trial,) = work(journal, 1).trials
-    assert (trial.state, trial.user_attrs["error"]) == (TrialState.FAIL, "3 processes died that ran it")
+    assert (trial.state, trial.user_attrs["error"]) == (TrialState.FAIL, "3 processes died while running it")
 
 
 @posix

@@ -283,5 +283,5 @@ def test_a_damaged_best_checkpoint_does_not_end_what_is_continued(fitted, quick,
     flip(tmp_path / "lightning_logs/baseline/version_0/checkpoints/best.ckpt")
     quick(tmp_path, "fit", "--ckpt_path=last", "--trainer.max_epochs=5")
     (said,) = [str(each.message) for each in recwarn if "best epoch" in str(each.message)]
-    assert re.search(r"best\.ckpt is damaged: the best epoch is looked for from here on only", said)
+    assert re.search(r"best\.ckpt is damaged: only epochs from here on can become the best epoch", said)
     assert (tmp_path / "lightning_logs/baseline/version_1/test.csv").is_file()

@@ -59,7 +59,7 @@ def test_a_run_keeps_what_was_taken(quick, monkeypatch, tmp_path, has, taken):
     for module in (precision, cli):
         monkeypatch.setattr(module, "has_bf16", lambda accelerator: has)
     short = ["--trainer.max_epochs=1", "--trainer.limit_train_batches=2"]
-    assert "imitated" not in quick(tmp_path, "fit", *short, "--trainer.precision=auto").stdout
+    assert "emulated" not in quick(tmp_path, "fit", *short, "--trainer.precision=auto").stdout
     run = tmp_path / "lightning_logs/baseline/version_0"
     assert yaml.safe_load((run / "config.yaml").read_text())["trainer"]["precision"] == taken
     state = torch.load(run / "checkpoints/last.ckpt", weights_only=True)["callbacks"]["RunCheckpoint"]
@@ -75,10 +75,10 @@ def test_what_is_imitated_is_said_once(quick, monkeypatch, tmp_path):
     monkeypatch.setattr(cli, "has_bf16", lambda accelerator: False)
     options = ["--trainer.max_epochs=1", "--trainer.limit_train_batches=2", "--trainer.precision=bf16-mixed"]
     output = quick(tmp_path, "fit", *options).stdout
-    assert output.count("imitated") == 1
-    (line,) = [line for line in output.splitlines() if "imitated" in line]
-    assert line.startswith("Precision bf16-mixed is imitated here, several times as slow as 32-true")
-    assert quick(tmp_path, "test").stdout.count("imitated") == 1
+    assert output.count("emulated") == 1
+    (line,) = [line for line in output.splitlines() if "emulated" in line]
+    assert line.startswith("Precision bf16-mixed is emulated here, several times slower than 32-true")
+    assert quick(tmp_path, "test").stdout.count("emulated") == 1
 
 
 def test_a_study_is_of_the_precision_that_was_taken(tune, monkeypatch, tmp_path):
