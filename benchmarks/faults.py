@@ -2,19 +2,19 @@
 
 Run by hand, some forty minutes: python benchmarks/faults.py
 
-fits    A fit is killed (SIGKILL) again and again and continued with `--ckpt_path last`, until it is through. After each
-        kill all its checkpoints must load and hold every epoch that was printed; at the end weights, best weights and
-        metrics.csv must equal those of a fit that was never killed.
+fits    A fit is killed (SIGKILL) repeatedly and continued with `--ckpt_path last` until it finishes. After each kill,
+        all its checkpoints must load and contain every printed epoch; at the end weights, best weights and metrics.csv
+        must equal those of an undisturbed fit.
 searches
-        A search with two workers: a worker is killed, or Python's fork server or resource tracker, or the parent
-        (SIGKILL, SIGTERM, Ctrl-C for all, or several signals), and the same command given again. After each kill no
-        process may be left and every finished execution be in the study; at the end all trials must be in a final
-        state, their number exact, and parameters and values of each must equal those of a search that was never
-        disturbed; but a trial that was hit three times is given up, as it should be.
-storms  A small search and its refit get two to five of SIGINT, SIGTERM and SIGHUP within 20 ms, at any moment from the
-        start of the process on: it must end soon, without a trace, with all that was finished.
+        In a search with two workers, a worker, Python's fork server or resource tracker, or the parent is killed
+        (SIGKILL, SIGTERM, Ctrl-C for all, or several signals), and the same command is started again. After each kill,
+        no process may be left and the study must contain every finished execution; at the end all trials must be in a
+        final state, and their number, parameters and values must equal those of an undisturbed search. A trial that
+        was hit three times is given up, as designed.
+storms  A small search and its refit get two to five of SIGINT, SIGTERM and SIGHUP within 20 ms, at any moment after the
+        start of the process. The search must end soon, without a traceback, and keep all finished executions.
 
-All moments are drawn from the time that the same command takes when nothing disturbs it.
+The moments are drawn from the time that the same command takes undisturbed.
 """
 
 import argparse
@@ -45,7 +45,7 @@ TUNE = ["tune", "--trainer.max_epochs=6", "--n_trials=60", "--workers=2", "--ref
 
 
 def start(folder: Path, command: list[str]) -> "subprocess.Popen[str]":
-    """Start a command, in a session of its own; its output goes to ``output.txt``."""
+    """Start a command in its own session; its output goes to ``output.txt``."""
     with (folder / "output.txt").open("w") as output:
         return subprocess.Popen(
             [sys.executable, "-m", "mnist_lightning", *command],
@@ -58,7 +58,7 @@ def start(folder: Path, command: list[str]) -> "subprocess.Popen[str]":
 
 
 def check_gone(leader: "subprocess.Popen[str]") -> None:
-    """See that no process of a session lives on."""
+    """Check that all processes of a session end."""
     deadline = time.monotonic() + 10
     while left := session(leader.pid):
         assert time.monotonic() < deadline, f"processes are left: {left}"
@@ -66,7 +66,7 @@ def check_gone(leader: "subprocess.Popen[str]") -> None:
 
 
 def session(leader: int) -> list[int]:
-    """The living processes of a session."""
+    """Return the living processes of a session."""
     left = []
     for stat in Path("/proc").glob("[0-9]*/stat"):
         try:
@@ -79,18 +79,18 @@ def session(leader: int) -> list[int]:
 
 
 def children(parent: int) -> list[int]:
-    """The children of a process."""
+    """Return the children of a process."""
     return [int(pid) for task in Path(f"/proc/{parent}/task").glob("*/children") for pid in task.read_text().split()]
 
 
 def wait_for(text: str, folder: Path, process: "subprocess.Popen[str]") -> None:
-    """Wait until the output has a text, or the process ends."""
+    """Wait until the output contains a text or the process ends."""
     while text not in (folder / "output.txt").read_text() and process.poll() is None:
         time.sleep(0.01)
 
 
 def fits(killed: Path, whole: Path, seconds: float, draw: random.Random) -> Counter[str]:
-    """Kill a fit until it is through."""
+    """Kill a fit repeatedly until it finishes."""
     kills: Counter[str] = Counter()
     last: Path | None = None
     epochs = 0
@@ -127,12 +127,12 @@ def fits(killed: Path, whole: Path, seconds: float, draw: random.Random) -> Coun
 
 
 def load(folder: Path) -> optuna.Study:
-    """The study in a folder."""
+    """Load the study in a folder."""
     return optuna.load_study(storage=open_storage(str(folder / "lightning_logs/tune/journal.log")), study_name="tune")
 
 
 def executions(study: optuna.Study) -> set[str]:
-    """All finished executions, with parameters and values; wall time aside."""
+    """Return all finished executions with parameters and values, without their wall time."""
     return {
         str((trial.params, {key: value for key, value in execution.items() if key != "seconds"}))
         for trial in study.get_trials()
@@ -141,11 +141,11 @@ def executions(study: optuna.Study) -> set[str]:
 
 
 def disturb(process: "subprocess.Popen[str]", seconds: float, draw: random.Random) -> str | None:
-    """Kill something of a search within ``seconds``; return its kind, or None if the search ended before."""
+    """Kill a part of a search within ``seconds``; return its kind, or None if the search ended first."""
     try:
         process.wait(draw.uniform(seconds / 5, seconds))
     except subprocess.TimeoutExpired:
-        # the resource tracker and the server, whose children are the workers
+        # the resource tracker, and the fork server, whose children are the workers
         helpers = children(process.pid)
         workers = [worker for helper in helpers for worker in children(helper)]
         if workers and draw.random() < 0.5:
@@ -154,7 +154,7 @@ def disturb(process: "subprocess.Popen[str]", seconds: float, draw: random.Rando
             return kind
         kind = draw.choice(["SIGKILL", "SIGTERM", "Ctrl-C", "several signals"])
         if kind == "Ctrl-C":
-            os.killpg(process.pid, signal.SIGINT)  # a terminal sends it to all
+            os.killpg(process.pid, signal.SIGINT)  # a terminal sends it to all processes
         elif kind == "several signals":
             several(process, draw)
         else:
@@ -173,36 +173,36 @@ def several(process: "subprocess.Popen[str]", draw: random.Random) -> None:
 
 
 def storms(killed: Path, whole: Path, seconds: float, draw: random.Random) -> Counter[str]:
-    """End a small search by several signals at once, at any moment from its start to its refit, and let it finish."""
+    """End a small search by several signals at any moment from start to refit, repeatedly until it finishes."""
     kills: Counter[str] = Counter()
     finished: set[str] = set()
-    is_through = False
-    while not is_through:
+    has_finished = False
+    while not has_finished:
         process = start(killed, STORM)
         try:
             process.wait(draw.uniform(0, seconds))
-            is_through = True
+            has_finished = True
             assert process.returncode == 0, (killed / "output.txt").read_text()
         except subprocess.TimeoutExpired:
             several(process, draw)
             kills["several signals"] += 1
-            # it may have done all and been about to leave
+            # it may have finished just before the signals
             assert process.wait(seconds) != 0 or "to compare: " in (killed / "output.txt").read_text()
         check_gone(process)
         output = (killed / "output.txt").read_text()
         assert "Traceback" not in output, output
         assert "Exception ignored" not in output, output
         if (killed / "lightning_logs/tune/journal.log").is_file():
-            with contextlib.suppress(KeyError):  # it is not there yet
+            with contextlib.suppress(KeyError):  # the study does not exist yet
                 saved = executions(load(killed))
-                assert finished <= saved, "a finished execution is gone"
+                assert finished <= saved, "a finished execution is lost"
                 finished = saved
     assert executions(load(killed)) == executions(load(whole))
     return kills
 
 
 def searches(killed: Path, whole: Path, seconds: float, draw: random.Random) -> Counter[str]:
-    """Kill workers and parents of a search until it is through."""
+    """Kill workers and parents of a search repeatedly until it finishes."""
     kills: Counter[str] = Counter()
     finished: set[str] = set()
     while True:
@@ -217,7 +217,7 @@ def searches(killed: Path, whole: Path, seconds: float, draw: random.Random) -> 
         assert process.wait(60) != 0, f"{kind} had no effect"
         check_gone(process)
         saved = executions(load(killed))
-        assert finished <= saved, "a finished execution is gone"
+        assert finished <= saved, "a finished execution is lost"
         finished = saved
     check_gone(process)
     study = load(killed)
@@ -236,14 +236,14 @@ def searches(killed: Path, whole: Path, seconds: float, draw: random.Random) -> 
 
 
 def main() -> None:
-    """Kill, until there were enough kills."""
+    """Kill until each part has enough kills."""
     parser = argparse.ArgumentParser(description="Kill fits, workers and parents at random; see this file's docstring.")
-    parser.add_argument("--kills", type=int, default=50, help="at least so many of each part")
+    parser.add_argument("--kills", type=int, default=50, help="minimum number for each part")
     parser.add_argument("--which", choices=PARTS, nargs="*", default=PARTS)
-    parser.add_argument("--seed", type=int, default=0, help="of the moments")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the moments")
     arguments = parser.parse_args()
     draw = random.Random(arguments.seed)  # noqa: S311
-    # a shell has SIGINT ignored by what it starts in background, nohup has SIGHUP
+    # a shell makes background processes ignore SIGINT, and nohup makes them ignore SIGHUP
     signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.signal(signal.SIGHUP, signal.SIG_DFL)
     optuna.logging.set_verbosity(optuna.logging.WARNING)

@@ -3,12 +3,12 @@
 Run by hand, with nothing else running: python benchmarks/fit.py
 
 (a) bare    a PyTorch loop that does the same work: batches, loss, penalty, accuracy, torch's fused Adam, validation
-(b) fit     python -m mnist_lightning fit, as it is, with logs, figures and checkpoints
+(b) fit     python -m mnist_lightning fit, unchanged, with logs, figures and checkpoints
 (c) usual   the usual Lightning port: torchvision item by item, torchmetrics, log_dict at every step
-(d) keras   the notebook's model and training, where Keras and TensorFlow are installed (--keras names their Python)
+(d) keras   the notebook's model and training, if Keras and TensorFlow are installed (--keras names their Python)
 
-Each runs in a process of its own, in turn, several times. CPU seconds of an epoch are the process's own, from the
-start of one epoch to the start of the next, without the first; `whole` is the wall time of the process.
+Each variant runs in its own process, in turn, several times. CPU seconds of an epoch are those of the process, from the
+start of one epoch to the start of the next, without the first epoch; `whole` is the wall time of the process.
 """
 
 import argparse
@@ -28,7 +28,7 @@ NAMES = {"a": "bare PyTorch loop", "b": "fit", "c": "usual Lightning port", "d":
 
 
 def timed() -> tuple[list[float], Callable[..., None]]:
-    """A list that gets the CPU time at each call of the function beside it."""
+    """Return a list, and a function that appends the CPU time to it."""
     marks: list[float] = []
     return marks, lambda *_: marks.append(time.process_time())
 
@@ -83,7 +83,7 @@ def bare(epochs: int) -> list[float]:
 
 
 def fit(epochs: int) -> list[float]:
-    """Run the command, with the time taken where its progress bar turns to the next epoch."""
+    """Run the command, and take the time when its progress bar moves to the next epoch."""
     from mnist_lightning.__main__ import main
     from mnist_lightning.training import callbacks
 
@@ -100,7 +100,7 @@ def fit(epochs: int) -> list[float]:
 
 
 def usual(epochs: int) -> list[float]:
-    """Train the way that most Lightning examples do."""
+    """Train like most Lightning examples."""
     import torch
     from lightning.pytorch import Callback, LightningModule, Trainer
     from torch.nn import functional as F
@@ -157,7 +157,7 @@ def usual(epochs: int) -> list[float]:
 
 
 def mnist(prefix: str) -> tuple[Any, Any]:
-    """Images and labels as the notebook has them, without torch."""
+    """Return images and labels in the notebook's format, without torch."""
     import gzip
 
     import numpy as np
@@ -173,7 +173,7 @@ def mnist(prefix: str) -> tuple[Any, Any]:
 
 
 def keras(epochs: int) -> list[float]:
-    """Do what the notebook does for its baseline. Needs nothing of this package, which its Python may not have."""
+    """Train the notebook's baseline without this package, which the Python of Keras may not have."""
     os.environ["KERAS_BACKEND"] = "tensorflow"
     import keras as k
 
@@ -197,7 +197,7 @@ def keras(epochs: int) -> list[float]:
 
 
 def measure(letter: str, epochs: int, python: str) -> tuple[list[float], float, float]:
-    """Run one of the four in a process: CPU seconds of its epochs, wall seconds of the whole, peak MiB."""
+    """Run a variant in a process; return CPU seconds of its epochs, wall seconds of the process, and peak MiB."""
     with tempfile.TemporaryDirectory() as folder:
         root = str(Path(__file__).resolve().parents[1])
         start = time.perf_counter()
@@ -221,22 +221,22 @@ def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--epochs", type=int, default=20, help="epochs of a run (20)")
-    parser.add_argument("--repeats", type=int, default=3, help="runs of each (3)")
-    parser.add_argument("--which", default="abcd", help="which to run (abcd)")
+    parser.add_argument("--repeats", type=int, default=3, help="runs of each variant (3)")
+    parser.add_argument("--which", default="abcd", help="variants to run (abcd)")
     parser.add_argument("--keras", default=sys.executable, help="a Python that has Keras and TensorFlow (this one)")
     parser.add_argument("--only", choices=NAMES, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.only:
         marks = {"a": bare, "b": fit, "c": usual, "d": keras}[options.only](options.epochs)
         print(f"\n{json.dumps(marks)}", flush=True)
-        os._exit(0)  # as `fit` leaves, for all alike
+        os._exit(0)  # as `fit` exits, for a fair comparison
     which = list(options.which)
     if (
         "d" in which
         and subprocess.run([options.keras, "-c", "import keras, tensorflow"], capture_output=True).returncode
     ):
         which.remove("d")
-        print("(d) skipped: no Keras with TensorFlow in this Python; name another with --keras")
+        print("(d) skipped: this Python does not have Keras with TensorFlow; name another Python with --keras")
     runs: dict[str, list[tuple[list[float], float, float]]] = {letter: [] for letter in which}
     for _ in range(options.repeats):
         for letter in which:

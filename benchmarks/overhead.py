@@ -2,13 +2,14 @@
 
 Run by hand, with nothing else running, some six minutes: python benchmarks/overhead.py
 
-time    One worker of `tune` with trainings that take no time, and the plainest loop that Optuna has, on journal files
-        and in the notebook's space, in turn, several times. CPU time of a trial, over the first 100 and over 2,000.
+time    One worker of `tune` with trainings that take no time, and Optuna's plainest loop, on journal files and with the
+        notebook's search space, in turn, several times. CPU time of a trial, over the first 100 and over 2,000 trials.
 memory  One worker with the notebook's network and trainings of one batch: its memory after 10 and after 500 trials.
 """
 
 import argparse
 import contextlib
+import gc
 import io
 import os
 import statistics
@@ -28,7 +29,7 @@ SHORT = ["--trainer.max_epochs=1", "--trainer.limit_train_batches=1", "--trainer
 
 
 def counter() -> Callable[[], None]:
-    """Return a function that is called once in a trial, and prints CPU seconds and MiB after some of the calls."""
+    """Return a function to call once per trial, which prints CPU seconds and MiB after certain calls."""
     start, count = time.process_time(), 0
 
     def call() -> None:
@@ -41,7 +42,7 @@ def counter() -> Callable[[], None]:
 
 
 def plain(n_trials: int) -> None:
-    """Run the plainest loop."""
+    """Run Optuna's plainest loop."""
     from optuna.storages import JournalStorage
     from optuna.storages.journal import JournalFileBackend, JournalFileOpenLock
 
@@ -62,34 +63,34 @@ def plain(n_trials: int) -> None:
 
 
 def worker(n_trials: int, is_trained: bool) -> None:
-    """Run ``tune`` with its one worker in this process."""
+    """Run ``tune`` with one worker, in this process."""
     from mnist_lightning.search import command
     from mnist_lightning.search.trial import Objective, run_trials
 
     train = Objective.train
 
-    def counted(objective: Objective, trial: optuna.Trial, number: int, executions: Any) -> dict[str, Any]:
-        count()
-        if is_trained:
-            return train(objective, trial, number, executions)
-        return {"execution": number, "seed": 0, "score": 0.5, "values": [[0, 0.5]]}
-
     class Here(command.Pool):
         def run(self, interrupt: Any) -> bool:
-            nonlocal count
+            gc.freeze()  # as a worker does
             count = counter()
+
+            def counted(objective: Any, trial: optuna.Trial, number: int, executions: Any) -> dict[str, Any]:
+                count()
+                if is_trained:
+                    return train(objective, trial, number, executions)
+                return {"execution": number, "seed": 0, "score": 0.5, "values": [[0, 0.5]]}
+
+            Objective.train = counted  # type: ignore[assignment, method-assign]
             run_trials(self.search, self.storage)
             return False
 
-    count = counter()
-    Objective.train = counted  # type: ignore[method-assign]
     command.Pool = Here  # type: ignore[misc]
     with contextlib.redirect_stdout(io.StringIO()):
         command.main("tune", "", [f"--n_trials={n_trials}", "--executions_per_trial=1", "--refit=false", *SHORT])
 
 
 def measure(*arguments: str) -> dict[int, tuple[float, float]]:
-    """Run a part in a process of its own; return CPU seconds and MiB by the number of trials."""
+    """Run a part in its own process; return CPU seconds and MiB by the number of trials."""
     with tempfile.TemporaryDirectory() as folder:
         environment = {**os.environ, "PYTHONPATH": str(HERE.parents[1])}
         result = subprocess.run(

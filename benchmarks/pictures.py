@@ -1,10 +1,10 @@
 """How often a picture of a digit gets the label that the test image gets which it is of, and how well load_digits goes.
 
-Run by hand, with one checkpoint or several, each of which gets a column:
+Run by hand, with one or more checkpoints, each for a column:
 python benchmarks/pictures.py lightning_logs/{baseline,thirty_seconds}/version_0/checkpoints/last.ckpt
 
-300 test images of MNIST are saved as PNG, enlarged ten times, in each of several ways, and read again; those of
-load_digits as they are, of 8x8 pixels.
+Each row saves 300 test images of MNIST as PNG, enlarged ten times and changed in one way, and reads them back. The
+images of load_digits keep their 8x8 pixels.
 """
 
 import sys
@@ -28,22 +28,22 @@ generator = np.random.default_rng(0)
 
 
 def enlarged(digit: NDArray[Any]) -> Image.Image:
-    """Blocks of ten by ten pixels."""
+    """Enlarge each pixel to a block of ten by ten."""
     return Image.fromarray(digit).resize((280, 280), Image.Resampling.NEAREST)
 
 
 def smooth(digit: NDArray[Any]) -> Image.Image:
-    """Enlarged by bicubic interpolation, which blurs the edges."""
+    """Enlarge by bicubic interpolation, which blurs the edges."""
     return Image.fromarray(digit).resize((280, 280), Image.Resampling.BICUBIC)
 
 
 def inverted(digit: NDArray[Any]) -> Image.Image:
-    """Black on white."""
+    """Draw black on white."""
     return ImageOps.invert(enlarged(digit))
 
 
-def coloured(digit: NDArray[Any]) -> Image.Image:
-    """Any colours that differ by 90 of 255 in a channel at least."""
+def colored(digit: NDArray[Any]) -> Image.Image:
+    """Draw in two random colors that differ by at least 90 of 255 in a channel."""
     while np.abs(np.subtract(*(colors := generator.integers(0, 256, (2, 3))))).max() < 90:
         pass
     share = np.asarray(enlarged(digit), float)[..., None] / 255
@@ -51,27 +51,27 @@ def coloured(digit: NDArray[Any]) -> Image.Image:
 
 
 def padded(digit: NDArray[Any]) -> Image.Image:
-    """With up to 400 pixels more on each side."""
+    """Add up to 400 pixels on each side."""
     left, top, right, bottom = generator.integers(0, 400, 4).tolist()
     return ImageOps.expand(inverted(digit), (left, top, right, bottom), 255)
 
 
 def shifted(digit: NDArray[Any]) -> Image.Image:
-    """Anywhere in the image, up to its edges."""
+    """Move the digit anywhere in the image, up to the edges."""
     rows, columns = np.nonzero(digit)
     shift = [int(generator.integers(-side.min(), 28 - side.max())) for side in (rows, columns)]
     return inverted(np.roll(digit, shift, (0, 1)))
 
 
 def turned(digit: NDArray[Any]) -> Image.Image:
-    """Lying on its side, as EXIF says."""
+    """Turn the picture on its side, and say so in EXIF."""
     picture = inverted(digit).transpose(Image.Transpose.ROTATE_90)
     picture.getexif()[0x112] = 6
     return picture
 
 
 def shadow(digit: NDArray[Any], hard: bool = False) -> Image.Image:
-    """Noisy grey paper, up to three times as bright on one side as on the other, or with the edge of a shadow."""
+    """Draw on noisy gray paper, up to three times as bright on one side as on the other, or with a shadow's edge."""
     share = np.zeros((480, 360))
     share[100:380, 40:320] = np.asarray(enlarged(digit), float) / 255
     y, x = np.mgrid[-0.5:0.5:480j, -0.5:0.5:360j]
@@ -83,12 +83,12 @@ def shadow(digit: NDArray[Any], hard: bool = False) -> Image.Image:
 
 
 def hard_shadow(digit: NDArray[Any]) -> Image.Image:
-    """With a shadow whose edge crosses the picture."""
+    """Draw with a shadow whose edge crosses the picture."""
     return shadow(digit, hard=True)
 
 
 def main() -> None:
-    """Print a line for each kind, with a share for each checkpoint."""
+    """Print a line for each kind of picture, with the share of each checkpoint."""
     torch.set_num_threads(1)
     data = MNISTDataModule()
     data.setup("test")
@@ -109,7 +109,7 @@ def main() -> None:
             try:
                 image[:] = data.from_picture(read(file)[0])[0]
             except PictureError:
-                image[:] = 255  # counts as a mistake, mostly
+                image[:] = 255  # nearly always counts as a mistake
         return labels(images)
 
     def report(name: str, found: NDArray[Any], wanted: NDArray[Any]) -> None:
@@ -117,7 +117,7 @@ def main() -> None:
 
     digits = data.test.images[:COUNT]
     truths = labels(digits.numpy())
-    for kind in (enlarged, smooth, inverted, coloured, padded, shifted, turned, shadow, hard_shadow):
+    for kind in (enlarged, smooth, inverted, colored, padded, shifted, turned, shadow, hard_shadow):
         report(kind.__name__, answers(digits[:, 0].numpy(), kind), truths)
     others = load_digits()
     report("load_digits", answers((others.images * (255 / 16)).astype(np.uint8), Image.fromarray), others.target)

@@ -6,9 +6,9 @@ Run by hand, on a study that drew its trials at random and pruned none, with one
         --study_name random --timeout 2h --refit false
     python benchmarks/pruners.py random
 
-A pruner sees the values that it would have seen, one trial after the other, in many random orders, since its luck
-depends on which come first. Time counts the epochs of all trials up to where they were pruned; the result is the value
-of the best trial that was trained to its end.
+Each pruner sees the values that it would have seen, trial by trial, in many random orders, because its luck depends on
+which trials come first. Time counts the epochs of all trials up to their pruning; the result is the value of the best
+trial that was trained to its end.
 """
 
 import argparse
@@ -32,7 +32,7 @@ from mnist_lightning.search.study import find_study
 
 
 def pruners(epochs: int) -> dict[str, BasePruner]:
-    """The pruners that are compared, as their class would be given on the command line."""
+    """Return the compared pruners, by class and arguments as on the command line."""
     return {
         "NopPruner": NopPruner(),
         "MedianPruner, n_warmup_steps 1": MedianPruner(n_warmup_steps=1),
@@ -48,7 +48,7 @@ def pruners(epochs: int) -> dict[str, BasePruner]:
 
 
 def replay(pruner: BasePruner, trials: list[Any], is_max: bool) -> tuple[float, float]:
-    """The share of the time that a pruner leaves, and the best value of a whole trial."""
+    """Return the share of the time that remains with a pruner, and the best value of a complete trial."""
     study = optuna.create_study(pruner=pruner, direction="maximize" if is_max else "minimize")
     spent = 0.0
     for curve, seconds in trials:
@@ -69,7 +69,7 @@ def main() -> None:
     """Replay and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("study", help="name of the study, in lightning_logs")
-    parser.add_argument("--orders", type=int, default=30, help="random orders of its trials (30)")
+    parser.add_argument("--orders", type=int, default=30, help="number of random orders of its trials (30)")
     options = parser.parse_args()
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     study = find_study(options.study, f"lightning_logs/{options.study}/journal.log")

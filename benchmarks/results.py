@@ -1,14 +1,14 @@
 """The table of results: each config trained with several seeds, and what it gives on the test images.
 
-Run by hand, in a folder where the runs may stay: python benchmarks/results.py
+Run by hand, in a folder where the runs can stay: python benchmarks/results.py
 
-A run that is there is not made again, and one that was stopped is continued; so the command can be given again after a
-stop, or to add configs and seeds. All numbers are appended to results.csv beside this file, with the digest of the
-config. A config that was changed after its test accuracy had been seen is refused: validation chooses, and the test
-images are looked at once. With --check, the table is printed from results.csv, and nothing is trained.
+Existing runs are not repeated, and stopped runs are continued: repeat the command after a stop, or to add configs and
+seeds. All numbers are appended to results.csv next to this file, with the digest of the config. A config that was
+changed after its test accuracy was seen is refused: validation selects, and the test images are used only once. --check
+only prints the table from results.csv.
 
-With --time, the first epoch of each config is timed, in bfloat16 where the processor has it and in float32, with the
-threads of the config, on this machine with nothing else running: times.csv.
+--time measures the first epoch of each config, in bfloat16 if the processor supports it and in float32, with the
+threads of the config, and writes times.csv. Nothing else should run on the machine.
 """
 
 import argparse
@@ -50,12 +50,12 @@ ROUNDS = 3
 
 
 def digest_of(config: Path) -> str:
-    """What tells the values of a config from others, without its comments."""
+    """Return a digest of the values of a config, without its comments."""
     return hashlib.blake2b(repr(yaml.safe_load(config.read_text(encoding="utf-8"))).encode(), digest_size=4).hexdigest()
 
 
 def train(config: Path, seed: int, threads: int) -> dict[str, Any]:
-    """Train a config with a seed, or find its run; gives a row of the table."""
+    """Train a config with a seed, or find its run; return a row of the table."""
     folder = Path("lightning_logs", f"results_{config.stem}_{digest_of(config)}_{seed}")
     done = next(folder.glob("version_*/test.csv"), None)
     if done is None:
@@ -87,7 +87,7 @@ def train(config: Path, seed: int, threads: int) -> dict[str, Any]:
 
 
 def time_epochs(configs: list[str]) -> list[dict[str, Any]]:
-    """Time the first epoch of configs, in turn, in each precision that this processor computes in."""
+    """Time the first epoch of each config, in turn, in each precision that this processor supports."""
     seconds: dict[tuple[str, str], list[float]] = {}
     threads = {}
     for _ in range(ROUNDS):
@@ -120,7 +120,7 @@ def time_epochs(configs: list[str]) -> list[dict[str, Any]]:
 
 
 def training(times: list[dict[str, str]], name: str, epochs: int) -> str:
-    """What a training takes, for the table."""
+    """Return the time of a training, for the table."""
     took = {}
     for row in times:
         if row["config"] == name:
@@ -135,7 +135,7 @@ def training(times: list[dict[str, str]], name: str, epochs: int) -> str:
 
 
 def table(rows: list[dict[str, str]], times: list[dict[str, str]]) -> str:
-    """The table in Markdown."""
+    """Return the table in Markdown."""
     lines = [
         "| config | parameters | epochs | training | test accuracy | seeds | reference |",
         "|---|---|---|---|---|---|---|",
@@ -154,13 +154,13 @@ def table(rows: list[dict[str, str]], times: list[dict[str, str]]) -> str:
 
 
 def main() -> None:
-    """Train what is missing, and print the table."""
+    """Train the missing runs, and print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
-        "--configs", nargs="+", choices=CONFIGS, default=list(CONFIGS), metavar="NAME", help="by default all"
+        "--configs", nargs="+", choices=CONFIGS, default=list(CONFIGS), metavar="NAME", help="configs to train (all)"
     )
-    parser.add_argument("--seeds", type=int, default=5, help="how many (5)")
-    parser.add_argument("--threads", type=int, default=1, help="of a training (1: run two commands side by side)")
+    parser.add_argument("--seeds", type=int, default=5, help="number of seeds (5)")
+    parser.add_argument("--threads", type=int, default=1, help="of a training (1: two commands can run side by side)")
     parser.add_argument("--check", action="store_true", help="train nothing")
     parser.add_argument("--time", action="store_true", help="time an epoch of each config instead")
     options = parser.parse_args()
@@ -177,8 +177,8 @@ def main() -> None:
         seen = {row["digest"] for row in rows if row["config"] == name}
         if seen - {digest_of(config)}:
             sys.exit(
-                f"{config} was changed after its results on the test images were seen. Give the changed one another "
-                f"name, or take its rows out of {file} and say so."
+                f"{config} was changed after its results on the test images were seen. Give the changed config another "
+                f"name, or remove its rows from {file} and say so."
             )
         for seed in SEEDS[: options.seeds]:
             if not any(row["config"] == name and row["seed"] == str(seed) for row in rows):

@@ -2,7 +2,7 @@
 
 Run by hand, with nothing else running: python benchmarks/steps.py [--threads 2]
 
-All variants of a network take turns; the table has medians. On a GPU it runs there.
+All variants of a network take turns; the table has medians. The benchmark uses a GPU if there is one.
 """
 
 import argparse
@@ -29,7 +29,7 @@ DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def seconds_of(step: Callable[[], object], count: int = STEPS) -> float:
-    """Seconds of one step, over several."""
+    """Return the mean seconds of a step over several steps."""
     if DEVICE.type == "cuda":
         torch.cuda.synchronize()
     start = time.perf_counter()
@@ -41,7 +41,7 @@ def seconds_of(step: Callable[[], object], count: int = STEPS) -> float:
 
 
 def trainer(network: nn.Module, images: Tensor, labels: Tensor, bf16: bool, fused: bool) -> Callable[[], None]:
-    """A function that trains for one step."""
+    """Return a function that trains for one step."""
     optimizer = torch.optim.AdamW(network.parameters(), fused=fused or None)
 
     def step() -> None:
@@ -59,7 +59,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--threads", type=int, default=1)
     torch.set_num_threads(parser.parse_args().threads)
-    torch.compiler.config.force_disable_caches = True  # what was compiled before would be found again
+    torch.compiler.config.force_disable_caches = True  # earlier compilations would be reused
     images = torch.rand(BATCH, 1, 28, 28, device=DEVICE)
     labels = torch.randint(0, 10, (BATCH,), device=DEVICE)
     variants = {
@@ -69,7 +69,7 @@ def main() -> None:
         "compiled, fused": (False, True, True),
         "compiled, bf16, fused": (True, True, True),
     }
-    print(f"ms a step of {BATCH} images, {torch.get_num_threads()} threads, {DEVICE.type}; medians of {ROUNDS}")
+    print(f"ms per step of {BATCH} images, {torch.get_num_threads()} threads, {DEVICE.type}; medians of {ROUNDS}")
     print("|".join(["network", *variants, "s to compile"]))
     for name, make in NETWORKS.items():
         steps, first = {}, 0.0
@@ -78,7 +78,7 @@ def main() -> None:
             if compiled:
                 network.compile()
             steps[variant] = trainer(network, images, labels, bf16, fused)
-            first = max(first, seconds_of(steps[variant], count=1))  # which compiles
+            first = max(first, seconds_of(steps[variant], count=1))  # the first step compiles
         times: dict[str, list[float]] = {variant: [] for variant in steps}
         for _ in range(ROUNDS):
             for variant, step in steps.items():

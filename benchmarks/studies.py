@@ -16,11 +16,11 @@ from optuna.trial import TrialState
 from mnist_lightning.search.study import find_study
 
 MARKS = (1 / 12, 1 / 6, 1 / 3, 1 / 2, 2 / 3, 5 / 6, 1)
-"""Moments of the table, as shares of the time."""
+"""Columns of the table, as shares of the time."""
 
 
 def best_over_time(name: str) -> tuple[list[float], list[float]]:
-    """Minutes since the first trial began, and the best value of a complete trial so far."""
+    """Return minutes since the start of the first trial, and the best value of a complete trial so far."""
     study = find_study(name, f"lightning_logs/{name}/journal.log")
     if study is None:
         raise SystemExit(f"There is no study {name} in lightning_logs.")

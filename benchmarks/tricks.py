@@ -2,9 +2,9 @@
 
 Run by hand, with nothing else running: python benchmarks/tricks.py [--rounds 30]
 
-One training of the notebook's network, on one thread, in stretches of 100 steps. In a round, each trick is left out of
-one stretch, in random order. The times are CPU seconds of the process. On a shared machine, the quiet stretches tell
-more: the last column compares the 20th percentiles.
+The benchmark trains the notebook's network on one thread, in stretches of 100 steps. In each round, each trick is left
+out of one stretch, in random order. The times are CPU seconds of the process. On a shared machine, the quiet stretches
+are more reliable: the last column compares the 20th percentiles.
 """
 
 import argparse
@@ -30,7 +30,7 @@ from mnist_lightning.training import fast
 from mnist_lightning.training.callbacks import EpochProgressBar
 
 STEPS = 100
-"""In a stretch."""
+"""The number of steps in a stretch."""
 
 
 WITHOUT: dict[str, Callable[[], AbstractContextManager[Any]]] = {
@@ -51,14 +51,14 @@ def main() -> None:
     print_line, on_validation_start = EpochProgressBar._print_line, Classifier.on_validation_start
 
     def begin(*arguments: Any) -> None:
-        """Where an epoch begins."""
+        """Start the clock at the start of an epoch."""
         nonlocal start
         print_line(*arguments)
         stack.enter_context(WITHOUT.get(trick, contextlib.nullcontext)())
         start = time.process_time()
 
     def end(module: Classifier) -> None:
-        """Where its last step is done."""
+        """Stop the clock after the last step of an epoch."""
         nonlocal trick
         seconds[trick].append(time.process_time() - start)
         stack.close()
@@ -83,7 +83,7 @@ def main() -> None:
     for name in WITHOUT:
         print(f"without {name:20} {medians[name] / medians['nothing']:.3f} {quiet[name] / quiet['nothing']:.3f}")
     print(end="", flush=True)
-    os._exit(0)  # as `fit` leaves
+    os._exit(0)  # as `fit` exits
 
 
 if __name__ == "__main__":

@@ -4,10 +4,10 @@ Run by hand, with nothing else running: python benchmarks/tune.py
 
 (1) tune --workers 1
 (2) tune --workers 2
-(k) KerasTuner, with the very trials that `tune` drew, where it is installed (--keras names its Python)
+(k) KerasTuner, with the same trials that `tune` drew, if it is installed (--keras names its Python)
 
-All train the same trials, each in a process of its own, in turn, several times; wall time of the process from its
-start to its end, with all imports, without the refit.
+All train the same trials, each in its own process, in turn, several times. The time is the wall time of the process,
+including imports, without the refit.
 """
 
 import argparse
@@ -28,7 +28,7 @@ HERE = Path(__file__).resolve()
 
 
 def keras_tuner(trials: list[dict[str, Any]], executions: int, epochs: int) -> None:
-    """Search as the notebook does, but with given trials."""
+    """Search as the notebook does, but with the given trials."""
     os.environ["KERAS_BACKEND"] = "tensorflow"
     import keras
     import keras_tuner as kt
@@ -60,7 +60,7 @@ def keras_tuner(trials: list[dict[str, Any]], executions: int, epochs: int) -> N
 
 
 def drawn(journal: Path) -> list[dict[str, Any]]:
-    """The trials of a study, by KerasTuner's names."""
+    """Return the trials of a study, with KerasTuner's names."""
     import optuna
 
     from mnist_lightning.search.space import short_key
@@ -80,8 +80,8 @@ def main() -> None:
     parser.add_argument("--trials", type=int, default=4, help="trials of a search (4)")
     parser.add_argument("--executions", type=int, default=2, help="executions of a trial (2)")
     parser.add_argument("--epochs", type=int, default=3, help="epochs of an execution (3)")
-    parser.add_argument("--repeats", type=int, default=3, help="runs of each (3)")
-    parser.add_argument("--which", default="12k", help="which to run (12k)")
+    parser.add_argument("--repeats", type=int, default=3, help="runs of each variant (3)")
+    parser.add_argument("--which", default="12k", help="variants to run (12k)")
     parser.add_argument("--keras", default=sys.executable, help="a Python that has Keras, KerasTuner and TensorFlow")
     parser.add_argument("--given", type=json.loads, help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -94,7 +94,7 @@ def main() -> None:
     check = [options.keras, "-c", "import keras_tuner, tensorflow"]
     if "k" in which and subprocess.run(check, capture_output=True).returncode:
         which = which.replace("k", "")
-        print("(k) skipped: no KerasTuner with TensorFlow in this Python; name another with --keras")
+        print("(k) skipped: this Python does not have KerasTuner with TensorFlow; name another Python with --keras")
     seconds: dict[str, list[float]] = {letter: [] for letter in which}
     trials: list[dict[str, Any]] = []
     budget = [f"--executions={options.executions}", f"--epochs={options.epochs}"]

@@ -1,18 +1,18 @@
 """Tries what the libraries have, as a user would: does the package work with X?
 
-    python tests/conformance.py                  # everything, in some ten minutes
-    python tests/conformance.py EarlyStopping LR # rows with one of these in their name
-    python tests/conformance.py --table          # what is expected of them, as in docs/conformance.md
+    python tests/conformance.py                  # everything, about ten minutes
+    python tests/conformance.py EarlyStopping LR # rows whose name contains one of these
+    python tests/conformance.py --table          # the expectations, as in docs/conformance.md
 
-The rows are read from the libraries, so a callback that Lightning gets tomorrow is tried tomorrow. A row works if
+The rows are read from the libraries, so a new callback of Lightning is tried automatically. A row works if
 
 - ``fit`` ends with exit code 0, with finite numbers, and leaves nothing outside ``lightning_logs``;
-- ``fit --config`` of the run's ``config.yaml`` gives the same run, to the digit;
-- killed after its first epoch and continued, it is the same as never killed;
-- ``validate`` and ``test`` of ``last.ckpt`` give the numbers of ``metrics.csv`` and ``test.csv``;
-- nothing that only looks (logs, figures, tables) moves the random state before the first step.
+- ``fit --config`` with the run's ``config.yaml`` repeats the run, to the digit;
+- a run that is killed after its first epoch and continued equals the undisturbed run;
+- ``validate`` and ``test`` with ``last.ckpt`` print the numbers of ``metrics.csv`` and ``test.csv``;
+- logs, figures and tables do not change the random state before the first step.
 
-Else it is refused, in one or two lines.
+Otherwise the row must be refused, in one or two lines.
 """
 
 import bz2
@@ -67,20 +67,20 @@ from mnist_lightning.training.saved_run import SavedRun
 ROOT = Path(__file__).parents[1]
 EPOCHS = 3
 SMALL = (f"--trainer.max_epochs={EPOCHS}", "--data.batch_size=16", "--data.eval_batch_size=8")
-"""64 training images in four batches, 16 to validate, 30 to test."""
+"""64 training images in four batches, 16 validation and 30 test images."""
 
 
 @dataclass(frozen=True)
 class Row:
-    """Something to be tried, and what is expected of it.
+    """A feature to try, and the expected result.
 
     Attributes:
-        kind: The list that it is of.
-        name: In that list, with the value that it gets.
-        options: Of ``fit``.
-        refusal: Part of the line that refuses it; empty if it works.
+        kind: The list with this row.
+        name: Name in the list, with the value if there is one.
+        options: Options of ``fit``.
+        refusal: Part of the message that refuses the row; empty if the row works.
         without: Checks that do not apply.
-        remark: Why.
+        remark: The reason why they do not apply.
     """
 
     kind: str
@@ -95,14 +95,14 @@ class Row:
 
 
 def public(module: Any, base: type) -> list[type]:
-    """Return the public classes of a module that are of a kind, in the order of their names."""
+    """Return the public subclasses of a base class in a module, sorted by name."""
     found = [getattr(module, name) for name in getattr(module, "__all__", dir(module))]
     classes = {each for each in found if inspect.isclass(each) and issubclass(each, base)}
     return sorted(classes, key=lambda each: each.__name__)
 
 
 def option(key: str, cls: type, arguments: dict[str, Any], plus: str = "") -> tuple[str, ...]:
-    """Return the options that give a key an object of a class."""
+    """Return the options that set a key to an object of a class."""
     path = f"{cls.__module__}.{cls.__qualname__}"
     return (f"--{key}{plus}={path}", *(f"--{key}.{name}={value}" for name, value in arguments.items()))
 
@@ -153,7 +153,7 @@ ARGUMENTS: dict[str, dict[str, Any]] = {
     "MixUp": {"num_classes": 10},
     "CutMix": {"num_classes": 10},
 }
-"""What classes cannot do without, or need to do anything here."""
+"""Arguments that the classes require, or need to have an effect here."""
 
 VALUES: dict[str, list[str]] = {
     "devices": ["1", "auto"],
@@ -183,7 +183,7 @@ VALUES: dict[str, list[str]] = {
     "default_root_dir": ["elsewhere"],
     "model_registry": ["digits"],
 }
-"""Values of the Trainer's arguments that are neither flags nor lists of their own."""
+"""Values of the Trainer's arguments that are neither flags nor separate lists."""
 
 WITH: dict[str, tuple[str, ...]] = {
     "max_epochs=0": ("--trainer.max_epochs=0",),
@@ -193,16 +193,16 @@ WITH: dict[str, tuple[str, ...]] = {
     "model_registry=digits": (),
     "SparseAdam": (),
 }
-"""What else a row needs."""
+"""Further options that a row needs."""
 
 KILLED = "continued/lightning_logs/killed/version_0/checkpoints"
-"""A checkpoint is trusted where the runs are."""
+"""A checkpoint is only trusted in the folder of the runs."""
 
 PLAIN = ("optimizers", "schedules", "profilers", "plugins")
-"""Kinds on which neither a figure nor a random state before the first step can depend."""
+"""Kinds that can influence neither figures nor the random state before the first step."""
 
 NOT_HERE = "if it is not here"
-"""Ends a refusal that depends on the machine: its hardware, or packages that need not be installed."""
+"""The end of a refusal that depends on the machine: its hardware, or optional packages."""
 
 REFUSED: dict[str, str] = {
     # Trainer
@@ -210,7 +210,7 @@ REFUSED: dict[str, str] = {
     **dict.fromkeys(("accelerator=tpu", "strategy=xla", "strategy=xla_debug"), f"torch_xla {NOT_HERE}"),
     **dict.fromkeys(("strategy=single_xla", "strategy=single_tpu"), f"argument: 'device' {NOT_HERE}"),
     **dict.fromkeys(("strategy=fsdp", "strategy=fsdp_cpu_offload"), "requires a GPU accelerator"),
-    # classes to be derived from
+    # base classes
     "BaseFinetuning": "NotImplementedError",
     "CheckpointIO": "is abstract",
     "LayerSync": "is abstract",
@@ -265,17 +265,19 @@ REFUSED: dict[str, str] = {
     "SanitizeKeyPoints": "No keypoints",
     "ToPILImage": "pic should be 2/3 dimensional",
 }
-"""Rows that are knowingly not supported, and part of the line that says so."""
+"""Rows that are deliberately unsupported, and part of the message that refuses them."""
 
 FAMILIES = {
     **dict.fromkeys(("_spawn", "_fork", "_notebook"), "starts processes that would have to copy"),
     "deepspeed": f"must have DeepSpeed installed {NOT_HERE}",
     "transformer-engine": f"transformer_engine {NOT_HERE}",
 }
-"""The same for values of the Trainer that have a word in their name."""
+"""Refusals of Trainer values whose name contains a word."""
 
 WITHOUT: dict[str, tuple[str, str]] = {
-    **dict.fromkeys(("logger=false", "fast_dev_run=true", "fast_dev_run=2", "barebones=true"), ("", "nothing is kept")),
+    **dict.fromkeys(
+        ("logger=false", "fast_dev_run=true", "fast_dev_run=2", "barebones=true"), ("", "nothing is saved")
+    ),
     **dict.fromkeys(
         (
             "limit_val_batches=1",
@@ -288,12 +290,12 @@ WITHOUT: dict[str, tuple[str, str]] = {
     ),
     **dict.fromkeys(
         ("Checkpoint", "DeviceStatsMonitor", "LearningRateMonitor", "ModelCheckpoint", "OnExceptionCheckpoint"),
-        ("looking", "works only in a run that is kept"),
+        ("looking", "works only in a saved run"),
     ),
-    "ModelPruning": ("continued", "Lightning stores no masks: continued, it prunes anew"),
+    "ModelPruning": ("continued", "Lightning does not store masks: a continued run prunes again"),
     "SpikeDetection": ("continued", "Lightning cannot read its state: continuing is refused"),
 }
-"""Rows to which some checks do not apply, and why."""
+"""Rows to which some checks do not apply, and the reasons."""
 
 
 def make_row(kind: str, name: str, options: tuple[str, ...]) -> Row:
@@ -311,14 +313,14 @@ def trainer_rows() -> Iterator[Row]:
         "precision": sorted({str(v) for union in typing.get_args(_PRECISION_INPUT) for v in typing.get_args(union)}),
     }
     for name, parameter in [*inspect.signature(pl.Trainer).parameters.items()]:
-        if name in ("callbacks", "plugins"):  # of kinds of their own
+        if name in ("callbacks", "plugins"):  # separate kinds
             continue
         is_flag = "bool" in str(parameter.annotation) and name not in VALUES
         flags = [value for value in ("true", "false") if is_flag and value != str(parameter.default).lower()]
         for value in lists.get(name) or VALUES.get(name) or flags:
             yield make_row("Trainer", f"{name}={value}", (f"--trainer.{name}={value}",))
         if not (lists.get(name) or VALUES.get(name) or is_flag):
-            yield Row("Trainer", name, (), "a value of it must be given in VALUES")
+            yield Row("Trainer", name, (), "VALUES must have a value of it")
 
 
 def rows() -> list[Row]:
@@ -366,7 +368,7 @@ def own(module: Any, base: type) -> list[type]:
 
 
 def schedules() -> list[type]:
-    """Return the schedulers of torch, of which Lightning has one with a metric."""
+    """Return torch's schedulers, with Lightning's class for the scheduler that needs a metric."""
     found = {cls.__name__: cls for cls in public(lr_scheduler, lr_scheduler.LRScheduler)}
     found["ReduceLROnPlateau"] = importlib.import_module("lightning.pytorch.cli").ReduceLROnPlateau
     return [*found.values()]
@@ -383,7 +385,7 @@ def write_idx(path: Path, array: Any) -> None:
 
 
 def write_data(folder: Path) -> None:
-    """Write a few real digits in the files of each data set: 80 to train with, 30 to test."""
+    """Write a few real digits in the format of each data set: 80 for training, 30 for testing."""
     mnist = MNISTDataModule()
     mnist.setup("fit")
     mnist.setup("test")
@@ -423,20 +425,20 @@ def write_data(folder: Path) -> None:
 
 
 class FailedError(AssertionError):
-    """A row does not do what it should."""
+    """A row neither works nor is refused."""
 
 
-class FirstStepError(BaseException):  # no library may catch it
+class FirstStepError(BaseException):  # libraries must not catch it
     """Ends a training before its first step."""
 
 
 @dataclass
 class Result:
-    """How a command ended."""
+    """The outcome of a command."""
 
     code: int
     text: str
-    """What it printed, errors last."""
+    """The output, errors last."""
     error: str
     draws: str = ""
     """Digest of the random state before the first step."""
@@ -444,9 +446,9 @@ class Result:
 
 @contextlib.contextmanager
 def observed(result: list[str], killed: Path | None, stop: bool, is_drawn: bool) -> Iterator[None]:
-    """Note the random state before the first step, and keep the checkpoints that a kill after an epoch leaves.
+    """Record the random state before the first step, and keep the checkpoints that a kill after an epoch leaves.
 
-    Figures take a third of the time of so small a training: they are drawn where it is looked at what looking changes.
+    Figures take a third of the time of such a short training, so they are only drawn for rows that check their effect.
     """
     step, save = Classifier.training_step, RunCheckpoint.on_train_epoch_end
 
@@ -466,9 +468,9 @@ def observed(result: list[str], killed: Path | None, stop: bool, is_drawn: bool)
     patches: list[tuple[Any, str, Any]] = [
         (Classifier, "training_step", training_step),
         (RunCheckpoint, "on_train_epoch_end", on_train_epoch_end),
-        (torchvision.datasets.cifar, "check_integrity", lambda *_: True),  # its few images are not CIFAR's
+        (torchvision.datasets.cifar, "check_integrity", lambda *_: True),  # the few images here are not CIFAR's
         (errors, "LIBRARIES", [*errors.LIBRARIES, ROOT / "tests"]),  # the functions here are not a user's
-        (sys, "unraisablehook", lambda _: None),  # of profilers that could not be made
+        (sys, "unraisablehook", lambda _: None),  # errors of profilers that could not be created
     ]
     if not is_drawn:
         hooks = ("on_train_start", "on_validation_end", "on_train_end")
@@ -485,11 +487,11 @@ def run(
     """Run a command in this process, in a folder.
 
     Raises:
-        FailedError: If it ends in a traceback.
+        FailedError: If the command ends in a traceback.
     """
     folder.mkdir(parents=True, exist_ok=True)
     if "profiler" in "".join(arguments):
-        gc.collect()  # PyTorch's profiler of a run that was killed would end that of this one when it is collected
+        gc.collect()  # when the profiler of a killed run is collected, it would end the profiler of this run
     output, error_output, draws = io.StringIO(), io.StringIO(), []
     code: Any = 0
     environment = dict(os.environ)
@@ -520,12 +522,12 @@ def run(
 
 
 def shown(folder: Path, arguments: tuple[str, ...]) -> str:
-    """Return a command as it can be pasted."""
+    """Return a command that can be pasted into a shell."""
     return f"cd {folder} && python -m mnist_lightning {shlex.join(arguments)}"
 
 
 def read(path: Path) -> list[dict[str, str]]:
-    """Return the rows of a CSV file; none if there is none."""
+    """Return the rows of a CSV file, or an empty list if there is no file."""
     if not path.is_file():
         return []
     with path.open(newline="", encoding="utf-8") as file:
@@ -533,7 +535,7 @@ def read(path: Path) -> list[dict[str, str]]:
 
 
 def run_folder(result: Result, folder: Path) -> Path | None:
-    """Return the folder that a ``fit`` says it wrote."""
+    """Return the run folder that ``fit`` printed."""
     found = re.search(r"^Run: (.*?)    Look", result.text, re.MULTILINE)
     return folder / found[1] if found else None
 
@@ -549,7 +551,7 @@ def weights(path: Path) -> dict[str, Any]:
 
 
 def differences(one: Path, other: Path) -> str:
-    """Return in what two runs differ, or an empty text."""
+    """Return how two runs differ, or an empty text."""
     for name in ("metrics.csv", "test.csv"):
         pairs = read(one / name), read(other / name)
         if len(pairs[0]) != len(pairs[1]):
@@ -572,7 +574,7 @@ def differences(one: Path, other: Path) -> str:
 
 
 def same(one: float, other: float) -> bool:
-    """Return whether two printed numbers are of the same computation."""
+    """Return whether two printed numbers can be from the same computation."""
     return math.isclose(one, other, rel_tol=1e-5, abs_tol=1e-6)
 
 
@@ -580,10 +582,10 @@ def check(row: Row, folder: Path, data: Path) -> str:
     """Try a row.
 
     Returns:
-        ``works``, or the line that refuses it.
+        ``works``, or the message that refuses the row.
 
     Raises:
-        FailedError: If it does neither.
+        FailedError: If the row neither works nor is refused in one line.
     """
     defaults = (
         f"--data.data_dir={data}/MNISTDataModule",
@@ -606,11 +608,11 @@ def check(row: Row, folder: Path, data: Path) -> str:
         return lines[0].partition("error: ")[2]
     left = sorted({path.name for path in (folder / "first").iterdir()} - {"lightning_logs", "elsewhere"})
     if left:
-        fail(f"leaves {', '.join(left)}")
+        fail(f"leaves files: {', '.join(left)}")
     where = run_folder(first, folder / "first")
     if where is None:
-        if "nothing is kept" not in row.remark:
-            fail("leaves no run")
+        if "nothing is saved" not in row.remark:
+            fail("does not leave a run")
         return "works"
     for name in ("metrics.csv", "test.csv"):
         for line in read(where / name):
@@ -625,7 +627,7 @@ def check(row: Row, folder: Path, data: Path) -> str:
             fail(f"is refused: {again.error}", "fit", f"--config={config}", where="again")
         second = run_folder(again, folder / "again")
         if second is None or (difference := differences(where, second)):
-            fail(f"is another run: {difference}", "fit", f"--config={config}", where="again")
+            fail(f"differs: {difference}", "fit", f"--config={config}", where="again")
     last = where / "checkpoints/last.ckpt"
     if "evaluated" not in row.without and last.is_file():
         for name, (path, index) in {"test": ("test.csv", 0), "validate": ("metrics.csv", -1)}.items():
@@ -651,7 +653,7 @@ def check(row: Row, folder: Path, data: Path) -> str:
         third = run_folder(continued, folder / "continued")
         if third is None or (difference := differences(where, third)):
             fail(
-                f"is another run than the one never killed: {difference}",
+                f"differs from the undisturbed run: {difference}",
                 "fit",
                 f"--ckpt_path={killed}",
                 where="continued",
@@ -662,7 +664,7 @@ def check(row: Row, folder: Path, data: Path) -> str:
             "--trainer.enable_model_summary=false",
             "--trainer.enable_progress_bar=false",
         )
-        looks = any(each.startswith("--trainer.callbacks") for each in row.options)  # a bar that was asked for
+        looks = any(each.startswith("--trainer.callbacks") for each in row.options)  # the row's own bar or summary
         bare = run(folder / "blind", "fit", *options, *(blind[:2] if looks else blind), stop=True)
         if bare.draws != first.draws:
             fail(f"draws before the first step: {bare.error}", "fit", *options, *blind, where="blind")
@@ -670,7 +672,7 @@ def check(row: Row, folder: Path, data: Path) -> str:
 
 
 def is_expected(row: Row, verdict: str) -> bool:
-    """Return whether a row does what it should."""
+    """Return whether the verdict on a row is expected."""
     if verdict == "works":
         return not row.refusal or row.refusal.endswith(NOT_HERE)
     return bool(row.refusal) and re.search(row.refusal.removesuffix(NOT_HERE).strip(), verdict) is not None
@@ -680,15 +682,15 @@ def is_expected(row: Row, verdict: str) -> bool:
 
 
 def table() -> str:
-    """Return what is expected of all rows, as Markdown."""
-    lines = ["| | works | is refused, with a line that says |", "|---|---|---|"]
+    """Return the expectations of all rows, as Markdown."""
+    lines = ["| | works | is refused, with a message that contains |", "|---|---|---|"]
     found = rows()
     for kind in dict.fromkeys(row.kind for row in found):
         works, refused = [], []
         for row in found:
             if row.kind == kind and row.refusal:
                 refusal = row.refusal.replace("\\", "").replace("|", " or ")
-                where = " where it is not installed or not there" if refusal.endswith(NOT_HERE) else ""
+                where = " if not available" if refusal.endswith(NOT_HERE) else ""
                 refused.append(f"`{row.name}`{where}: {refusal.removesuffix(NOT_HERE).strip()}")
             elif row.kind == kind:
                 works.append(f"`{row.name}`{f' ({row.remark})' if row.remark else ''}")
@@ -697,7 +699,7 @@ def table() -> str:
 
 
 def main(words: list[str]) -> int:
-    """Try the rows with one of the words in their name, and print what they do."""
+    """Try the rows whose name contains one of the words, and print the verdicts."""
     if words == ["--table"]:
         print(table())
         return 0

@@ -23,12 +23,12 @@ from mnist_lightning.data import MNISTDataModule
 Run = Callable[..., subprocess.CompletedProcess[str]]
 
 
-if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # by a shell, for what runs in the background
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # or the commands that are tested would ignore it, too
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # a shell makes background processes ignore it
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # otherwise the tested commands would ignore it, too
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Begin with the files that take longest, lest all wait for one at the end; a worker has a file or a group."""
+    """Start with the slowest files, so that no worker ends late; a worker runs a whole file or group."""
     longest = ["test_conformance.py", "test_faults.py", "test_search.py", "test_cli.py", "test_report.py"]
     items.sort(key=lambda item: longest.index(item.path.name) if item.path.name in longest else len(longest))
     for item in items:
@@ -53,7 +53,7 @@ def mnist() -> MNISTDataModule:
 
 @pytest.fixture(scope="session")
 def data_dir(mnist: MNISTDataModule, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A copy of the data set with the first 1,250 training images (1,000 + 250) and 300 test images."""
+    """A folder with the first 1,250 training images (1,000 + 250) and 300 test images of MNIST."""
     folder = tmp_path_factory.mktemp("mnist")
     for prefix, split, count in (("train", mnist.train, 1250), ("t10k", mnist.test, 300)):
         write_idx(folder / f"{prefix}-images-idx3-ubyte", split.images[:count, 0].numpy())
@@ -63,7 +63,7 @@ def data_dir(mnist: MNISTDataModule, tmp_path_factory: pytest.TempPathFactory) -
 
 @pytest.fixture(scope="session")
 def command(data_dir: Path) -> Run:
-    """Runs ``python -m mnist_lightning`` on the small data set in a folder."""
+    """Run ``python -m mnist_lightning`` on the small data set in a folder."""
 
     def run(
         cwd: Path, name: str, *options: str, check: bool = True, data: bool = True
@@ -79,7 +79,7 @@ def command(data_dir: Path) -> Run:
 
 @pytest.fixture
 def quick(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], data_dir: Path) -> Run:
-    """Runs a command as ``command`` does, but in this process."""
+    """Run a command as ``command`` does, but in this process."""
 
     def run(cwd: Path, name: str, *options: str, data: bool = True) -> subprocess.CompletedProcess[str]:
         monkeypatch.chdir(cwd)
@@ -93,7 +93,7 @@ def quick(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], da
 
 @pytest.fixture(scope="session")
 def fitted(command: Run, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
-    """The folder of a finished run of four epochs, and what it printed."""
+    """The folder of a finished run of four epochs, and its output."""
     cwd = tmp_path_factory.mktemp("fitted")
     result = command(cwd, "fit", "--trainer.max_epochs=4")
     return cwd / "lightning_logs/baseline/version_0", result.stdout + result.stderr
@@ -101,13 +101,13 @@ def fitted(command: Run, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path
 
 @pytest.fixture
 def postgresql() -> Iterator[Callable[..., str]]:
-    """A PostgreSQL server of its own on the loopback address; ``postgresql(*arguments of pg_ctl)`` gives its URL."""
+    """A new PostgreSQL server on the loopback address; ``postgresql(*arguments of pg_ctl)`` returns its URL."""
     binaries = sorted(Path("/usr/lib/postgresql").glob("*/bin"))
     pg_ctl = shutil.which("pg_ctl", path=str(binaries[-1])) if binaries else shutil.which("pg_ctl")
     if pg_ctl is None:
-        pytest.skip("no PostgreSQL server here (Debian: apt-get install postgresql)")
-    user = "postgres" if os.geteuid() == 0 else None  # it refuses to run as root
-    folder = Path(tempfile.mkdtemp())  # where any user may look
+        pytest.skip("this machine does not have PostgreSQL (Debian: apt-get install postgresql)")
+    user = "postgres" if os.geteuid() == 0 else None  # the server refuses to run as root
+    folder = Path(tempfile.mkdtemp())  # a folder that any user may enter
     if user:
         shutil.chown(folder, user)
     with socket.socket() as free:
@@ -130,7 +130,7 @@ def postgresql() -> Iterator[Callable[..., str]]:
 
 @pytest.fixture
 def tune(data_dir, tmp_path, monkeypatch, capfd):
-    """Runs ``tune`` in this process in a folder of its own, with real workers."""
+    """Run ``tune`` in this process in its own folder, with real workers."""
 
     def run(*more, folder="here", **keywords):
         (tmp_path / folder).mkdir(exist_ok=True)
@@ -142,7 +142,7 @@ def tune(data_dir, tmp_path, monkeypatch, capfd):
 
 @pytest.fixture
 def tune_beside(tune):
-    """Runs ``tune`` while a function looks at it or disturbs it; gives what either gives."""
+    """Run ``tune`` while a function watches or disturbs it; return both results."""
 
     def run(function, *more, **keywords):
         with ThreadPoolExecutor(1) as pool:
@@ -155,7 +155,7 @@ def tune_beside(tune):
 
 @pytest.fixture(scope="session")
 def whole(data_dir, tmp_path_factory):
-    """An uninterrupted study of five trials, by one worker, and what the command printed."""
+    """The folder of an uninterrupted study of five trials by one worker, and its output."""
     cwd, output = tmp_path_factory.mktemp("whole"), io.StringIO()
     with chdir(cwd), redirect_stdout(output):
         main(tune_options(data_dir, "--n_trials=5", "--workers=1"))

@@ -1,6 +1,6 @@
 """Gives every key of a command's config what it does not expect: is it refused in a line, or does it work?
 
-python tests/keys.py fit       # all keys with all values, in some ten minutes
+python tests/keys.py fit       # all keys with all values, about ten minutes
 python tests/keys.py fit lr    # keys with lr in their name
 """
 
@@ -26,18 +26,18 @@ VALUES: dict[str, Any] = {
 }  # fmt: skip
 
 GENERAL = ("trainer", "model", "data", "init_args", "class_path")
-"""Parts of keys that tell nothing."""
+"""Parts of keys that do not identify them."""
 
 LEFT_OUT = {
     *(("trainer.devices", kind) for kind in ("huge", "-1", "a list", "null")), ("trainer.num_nodes", "huge"),
-    # an eighth of a batch of validation: Lightning names limit_val_batches
+    # this is an eighth of a validation batch, for which Lightning names limit_val_batches
     ("trainer.overfit_batches", "a fraction"),
 }  # fmt: skip
-"""As many processes or machines are really started, or waited for."""
+"""Values that would really start, or wait for, that many processes or machines."""
 
 
 def keys(name: str) -> list[str]:
-    """Return the keys of a command's config, with those of a schedule, a callback, a logger and augmentation."""
+    """Return the keys of a command's config, including those of a schedule for ``fit``, and of whole sections."""
     output = io.StringIO()
     more = ["--model.lr_scheduler=StepLR", "--model.lr_scheduler.step_size=1"] if name == "fit" else []
     with contextlib.redirect_stdout(output), contextlib.suppress(SystemExit):
@@ -54,7 +54,7 @@ def keys(name: str) -> list[str]:
 
 
 def try_key(name: str, key: str, value: Any, folder: Path, *options: str) -> str:
-    """Return in what way a command is wrong with a value for a key, or an empty text."""
+    """Return how a command mishandles a value for a key, or an empty text."""
     nested: Any = value
     for part in reversed(key.split(".")):
         nested = {part: nested}
@@ -88,7 +88,7 @@ def try_key(name: str, key: str, value: Any, folder: Path, *options: str) -> str
 
 
 def options_of(name: str, folder: Path) -> tuple[str, ...]:
-    """Return options of a command that let it end soon, on a few images that are written into a folder."""
+    """Return options that make a command short; write its few images into a folder."""
     write_data(folder / "data")
     data = (f"--data.data_dir={folder}/data/MNISTDataModule",)
     short = (*data, *SMALL, "--trainer.max_steps=4", "--trainer.accelerator=cpu", "--tensorboard=false")
@@ -101,17 +101,17 @@ def options_of(name: str, folder: Path) -> tuple[str, ...]:
 
 
 def cases(name: str) -> list[tuple[str, str]]:
-    """Return all keys of a command's config with all kinds of values."""
+    """Return all keys of a command's config, each with all kinds of values."""
     return [(key, kind) for key in keys(name) for kind in VALUES if (key, kind) not in LEFT_OUT]
 
 
 def without(options: tuple[str, ...], key: str) -> tuple[str, ...]:
-    """Return options but for those of a key, which would count before the config."""
+    """Return options without those of a key, which would take precedence over the config."""
     return tuple(each for each in options if key.replace(".init_args", "") not in each.partition("=")[0])
 
 
 def main(words: list[str]) -> int:
-    """Try all keys of a command that have one of the words in their name."""
+    """Try all keys of a command whose name contains one of the words."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("command")
     parser.add_argument("words", nargs="*")

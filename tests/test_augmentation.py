@@ -22,7 +22,7 @@ def batch(mnist):
 
 
 def moments(images):
-    """Mass, centre (x, y) and covariance of each image's ink, in pixels from the middle."""
+    """Return mass, center (x, y) and covariance of each image's ink, in pixels from the middle."""
     _, _, height, width = images.shape
     weights = images[:, 0] / images[:, 0].sum(dim=(1, 2), keepdim=True)
     y, x = torch.meshgrid(torch.arange(height) - (height - 1) / 2, torch.arange(width) - (width - 1) / 2, indexing="ij")
@@ -33,7 +33,7 @@ def moments(images):
 
 
 def bar(height=28, width=28):
-    """Images with a horizontal bar in their middle."""
+    """Return images with a horizontal bar in the middle."""
     images = torch.zeros(200, 1, height, width)
     images[:, :, height // 2 - 1 : height // 2 + 1, width // 2 - 7 : width // 2 + 7] = 1
     return images
@@ -86,7 +86,7 @@ def test_a_shear_slants_what_stands():
 
 @pytest.mark.parametrize("shape", [(28, 28), (20, 32)])
 def test_the_elastic_deformation_is_simard_s(batch, shape):
-    """The same draws, smoothed and interpolated by scipy."""
+    """Compare with the same draws, smoothed and interpolated by SciPy."""
     images = batch[0][:5, :, : shape[0]]
     images = torch.nn.functional.pad(images, (0, shape[1] - 28))
     distortion = Distortion(**{**STILL, "alpha": 34.0, "sigma": 3.0})
@@ -124,12 +124,12 @@ def test_a_rectangle_is_erased_in_the_share_of_images_that_was_asked_for():
     areas, heights, widths = (each.flatten(1).sum(1).float() for each in (holes, holes.any(dim=2), holes.any(dim=1)))
     changed = areas > 0
     assert changed.float().mean().item() == pytest.approx(0.25, abs=0.03)
-    assert torch.equal(areas, heights * widths)  # they are rectangles
+    assert torch.equal(areas, heights * widths)  # the holes are rectangles
     shares, ratios = areas[changed] / 600, heights[changed] / widths[changed]
     assert 0.08 < shares.min() < 0.11 < 0.19 < shares.max() < 0.22
     assert 0.4 < ratios.min() < 0.6 < 1.8 < ratios.max() < 2.5
     covered = holes[changed].float().mean(dim=0)
-    assert covered.min() > 0  # every pixel may be
+    assert covered.min() > 0  # every pixel can be erased
     assert covered.argmax() not in (0, 19, 580, 599)
 
 

@@ -82,12 +82,12 @@ def test_the_penalty_is_on_the_hidden_kernels_alone(mnist):
 def test_the_user_s_own_weight_decay_stays_where_there_is_no_l2():
     classifier = Classifier(MLP(), lambda params: torch.optim.Adam(params, weight_decay=0.5))
     decays = sorted(group["weight_decay"] for group in classifier.configure_optimizers().param_groups)
-    assert decays == [0.5, 0.52]  # beside the penalty's
+    assert decays == [0.5, 0.52]  # the second includes the penalty
 
 
 @pytest.mark.parametrize("optimizer", [KerasAdam, KerasSGD, torch.optim.AdamW])
 def test_clipping_holds_the_penalty_as_well(datamodule, optimizer):
-    """As under Keras, where the penalty is in the loss. One step of a rate of 1 moves a weight by what was clipped."""
+    """Clip as Keras does, with the penalty in the loss; a step of rate 1 moves a weight by the clipped gradient."""
     torch.manual_seed(0)
     classifier = Classifier(MLP(dropout=0, l2=1.0), optimizer)
     trainer = Trainer(
@@ -113,7 +113,7 @@ def test_clipping_holds_the_penalty_as_well(datamodule, optimizer):
 @pytest.mark.parametrize("accumulated", [1, 3, 5])
 @pytest.mark.parametrize("is_coupled", [True, False])
 def test_a_step_has_the_penalty_once_whatever_it_accumulates(datamodule, accumulated, is_coupled):
-    """The last step of an epoch of 11 batches accumulates two of three, one of five."""
+    """Check an epoch of 11 batches: the last step accumulates two batches of three, or one of five."""
     torch.manual_seed(0)
     classifier = Classifier(MLP([16], dropout=0, l2=0.3).double(), partial(KerasSGD, lr=0.1))
     explicit = copy.deepcopy(classifier.network)
@@ -159,7 +159,7 @@ def test_a_kernel_that_is_computed_has_its_penalty_in_the_loss(mnist):
 
 @pytest.mark.parametrize("optimizer", [KerasSGD, torch.optim.AdamW])
 def test_a_kernel_that_layers_share_has_one_penalty(optimizer):
-    """As in Keras, where a penalty is a variable's."""
+    """Compare with Keras, where the penalty belongs to the variable."""
     network = MLP([16, 16, 16], dropout=0, l2=[0.0, 0.5, 0.5])
     network.dense_3.weight = network.dense_2.weight
     classifier = Classifier(network, optimizer)
@@ -175,7 +175,7 @@ def test_penalty_at_the_start_is_keras_s():
 
 @pytest.mark.parametrize("optimizer", [KerasAdam, KerasRMSprop, torch.optim.AdamW])
 def test_a_step_stays_on_its_device(mnist, optimizer):
-    """A tensor on another device raises, and so does a value that is read: the meta device has none."""
+    """Check on the meta device, where tensors of another device raise, and so does reading a value."""
     with torch.device("meta"):
         classifier = Classifier(MLP(), optimizer)
     stepper = classifier.configure_optimizers()
@@ -190,7 +190,7 @@ def test_a_step_stays_on_its_device(mnist, optimizer):
 
 @pytest.mark.parametrize("precision", ["bf16-true", "bf16-mixed", "64-true"])
 def test_metrics_are_right_in_any_precision(data_dir, precision):
-    """With batches of 7, of which half precision loses count."""
+    """Check with batches of 7, which half precision cannot count exactly."""
 
     def fit(**flags):
         torch.manual_seed(0)
@@ -252,7 +252,7 @@ def test_compiling_changes_no_name_and_no_result(trainer, datamodule, monkeypatc
 
     monkeypatch.setattr(torch, "compile", lambda *_, **keywords: compile(*_, **keywords, backend=backend))
     (plain, expected), (compiled, results) = fit(False), fit(True)
-    assert len(traced) >= 3  # the check, training, evaluation
+    assert len(traced) >= 3  # sanity check, training and evaluation
     assert [*compiled.state_dict()] == [*plain.state_dict()]
     for name, weights in plain.state_dict().items():
         assert torch.equal(weights, compiled.state_dict()[name])
@@ -300,8 +300,8 @@ def test_batch_normalization_has_no_penalty_and_its_statistics_are_saved():
 
 
 def test_a_copy_has_its_own_weights_and_the_same_factories():
-    """As Lightning's averages of weights keep one, whatever the factories refer to."""
-    lock = threading.Lock()  # cannot be copied
+    """Check a copy, as Lightning's weight averaging keeps, with factories that refer to any object."""
+    lock = threading.Lock()  # a lock cannot be copied
     classifier = Classifier(MLP(), lambda params, _=lock: KerasAdam(params), partial(StepLR, step_size=1, gamma=lock))
     copied = copy.deepcopy(classifier)
     assert (copied.optimizer, copied.lr_scheduler) == (classifier.optimizer, classifier.lr_scheduler)
@@ -369,7 +369,7 @@ def test_plateau_scheduler_follows_its_metric(trainer, datamodule):
     trainer.fit_loop.max_epochs = 3
     classifier = Classifier(
         MLP(),
-        lambda params: KerasSGD(params, lr=1e-12),  # never better than after the first epoch
+        lambda params: KerasSGD(params, lr=1e-12),  # never improves after the first epoch
         lambda optimizer: ReduceLROnPlateau(optimizer, monitor="val/loss", patience=0, factor=0.5),
     )
     trainer.fit(classifier, datamodule)

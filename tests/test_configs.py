@@ -36,7 +36,7 @@ def test_a_config_is_trained_tested_and_predicted(quick, tmp_path, config):
 
 
 def test_every_config_is_read_by_a_process_of_its_own():
-    """Where nobody else has imported the classes that configs name."""
+    """Check in a new process, which has not yet imported the classes that configs name."""
     program = """
         import sys
         from mnist_lightning.__main__ import main
@@ -58,7 +58,7 @@ def test_every_config_is_read_by_a_process_of_its_own():
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["tune", "tune_wide", "deep"])
 def test_a_recommended_search_can_be_run(quick, tmp_path, name):
-    """Those of ``fit`` are rows of conformance.py."""
+    """Check the configs of ``tune``; those of ``fit`` are rows of conformance.py."""
     config = ROOT / f"configs/{name}.yaml"
     small = ["--n_trials=2", "--timeout=null", "--trainer.max_epochs=1", "--workers=1", "--refit_epochs=1"]
     quick(tmp_path, "tune", f"--config={config}", *small, "--trainer.limit_train_batches=2")

@@ -11,7 +11,7 @@ from keys import VALUES, cases, options_of, try_key, without
 
 ROWS = rows()
 SHARES = 4
-"""Groups of rows, and of cases, that may run side by side."""
+"""Groups of rows, and of cases, that can run in parallel."""
 
 
 @pytest.fixture(scope="session")
@@ -36,7 +36,7 @@ def test_a_row_works_or_is_refused_as_expected(row, data, tmp_path):
 
 @pytest.mark.slow
 def test_a_process_of_its_own_gives_the_run_of_this_one(data, tmp_path):
-    """The rows run in one process: one of each kind, together, as a user would."""
+    """Check one row of each kind, together, in a new process; the rows run in this process."""
     options = [
         "fit", f"--data.data_dir={data}/MNISTDataModule", *SMALL, "--trainer.accelerator=cpu",
         "--trainer.callbacks+=EarlyStopping", "--trainer.callbacks.monitor=val/loss", "--trainer.logger+=CSVLogger",
@@ -66,7 +66,7 @@ def test_the_table_in_the_docs_has_all_that_is_refused():
     ],
 )
 def test_no_value_of_a_key_ends_in_a_traceback(command, share, tmp_path):
-    """Try a sixth of all cases of fit and a twenty-fourth of those of predict; ``python tests/keys.py fit`` tries them all."""
+    """Try a sixth of the cases of fit and a twenty-fourth of predict's; ``python tests/keys.py fit`` tries all."""
     found = cases(command)
     random.Random(0).shuffle(found)
     options = options_of(command, tmp_path)
@@ -121,7 +121,7 @@ READERS = {
 @pytest.mark.slow
 @pytest.mark.parametrize("reader", [pytest.param(name, marks=pytest.mark.xdist_group("files")) for name in READERS])
 def test_no_damaged_file_ends_in_a_traceback(reader, kept, tmp_path):
-    """Each file of a run and a study, damaged in each way: a seventh of the cases."""
+    """Try a seventh of the cases: each file of a run and a study, damaged in each way."""
     files = [path.relative_to(kept) for path in kept.rglob("lightning_logs/**/*") if path.is_file()]
     files = sorted(path for path in files if path.suffix in (".ckpt", ".yaml", ".csv", ".log"))
     generator = random.Random(reader)

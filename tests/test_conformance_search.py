@@ -29,7 +29,7 @@ pytestmark = pytest.mark.slow
 
 
 def members(module, base):
-    """The classes of a module that it says to have, by their names."""
+    """Return the public classes of a module by name."""
     found = {name: getattr(module, name) for name in module.__all__}
     return {name: each for name, each in found.items() if isinstance(each, type) and issubclass(each, base)}
 
@@ -39,14 +39,14 @@ CONTINUOUS = {"x": FloatDistribution(-1.0, 1.0), "y": FloatDistribution(1e-4, 1.
 MIXED = {**CONTINUOUS, "n": IntDistribution(1, 100), "c": CategoricalDistribution(["a", "b", "c"])}
 FINITE = {"n": IntDistribution(1, 4), "c": CategoricalDistribution(["a", "b", "c"])}
 NEEDS = {"CmaEsSampler": "cmaes"}
-"""Samplers and what they need that Optuna does not install."""
+"""Samplers, and the packages that they need but Optuna does not install."""
 ABSTRACT = {name for name, each in {**SAMPLERS, **PRUNERS}.items() if each.__abstractmethods__}
 OF_FINITE_SPACES = {"GridSampler": {"search_space": {"n": [1, 2, 3, 4], "c": ["a", "b", "c"]}}, "BruteForceSampler": {}}
 DRAWN = {
     **{name: {} for name in SAMPLERS if name not in {*ABSTRACT, *OF_FINITE_SPACES, "PartialFixedSampler"}},
     "PartialFixedSampler": {"fixed_params": {"n": 7}, "base_sampler": "RandomSampler"},
 }
-"""Samplers of infinite spaces, and the arguments that they must have."""
+"""Samplers of infinite spaces, and their required arguments."""
 NESTED = {
     "PartialFixedSampler of TPESampler": (
         "PartialFixedSampler",
@@ -62,10 +62,10 @@ NESTED = {
         if name in SAMPLERS
     },
 }
-"""Samplers that draw with another."""
+"""Samplers that draw with another sampler."""
 ROWS = {**{name: (name, arguments) for name, arguments in DRAWN.items()}, **NESTED}
 COUNTS = {"GPSampler": 24, "CmaEsSampler": 24}
-"""Trials where the usual 200 would take long, or are a walk: two of the sampler alone differ as much."""
+"""Number of trials where the usual 200 would be slow, or depend so much on each other that any two runs differ."""
 
 
 def skip_without_package(sampler):
@@ -84,7 +84,7 @@ def _quiet():
 
 @pytest.fixture
 def options(data_dir):
-    """Gives the option ``sampler`` as the command parses it."""
+    """Return the option ``sampler`` as the command parses it."""
 
     def parse(name, arguments):
         given = [f"--sampler.{key}={v if isinstance(v, str) else json.dumps(v)}" for key, v in arguments.items()]
@@ -95,7 +95,7 @@ def options(data_dir):
 
 
 def searched(sampler, space, count, seed=42, directions=("minimize",)):
-    """The study of a search with a sampler, whose trials are drawn as the workers do, but not trained."""
+    """Return a study with a sampler, whose trials are drawn as the workers draw them, but not trained."""
     study, space = optuna.create_study(directions=directions), SearchSpace(space)
     study.sampler = make_sampler(study, sampler, seed, space)
 
@@ -108,7 +108,7 @@ def searched(sampler, space, count, seed=42, directions=("minimize",)):
 
 
 def value(params):
-    """What is minimized: lowest where x is 0.5, y is 0.01, n is 1 and c is a."""
+    """Return the value to minimize, which is lowest at x = 0.5, y = 0.01, n = 1 and c = a."""
     distance = (params.get("x", 0.5) - 0.5) ** 2 + (math.log10(params.get("y", 0.01)) + 2) ** 2 / 4
     return distance + params.get("n", 1) / 100 + "abc".index(params.get("c", "a")) / 3
 
@@ -149,7 +149,7 @@ def test_a_finite_space_is_drawn_once(options, name):
 
 @pytest.mark.parametrize("name", DRAWN)
 def test_trials_are_distributed_as_by_the_sampler_alone(options, name):
-    """The Kolmogorov-Smirnov distance of two samples exceeds the bound once in 10,000 times."""
+    """Check the Kolmogorov-Smirnov distance; by chance, it exceeds the bound once in 10,000 times."""
     skip_without_package(name)
     count = COUNTS.get(name, 200)
     arguments = DRAWN[name]
@@ -162,7 +162,7 @@ def test_trials_are_distributed_as_by_the_sampler_alone(options, name):
         alone.tell(trial, value(trial.params))
     study = searched(options(name, arguments), MIXED, count)
     ours, theirs = (pd.DataFrame(drawn(each)) for each in (study, alone))
-    # genetic samplers hand values on: such a copy is no draw of its own
+    # genetic samplers copy values of earlier trials; a copy is not an independent draw
     sizes = [each["x"].nunique() for each in (ours, theirs)]
     bound = math.sqrt(-math.log(1e-4 / 2) / 2 * sum(sizes) / math.prod(sizes))
     for key in ("x", "y", "n"):
@@ -246,9 +246,9 @@ def test_a_trial_of_a_search_is_what_fit_makes_of_its_config(tune, capfd, tmp_pa
 
 
 class TestStorage(pytest_storages.StorageTestCase):
-    """Of what :func:`open_storage` gives."""
+    """Optuna's tests for the storage of :func:`open_storage`."""
 
-    test_pickle_storage = None  # processes open it by its path
+    test_pickle_storage = None  # processes open the journal by its path instead
 
     @pytest.fixture
     def storage(self, tmp_path):
@@ -257,9 +257,9 @@ class TestStorage(pytest_storages.StorageTestCase):
 
 
 class TestTrialSampler(pytest_samplers.BasicSamplerTestCase):
-    """Of what is put around a sampler."""
+    """Optuna's tests for the wrapper around a sampler."""
 
     @pytest.fixture(params=["RandomSampler", "TPESampler"])
     def sampler(self, request):
-        """Make samplers of trials."""
+        """Return a factory of trial samplers."""
         return lambda: TrialSampler(optuna.create_study(), lambda number: SAMPLERS[request.param](seed=number))

@@ -30,7 +30,7 @@ from mnist_lightning.datasets import CIFAR10, EMNIST, KMNIST, QMNIST, USPS, Fash
 from mnist_lightning.system.errors import UserError
 
 FASHION = Path("/usr/share/datasets/fashion-mnist")
-needs_fashion = pytest.mark.skipif(not FASHION.is_dir(), reason="Debian's package dataset-fashion-mnist is not there")
+needs_fashion = pytest.mark.skipif(not FASHION.is_dir(), reason="needs Debian's package dataset-fashion-mnist")
 RANDOM = np.random.default_rng(0)
 
 
@@ -129,7 +129,7 @@ def test_qmnist_usps_and_cifar10_are_what_torchvision_reads(tmp_path, monkeypatc
 
 @pytest.fixture
 def odd(tmp_path):
-    """A folder of IDX files: images of 12x20 that show their class, whose labels have gaps."""
+    """A folder of IDX files: images of 12x20 that show their class, with gaps in the labels."""
     folder = tmp_path / "odd"
     for prefix, count in (("train-{}", 300), ("t10k-{}", 60)):
         labels = RANDOM.permutation(np.array([2, 7, 30, 31])[np.arange(count) % 4])
@@ -160,7 +160,7 @@ def test_a_folder_of_any_shape_and_labels_goes_through_all_commands(odd, monkeyp
     assert (table.label == table.predicted).mean() == pytest.approx(accuracy)
     assert [*table.columns[-4:]] == [f"probability_{label}" for label in (2, 7, 30, 31)]
 
-    # test images alone, of some of the classes
+    # only test images, of some of the classes
     some = tmp_path / "some"
     labels, images = table.label.to_numpy(), both(MNISTDataModule(str(odd))).test.images[:, 0].numpy()
     write_pair(some, "t10k-{}", images[labels > 7], labels[labels > 7])
@@ -242,7 +242,7 @@ def test_a_folder_of_photos_is_trained_predicted_and_reported(monkeypatch, capfd
     assert code == 0, err
     assert (pd.read_csv("predictions.csv").predicted == ["blue"] * 6 + ["green"] * 6 + ["red"] * 6).all()
     samples = np.asarray(Image.open(tmp_path / "lightning_logs/baseline/version_0/figures/samples.png"))
-    for color in COLORS.values():  # in their colours
+    for color in COLORS.values():  # in their colors
         assert (np.abs(samples.astype(int) - color).max(axis=-1) < 10).mean() > 0.05
     code, out, err = in_process(capfd, "report", "baseline")
     assert code == 0, err
@@ -257,12 +257,12 @@ def test_a_folder_of_classes_alone_is_shuffled_and_shared_out(tmp_path):
         assert split.labels.unique().tolist() == [0, 1, 2]
         assert torch.equal(split.images.flatten(2).float().mean(dim=2).argmax(dim=1), 2 - split.labels)
     numbers = torch.cat([split.images[:, 0, 0, 0] + 100 * split.labels for split in splits])
-    assert len(numbers.unique()) == 150  # each image once
+    assert len(numbers.unique()) == 150  # each image occurs once
     assert torch.equal(both(ImageFolder(str(tmp_path))).test.labels, both(ImageFolder(str(tmp_path))).test.labels)
 
 
 def test_small_classes_keep_images_in_each_split(tmp_path):
-    """Of so many classes, some would be held out whole, whatever the seed."""
+    """Check so many classes that a plain random split would hold out some of them completely."""
     for name in range(300):
         (tmp_path / f"{name:03}").mkdir()
         for shade in range(5):
@@ -306,7 +306,7 @@ def test_a_terminal_shows_how_many_files_are_read(tmp_path, monkeypatch, is_term
     monkeypatch.setattr(errors, "isatty", lambda: is_terminal, raising=False)
     monkeypatch.setattr(sys, "stderr", errors)
     ImageFolder(str(tmp_path)).setup("fit")
-    assert not errors.getvalue()  # it was soon done
+    assert not errors.getvalue()  # too fast for a progress message
     monkeypatch.setattr(datasets, "BAR_AFTER", 0.01)
     original = ImageFolder._open
     monkeypatch.setattr(ImageFolder, "_open", lambda *arguments: (time.sleep(0.02), original(*arguments))[1])
@@ -326,7 +326,7 @@ def test_a_folder_s_pictures_are_those_that_predict_takes(tmp_path, capsys):
     (tmp_path / "red/table.pdf").touch()
     (tmp_path / ".ipynb_checkpoints").mkdir()
     if os.name != "nt":
-        (tmp_path / "red/more/again").symlink_to(tmp_path / "red")  # a loop
+        (tmp_path / "red/more/again").symlink_to(tmp_path / "red")  # the link makes a loop
     data = both(ImageFolder(str(tmp_path)))
     classes = len(data.classes)
     assert ".ipynb_checkpoints" not in data.classes
@@ -339,7 +339,7 @@ def test_a_folder_s_pictures_are_those_that_predict_takes(tmp_path, capsys):
 
 @pytest.mark.parametrize("ink", ["black", "white"])
 def test_a_drawing_on_nothing_is_seen(tmp_path, ink):
-    """As a canvas saves it: the colours below the transparency are all the same."""
+    """Check a drawing as a canvas saves it: all colors below the transparency are the same."""
     for name in ("one", "two"):
         (tmp_path / name).mkdir()
         for number in range(10):
@@ -400,7 +400,7 @@ def test_images_are_scaled_and_made_grey_where_that_is_wanted(tmp_path):
     assert data.train.images.shape[1:] == (1, 6, 7)
 
 
-# --- classes of one's own ------------------------------------------------------------------------------------
+# --- the user's own classes ----------------------------------------------------------------------------------
 
 OWN = """
 import torch
@@ -482,7 +482,7 @@ def test_a_checkpoint_from_python_knows_its_data(odd):
 def test_a_folder_of_photos_is_searched(monkeypatch, capfd, tmp_path):
     write_files(tmp_path / "photos", 20)
     monkeypatch.chdir(tmp_path)
-    degrees = "data.augmentation.0.init_args.degrees"  # as on the command line, or with init_args as in a config
+    degrees = "data.augmentation.0.init_args.degrees"  # as on the command line, or with init_args, as in a config
     space = {
         degrees: {"class_path": "IntDistribution", "init_args": {"low": 5, "high": 30}},
         "data.init_args.batch_size": {"class_path": "CategoricalDistribution", "init_args": {"choices": [8, 16]}},

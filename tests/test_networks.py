@@ -19,7 +19,7 @@ def test_the_default_is_the_notebook_s_network():
     assert shapes == [(128, 784), (64, 128), (10, 64)]
     assert [layer.p for layer in network if isinstance(layer, nn.Dropout)] == [0.2, 0.2]
     assert [layer.l2 for layer in network if isinstance(layer, Dense)] == [0.01, 0.01, 0]
-    assert sum(parameter.numel() for parameter in network.parameters()) == 109_386  # Keras's count
+    assert sum(parameter.numel() for parameter in network.parameters()) == 109_386  # Keras counts the same
     assert network(torch.zeros(3, 1, 28, 28)).shape == (3, 10)
 
 
@@ -43,7 +43,7 @@ def test_one_value_serves_all_layers():
     network = MLP(units=[30, 20, 10], dropout=0.4, l2=0.1)
     assert [layer.p for layer in network if isinstance(layer, nn.Dropout)] == [0.4] * 3
     assert [layer.l2 for layer in network if isinstance(layer, Dense)] == [0.1] * 3 + [0]
-    network = MLP(units=[30])  # so do the defaults
+    network = MLP(units=[30])  # the defaults also apply to each layer
     assert [layer.p for layer in network if isinstance(layer, nn.Dropout)] == [0.2]
     assert [layer.l2 for layer in network if isinstance(layer, Dense)] == [0.01, 0]
 
@@ -53,7 +53,7 @@ def test_no_hidden_layer_is_a_linear_classifier():
 
 
 def test_the_default_has_the_names_and_draws_of_the_first_version():
-    """So that its checkpoints load and its runs repeat: nothing is drawn but the kernels, one after another."""
+    """Check that old checkpoints load and old runs repeat: only the kernels are drawn, one after another."""
     torch.manual_seed(0)
     weights = MLP().state_dict()
     torch.manual_seed(0)
@@ -122,14 +122,14 @@ def test_each_stage_takes_its_own_values():
     assert [layer.l2 for layer in layers] == [0.5, 0, 0, 0]
     assert [layer.p for layer in network.modules() if isinstance(layer, nn.Dropout)] == [0.1, 0.2]
     assert sum(isinstance(layer, nn.GELU) for layer in network.modules()) == 4
-    # normalization has a bias, so the convolution needs none
+    # normalization has a bias, so the convolution does not need one
     expected = sum(math.prod(shape) for shape in shapes) + 2 * (4 + 3 * 8) + 8 * 10 + 10
     assert sum(parameter.numel() for parameter in network.parameters()) == expected
 
 
 def test_a_cnn_is_what_its_layers_are_in_usual_memory_order(mnist):
     torch.manual_seed(0)
-    network = CNN([4, 8], dropout=0.0).double()  # in which both ways round alike but for 1e-15
+    network = CNN([4, 8], dropout=0.0).double()  # in float64, both orders agree to 1e-15
     images = mnist.train.scaled(range(16)).double()
     layers = [layer for layer in network.modules() if not [*layer.children()]]
     plain = nn.Sequential(*layers)
@@ -144,7 +144,7 @@ def test_a_convolution_keeps_the_variance_under_relu():
     torch.manual_seed(0)
     layer = Convolution(32, 32, 3)
     outputs = layer(torch.randn(8, 32, 30, 30).relu())[..., 1:-1, 1:-1]
-    assert outputs.square().mean().item() == pytest.approx(1, rel=0.1)  # which was 1 before ReLU
+    assert outputs.square().mean().item() == pytest.approx(1, rel=0.1)  # the input had 1 before ReLU
     assert not layer.bias.any()
 
 
@@ -183,7 +183,7 @@ def test_pretrained_kernels_see_a_grey_image_as_a_grey_picture(monkeypatch):
     from torchvision import models
 
     torch.manual_seed(0)
-    pretrained = models.resnet18().double().eval()  # the test downloads nothing
+    pretrained = models.resnet18().double().eval()  # without a download
     monkeypatch.setattr(models, "get_model", lambda *_, **__: pretrained)
     grey = torch.rand(2, 1, 32, 32, dtype=torch.float64)
     expected = pretrained.conv1(grey.expand(-1, 3, -1, -1))

@@ -50,7 +50,7 @@ def torch_steps(optimizer_class, w, gradients, **arguments):
 
 @pytest.fixture(params=[1.0, 1e-3, 1e-6, 1e-9], ids="gradients of {:g}".format)
 def problem(request):
-    """Weights, and gradients of one order of magnitude."""
+    """Return weights, and gradients of one order of magnitude."""
     rng = np.random.default_rng(0)
     return rng.normal(size=200), rng.normal(size=(STEPS, 200)) * request.param
 
@@ -90,7 +90,7 @@ def test_state_travels(optimizer):
 
 
 def test_torch_s_rmsprop_is_another_rule():
-    """The reason for KerasRMSprop: with small gradients torch's steps are several times as long."""
+    """Show the reason for KerasRMSprop: with small gradients, torch's steps are several times as long."""
     rng = np.random.default_rng(0)
     w, gradients = np.zeros(200), rng.normal(size=(STEPS, 200)) * 1e-5
     ours = torch_steps(KerasRMSprop, w, gradients)

@@ -69,7 +69,7 @@ def test_other_arrays_are_refused(predictor, images):
         predictor(images)
 
 
-def test_what_is_no_checkpoint_is_said(tmp_path):
+def test_what_is_not_a_checkpoint_is_said(tmp_path):
     with pytest.raises(UserError, match="damaged or not a checkpoint"):
         Predictor(ROOT / "README.md")
     with pytest.raises(FileNotFoundError):

@@ -12,12 +12,12 @@ PACKAGE = ROOT / "mnist_lightning"
 
 
 def imported(path: Path) -> set[str]:
-    """The modules of the package that a file imports, at its top or in a function, without the package's name."""
+    """Return the package's modules that a file imports anywhere, without the name of the package."""
     names = set()
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.ImportFrom) and node.module and node.module.split(".")[0] == PACKAGE.name:
             parent = node.module.removeprefix(PACKAGE.name).lstrip(".")
-            for alias in node.names:  # a module, or something in one
+            for alias in node.names:  # a module, or a name in a module
                 module = f"{parent}.{alias.name}".lstrip(".")
                 names.add(module if (PACKAGE / f"{module.replace('.', '/')}.py").exists() else parent)
     return names - {""}
@@ -50,4 +50,4 @@ def test_the_readme_s_python_works(quick, capfd, tmp_path, mnist):
     output = capfd.readouterr().out
     assert output.startswith("0    7\n")
     assert "last epoch (4)" in output
-    assert "test/accuracy" in output.partition("last epoch (4)")[2]  # the Trainer's
+    assert "test/accuracy" in output.partition("last epoch (4)")[2]  # printed by the Trainer

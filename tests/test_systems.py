@@ -45,7 +45,7 @@ def test_all_commands_work_without_what_windows_lacks(data_dir, tmp_path):
         assert "Traceback" not in output
         return output
 
-    # a terminal has no letter for it
+    # the terminal's encoding does not have this letter
     assert f"Run: {Path('lightning_logs/?/version_0')}" in run("fit", "--trainer.max_epochs=1", "--name=λ")
     options = tune_options(data_dir, "--n_trials=6", "--workers=2", "--refit=true", "--refit_epochs=1")
     killed = start(tmp_path, *options)
@@ -84,7 +84,7 @@ def test_what_windows_lacks_is_away_there():
     assert result.stdout == "[False, False, False, False, False]\n", result.stderr
 
 
-@pytest.mark.skipif(not psutil.LINUX, reason="only Linux counts a process's start from its own")
+@pytest.mark.skipif(not psutil.LINUX, reason="only Linux counts a process's start from the system's")
 def test_a_process_keeps_its_name_when_the_clock_is_set(tmp_path, monkeypatch):
     name = process_name()
     assert name == process_name(os.getpid())
@@ -100,7 +100,7 @@ def test_a_dead_process_and_one_that_nobody_has_buried_have_no_start():
     child = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
     assert not process_name(child.pid).endswith(":None")
     child.stdin.close()
-    wait_for(lambda: process_name(child.pid).endswith(":None"))  # a zombie
+    wait_for(lambda: process_name(child.pid).endswith(":None"))  # the child is a zombie
     child.wait()
     assert process_name(child.pid).endswith(":None")
 

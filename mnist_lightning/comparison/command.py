@@ -5,7 +5,7 @@ from pathlib import Path
 
 
 def main(command: str, description: str, arguments: list[str]) -> None:
-    """Run the command; what takes long to import waits until the arguments are right."""
+    """Run the command. Slow imports wait until the arguments are valid."""
     options = parse(command, description, arguments)
     models = [*options.models, *options.name] or ([] if options.study_name else ["baseline", "tuned"])
 
@@ -20,28 +20,28 @@ def main(command: str, description: str, arguments: list[str]) -> None:
 
 
 def parse(command: str, description: str, arguments: list[str]) -> argparse.Namespace:
-    """Read the options, which have the names that they have in other commands; older names go on to work."""
+    """Parse the options. They are named as in the other commands; older names still work."""
     parser = argparse.ArgumentParser(prog=f"python -m mnist_lightning {command}", description=description)
     parser.add_argument(
         "models",
         nargs="*",
         metavar="MODEL",
-        help="a name, whose newest complete run is taken from the logs, or NAME=PATH, a run's folder or checkpoint; "
-        "several seeds of one model are NAME=PATH,PATH,... or 'NAME=FOLDER/*'; all are compared to the first "
-        "(default: baseline tuned; with --study_name, the study alone)",
+        help="a name, for its newest complete run in the logs, or NAME=PATH, for a run folder or checkpoint; give "
+        "several seeds of one model as NAME=PATH,PATH,... or 'NAME=FOLDER/*'; each model is compared with the first "
+        "(default: baseline tuned; with --study_name, only the study)",
     )
-    parser.add_argument("--name", action="append", default=[], help="a model, as MODEL; several times for several")
+    parser.add_argument("--name", action="append", default=[], help="a model, like MODEL; can be repeated")
     parser.add_argument(
         "--ckpt_path",
         "--weights",
         choices=("last", "best"),
         default="last",
-        help="weights of the last epoch, as the notebook, or of the best validation epoch (default: last)",
+        help="weights of the last epoch, as in the notebook, or of the best validation epoch (default: last)",
     )
     parser.add_argument(
-        "--study_name", "--study", help="name of the study to show (default: the one that made a model)"
+        "--study_name", "--study", help="name of the study to show (default: the study that produced a model)"
     )
-    parser.add_argument("--storage", help="its journal file or URL (default: journal.log in its folder)")
+    parser.add_argument("--storage", help="journal file or URL of the study (default: journal.log in its folder)")
     parser.add_argument("--logs", type=Path, default=Path("lightning_logs"), help="(default: lightning_logs)")
-    parser.add_argument("--output", type=Path, help="folder of the report, written anew (default: LOGS/report)")
+    parser.add_argument("--output", type=Path, help="folder of the report, which is replaced (default: LOGS/report)")
     return parser.parse_args(arguments)

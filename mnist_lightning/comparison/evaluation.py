@@ -19,22 +19,22 @@ from mnist_lightning.system.errors import UserError
 from mnist_lightning.training.saved_run import SavedRun
 
 WEIGHTS = ("last", "best")
-"""Checkpoints of a run: of its last epoch, and of the best by validation accuracy."""
+"""The checkpoints of a run: the last epoch, and the epoch with the best validation accuracy."""
 COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00")
-"""Of Okabe and Ito, which the colour-blind tell apart; those that are lightest on white come last."""
+"""Colors of Okabe and Ito, which color-blind people can tell apart; the lightest on white come last."""
 
 
 @dataclass
 class Evaluation:
-    """What a classifier predicts for a split of n images.
+    """The predictions of a classifier for a split of n images.
 
     Attributes:
         probabilities: float32 of shape (n, classes).
         classes: Names of the classes.
-        metrics: Means of :meth:`Classifier.metrics`, by their names.
-        mistakes: Indices of the images that it gets wrong.
-        confidence: Probability of the predicted class, of shape (n,); 0 where it is not a number.
-        has_diverged: Whether a probability is not a number, as after a training that diverged.
+        metrics: The means of :meth:`Classifier.metrics`, by name.
+        mistakes: Indices of the misclassified images.
+        confidence: Probability of the predicted class, of shape (n,); 0 where it is NaN.
+        has_diverged: Whether a probability is not finite, as after a diverged training.
     """
 
     split: Split
@@ -45,31 +45,31 @@ class Evaluation:
     def __post_init__(self) -> None:
         self.labels: NDArray[np.int64] = self.split.labels.numpy()
         self.predicted = self.probabilities.argmax(axis=1)
-        self._classes = range(self.probabilities.shape[1])  # of which the labels may lack one
+        self._classes = range(self.probabilities.shape[1])  # the labels may lack some of them
         self.correct = self.predicted == self.labels
         self.mistakes = np.flatnonzero(~self.correct)
         self.confidence = np.nan_to_num(self.probabilities.max(axis=1))
         self.has_diverged = not np.isfinite(self.probabilities).all()
-        self.accuracy = float(self.correct.mean(dtype=np.float32))  # rounds as the metric does
+        self.accuracy = float(self.correct.mean(dtype=np.float32))  # rounded like the metric
 
     @property
     def confident_mistakes(self) -> NDArray[np.intp]:
-        """The mistakes, those of the highest confidence first."""
+        """The mistakes, most confident first."""
         return self.mistakes[np.argsort(-self.confidence[self.mistakes], kind="stable")]
 
     @property
     def calibration_error(self) -> float | None:
-        """The expected calibration error, which a classifier that has diverged has not."""
+        """The expected calibration error, or None if the classifier has diverged."""
         return None if self.has_diverged else calibration_error(self.probabilities, self.labels)
 
     @property
     def confusion_matrix(self) -> NDArray[np.int64]:
-        """Counts of shape (classes, classes): rows are true, columns predicted classes."""
+        """Counts of shape (classes, classes): rows are true classes, columns predicted classes."""
         return np.asarray(confusion_matrix(self.labels, self.predicted, labels=self._classes))
 
     @property
     def scores(self) -> pd.DataFrame:
-        """``precision``, ``recall``, ``f1`` and ``support``, with a row for each class by its name."""
+        """``precision``, ``recall``, ``f1`` and ``support``, with one row per class, indexed by name."""
         scores = precision_recall_fscore_support(self.labels, self.predicted, labels=self._classes, zero_division=0)
         columns = ["precision", "recall", "f1", "support"]
         return pd.DataFrame(np.transpose(scores), columns=columns, index=self.classes)
@@ -80,14 +80,14 @@ class Run:
     """A trained run.
 
     Attributes:
-        path: Its folder, or the checkpoint that was named instead.
-        config: Its configuration; empty without its file.
-        history: One row an epoch.
+        path: The run folder, or the checkpoint given instead.
+        config: The config; empty if its file is missing.
+        history: One row per epoch.
         seconds: Training time.
         parameters: Number of trainable parameters.
-        evaluations: By weights and split (``val``, ``test``).
-        classifiers: By weights.
-        data: Its data module, set up.
+        evaluations: The evaluations by weights and split (``val``, ``test``).
+        classifiers: The classifiers by weights.
+        data: The data module of the run, set up.
     """
 
     path: Path
@@ -101,7 +101,7 @@ class Run:
 
     @property
     def best_epoch(self) -> int:
-        """The earliest epoch with the highest validation accuracy, from 1."""
+        """The earliest epoch with the highest validation accuracy, counted from 1."""
         return 1 + int(max(self.history, key=lambda row: row.get("val/accuracy", 0.0))["epoch"])
 
 
@@ -110,11 +110,11 @@ class Model:
     """A model: one run, or several that differ in their seed.
 
     Attributes:
-        name: Given by the user.
-        slug: The same for file names, of no other model.
-        color: Of its curves.
-        runs: The first one is shown where there is room for one only.
-        weights: The weights that are compared, of ``WEIGHTS``.
+        name: The name given by the user.
+        slug: A unique form of the name for file names.
+        color: Color of the curves.
+        runs: The runs; where only one can be shown, it is the first.
+        weights: The compared weights, one of ``WEIGHTS``.
     """
 
     name: str
@@ -125,17 +125,17 @@ class Model:
 
     @property
     def test(self) -> Evaluation:
-        """The first run on the test images."""
+        """The evaluation of the first run on the test images."""
         return self.runs[0].evaluations[self.weights, "test"]
 
     @property
     def accuracies(self) -> list[float]:
-        """Test accuracy of each run."""
+        """The test accuracy of each run."""
         return [run.evaluations[self.weights, "test"].accuracy for run in self.runs]
 
     @property
     def metrics(self) -> dict[str, list[float]]:
-        """The values of each metric, split and checkpoint; none of a run without the checkpoint."""
+        """The values by metric, split and checkpoint, leaving out runs without the checkpoint."""
         return {
             f"{split}/{metric} ({weights} epoch)": [
                 run.evaluations[weights, split].metrics[metric]
@@ -149,15 +149,15 @@ class Model:
 
 
 def load_run(path: Path) -> Run:
-    """Read a run from its folder, or from one of its checkpoints, and evaluate it.
+    """Read a run from its folder or one of its checkpoints, and evaluate it.
 
     Raises:
-        UserError: If there is no checkpoint, or it cannot be used.
+        UserError: If the checkpoint is missing or cannot be used.
     """
     files = {weights: path / f"checkpoints/{weights}.ckpt" for weights in WEIGHTS} if path.is_dir() else {"last": path}
     if not files["last"].is_file():
         raise UserError(
-            f"{path} has no checkpoint: it was stopped before the end of its first epoch, or is no run."
+            f"{path} has no checkpoint: it was stopped before the end of its first epoch, or is not a run."
             if path.is_dir()
             else f"There is no run or checkpoint at {path}."
         )
@@ -193,6 +193,6 @@ def evaluate(run: SavedRun, data: ImageDataModule, split: Split) -> Evaluation:
 
 
 def have_same(name: str, first: Run, other: Run) -> bool:
-    """Whether two runs have the same images in a split, ``val`` or ``test``."""
+    """Return whether two runs have the same images in a split, ``val`` or ``test``."""
     one, two = (run.evaluations["last", name].split for run in (first, other))
     return torch.equal(one.labels, two.labels) and torch.equal(one.images, two.images)

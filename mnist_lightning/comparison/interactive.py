@@ -18,22 +18,22 @@ from mnist_lightning.training.figures import mosaic, pictures
 from mnist_lightning.training.saliency import integrated_gradients, smoothed
 
 LIMIT = 1000
-"""Mistakes of a model on the page, the most confident: a poor one has thousands, and a phone little memory."""
+"""Mistakes of a model on the page, most confident first: a poor model has thousands, a phone little memory."""
 COLUMNS = 32
 EXPLAINED, SIDE = 1500, 14
-"""Mistakes of all models that are explained, and the side of such a picture: below half a megabyte of the page."""
+"""Explained mistakes of all models, and the side of an explanation: together less than half a megabyte."""
 
 
 def metrics(models: Sequence[Model]) -> list[str]:
-    """The metrics that were logged in training, too."""
+    """Return the metrics that were also logged in training."""
     return [name for name in models[0].test.metrics if f"train/{name}" in models[0].runs[0].history[-1]]
 
 
 def content(models: Sequence[Model]) -> dict[str, Any]:
-    """All that is not text or picture.
+    """Return the interactive content of the page.
 
     Returns:
-        ``script``: what the page's script reads, in plain types; ``sprite``: the images of its gallery, as a URL.
+        ``script``: the data that the page's script reads, in plain types; ``sprite``: the gallery's images, as a URL.
     """
     gallery, answers, sprite = mistakes(models)
     named = [
@@ -43,7 +43,7 @@ def content(models: Sequence[Model]) -> dict[str, Any]:
 
 
 def charts(models: Sequence[Model]) -> list[dict[str, Any]]:
-    """A chart for each metric: lines of each model in validation and training, with bands over several runs."""
+    """Return one chart per metric: validation and training lines of each model, with bands over several runs."""
     epochs = range(max(len(run.history) for model in models for run in model.runs))
     return [
         {
@@ -61,7 +61,7 @@ def charts(models: Sequence[Model]) -> list[dict[str, Any]]:
 
 def _line(model: Model, key: str, epochs: range) -> dict[str, Any]:
     rows = [{row["epoch"]: row[key] for row in run.history if key in row} for run in model.runs]
-    # JSON has neither infinity nor what is not a number: there, a curve has a gap
+    # JSON has neither infinity nor NaN: the curve gets a gap
     values = [[row[epoch] for row in rows if math.isfinite(row.get(epoch, math.nan))] for epoch in epochs]
     functions: dict[str, Any] = {"mean": statistics.mean}
     if len(rows) > 1:
@@ -72,11 +72,11 @@ def _line(model: Model, key: str, epochs: range) -> dict[str, Any]:
 
 
 def mistakes(models: Sequence[Model]) -> tuple[dict[str, Any], list[dict[str, Any]], str]:
-    """The images that any model gets wrong, and what each model says of them.
+    """Return the images that any model gets wrong, and each model's answers for them.
 
     Returns:
-        The images' place in the sprite, true classes and indices; for each model its number of mistakes, its predicted
-        classes and confidences of those images in hundredths of a percent, and why; the sprite, a PNG as a URL.
+        The layout of the sprite, and the images' true classes and indices; for each model its number of mistakes, the
+        predicted classes, confidences in hundredths of a percent, and explanations; the sprite, a PNG as a URL.
     """
     test = models[0].test
     indices = np.unique(np.concatenate([model.test.confident_mistakes[:LIMIT] for model in models]))
@@ -103,11 +103,11 @@ def mistakes(models: Sequence[Model]) -> tuple[dict[str, Any], list[dict[str, An
 
 
 def explanations(model: Model, count: int) -> dict[str, Any]:
-    """What speaks for the class that a model predicts, and against the true one, in its most confident mistakes.
+    """Explain a model's most confident mistakes: the evidence for the predicted class and against the true class.
 
     Returns:
-        ``indices`` of the images, ``height`` and ``width`` of an explanation, and ``base64`` of all their pixels, one
-        after the other: bytes from -127 (for the true class) to 127 (for the predicted one).
+        ``indices`` of the images, ``height`` and ``width`` of an explanation, and ``base64`` of the pixels of all
+        explanations in order: bytes from -127 (for the true class) to 127 (for the predicted class).
     """
     test, run = model.test, model.runs[0]
     indices = test.confident_mistakes[: 0 if test.has_diverged else count]

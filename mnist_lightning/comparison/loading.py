@@ -22,7 +22,7 @@ def load_models(arguments: Sequence[str], weights: str, logs: Path) -> list[Mode
     for argument in arguments:
         name, _, paths = argument.partition("=")
         if not name or name in folders:
-            raise UserError(f"Each model needs a name of its own, as NAME=PATH: {' '.join(arguments)}")
+            raise UserError(f"Each model needs its own name, as NAME=PATH: {' '.join(arguments)}")
         found = [run for path in paths.split(",") for run in find_runs(name, path)] if paths else []
         folders[name] = [*dict.fromkeys(found)] or [newest_complete_run(logs / name)]
     models: list[Model] = []
@@ -35,15 +35,15 @@ def load_models(arguments: Sequence[str], weights: str, logs: Path) -> list[Mode
     for run in runs:
         if not have_same("test", runs[0], run):
             raise UserError(
-                f"{runs[0].path} and {run.path} have other test images than each other: their results do not compare."
+                f"{runs[0].path} and {run.path} have different test images: their results cannot be compared."
             )
         if (weights, "test") not in run.evaluations:
-            raise UserError(f"{run.path} has no weights of its best epoch; take --ckpt_path last.")
+            raise UserError(f"{run.path} has no weights of its best epoch; use --ckpt_path last.")
     return models
 
 
 def find_runs(name: str, pattern: str) -> list[Path]:
-    """The runs that a model's path names, or the complete ones that its pattern matches, in natural order.
+    """Find the run at a path, or the complete runs that match a pattern, in natural order.
 
     Raises:
         UserError: If no complete run matches the pattern.
@@ -59,15 +59,15 @@ def find_runs(name: str, pattern: str) -> list[Path]:
     ]
     left_out = ", ".join(str(path) for path in matches if path not in complete)
     if not complete:
-        remedy = f"; without a checkpoint, or stopped before their end: {left_out}" if left_out else ""
+        remedy = f"; without a checkpoint, or stopped early: {left_out}" if left_out else ""
         raise UserError(f"{name}: no complete run matches {pattern}{remedy}.")
     if left_out:
-        print(f"{name}: left out, without a checkpoint or stopped before their end: {left_out}\n")
+        print(f"{name}: left out, without a checkpoint or stopped early: {left_out}\n")
     return complete
 
 
 def load_study(name: str | None, storage: str | None, logs: Path, models: Sequence[Model]) -> optuna.Study | None:
-    """Load the study, if there is one with a complete trial; see :func:`write`."""
+    """Load the study, or return None if there is none with a complete trial; see :func:`write`."""
     origins = {origin["study_name"]: model for model in models if (origin := origin_of(model))}
     if name is None and not origins:
         return None
@@ -78,7 +78,7 @@ def load_study(name: str | None, storage: str | None, logs: Path, models: Sequen
     if study is None:
         source = hide_password(source)
         if name is None and storage is None:
-            print(f"{origins[found].name} is of the study {found}, which is not in {source}. Show it: --storage URL\n")
+            print(f"{origins[found].name} is from study {found}, which is not in {source}. Show it: --storage URL\n")
             return None
         raise UserError(f"There is no study {found} in {source}.")
     if not study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,)):
@@ -87,6 +87,6 @@ def load_study(name: str | None, storage: str | None, logs: Path, models: Sequen
 
 
 def origin_of(model: Model) -> dict[str, Any] | None:
-    """The study and trial that made a model's first run, if one has."""
+    """Return the study and trial that produced a model's first run, or None."""
     origin = model.runs[0].config.get("origin")
     return origin if isinstance(origin, dict) and {"study_name", "trial"} <= origin.keys() else None

@@ -3,7 +3,7 @@ const data = JSON.parse(document.getElementById("data").textContent);
 const all = (selector, root = document) => [...root.querySelectorAll(selector)];
 const byId = (id) => document.getElementById(id);
 
-// tables, sorted by a click on a header
+// clicking a header sorts the table
 for (const table of all("table.sortable"))
   all("th", table).forEach((th, column) => {
     const button = document.createElement("button");
@@ -14,7 +14,7 @@ for (const table of all("table.sortable"))
       for (const other of all("th", table)) other.removeAttribute("aria-sort");
       th.setAttribute("aria-sort", up ? "ascending" : "descending");
       const text = (row) => row.cells[column].textContent.trim(), number = (row) => parseFloat(text(row).replaceAll(",", ""));
-      const compare = (a, b) => number(a) - number(b) || text(a).localeCompare(text(b)); // by text, where one is no number
+      const compare = (a, b) => number(a) - number(b) || text(a).localeCompare(text(b)); // as text if one is not a number
       const body = table.tBodies[0];
       body.append(...[...body.rows].sort((a, b) => (up ? 1 : -1) * compare(a, b)));
     });
@@ -22,7 +22,7 @@ for (const table of all("table.sortable"))
 
 // curves
 if (data.charts) {
-  let printing = false; // on white paper, whatever the screen has
+  let printing = false; // paper is white, whatever the screen's theme
   const color = (name, onPaper) => () =>
     printing ? onPaper : getComputedStyle(document.documentElement).getPropertyValue(name);
   const axis = { stroke: color("--ink", "#1f2328"), grid: { stroke: color("--grid", "#d0d7de"), width: 1 }, ticks: { show: false } };
@@ -59,7 +59,7 @@ if (data.charts) {
       cursor: { sync: { key: "epochs" }, points: { size: 8 } },
     }, values, box);
     const fit = () => plot.width === box.clientWidth || plot.setSize({ width: box.clientWidth, height: 300 });
-    new ResizeObserver(() => requestAnimationFrame(fit)).observe(box); // later: it changes the height that is observed
+    new ResizeObserver(() => requestAnimationFrame(fit)).observe(box); // deferred: it changes the observed height
     box.addEventListener("keydown", (event) => {
       const step = { ArrowLeft: -1, ArrowRight: 1 }[event.key];
       if (!step) return;
@@ -67,7 +67,7 @@ if (data.charts) {
       const at = plot.cursor.idx == null ? (step > 0 ? 0 : chart.epochs.length - 1) : plot.cursor.idx + step;
       if (at in chart.epochs) plot.setCursor({ left: plot.valToPos(chart.epochs[at], "x"), top: 0 });
     });
-    // a click in the legend switches the model in all charts, not the line in this one
+    // clicking the legend toggles the model in all charts, not the line in this one
     box.addEventListener("click", (event) => {
       const row = event.target.closest(".u-series");
       if (!row) return;
@@ -94,7 +94,7 @@ if (data.charts) {
   addEventListener("afterprint", () => redraw(false));
 }
 
-// every mistake
+// the gallery of mistakes
 if (data.gallery) {
   const { width, height, columns, labels, indices, limit, classes } = data.gallery;
   const form = byId("filter"), scale = Math.max(1, Math.round(64 / width)), step = 60;
@@ -103,7 +103,7 @@ if (data.gallery) {
     labels.map((_, i) => i).filter((i) => predicted[i] !== labels[i]).sort((a, b) => confidence[b] - confidence[a]).slice(0, limit));
   const explanations = data.models.map(({ explained }) => ({ ...explained, bytes: Uint8Array.from(atob(explained.base64), (c) => c.charCodeAt(0)) }));
   let found = [], shown = 0;
-  /** What speaks for the predicted class in orange, for the true one in blue. */
+  /** Draw the evidence for the predicted class in orange, for the true class in blue. */
   const explain = (at, { height, width, bytes }) => {
     const picture = document.createElement("canvas"), size = height * width;
     Object.assign(picture, { width, height });
@@ -159,7 +159,7 @@ if (data.gallery) {
     found = orders[who.value].filter((i) =>
       (truth.value === "" || labels[i] === +truth.value) && (wanted.value === "" || model.predicted[i] === +wanted.value) &&
       (!others?.value || data.models[others.value].predicted[i] === labels[i]));
-    const cut = model.mistakes > limit ? `; the page has the ${limit.toLocaleString("en")} of which it is most confident` : "";
+    const cut = model.mistakes > limit ? `; the page has the ${limit.toLocaleString("en")} most confident` : "";
     byId("count").textContent = `${found.length} of the ${model.mistakes.toLocaleString("en")} mistakes of ${model.name}, the most confident first${cut}.`;
     for (const button of all(".confusion button"))
       button.setAttribute("aria-pressed", button.dataset.model === who.value && button.dataset.true === truth.value && button.dataset.predicted === wanted.value);

@@ -26,19 +26,19 @@ def write(
     """Write the report.
 
     Args:
-        models: Any number of NAME or NAME=PATH,PATH,..., of which a path may be a pattern; none for the study alone.
+        models: Any number of NAME or NAME=PATH,PATH,..., where a path may be a pattern; empty for only the study.
         weights: ``last`` or ``best``.
-        study: Name of the study, or None for the one that made the last model that one has made.
-        storage: Its storage, or None for the journal in its folder.
+        study: Name of the study, or None for the study that produced the last model that has one.
+        storage: Storage of the study, or None for the journal in its folder.
         logs: Folder of the runs.
         output: Folder of the report, or None for ``report`` in ``logs``.
 
     Raises:
-        UserError: If a run or the study is missing or damaged, or the models do not compare.
+        UserError: If a run or the study is missing or damaged, or the models cannot be compared.
     """
     output = output or logs / "report"
     if output.exists() and any(output.iterdir()) and not (output / "report.json").is_file():
-        raise UserError(f"{output} holds something else than a report: choose another --output.")
+        raise UserError(f"{output} holds something other than a report: choose another --output.")
     loaded = load_models(models, weights, logs)
     found = load_study(study, storage, logs, loaded)
     if not loaded and found is None:
@@ -52,7 +52,7 @@ def write(
 
 
 def render(report: Report, sections: Sequence[Section]) -> str:
-    """The page: one file, which asks for no other."""
+    """Render the page: one file that loads no others."""
     style, script, *libraries = [
         Markup((Path(__file__).parent / name).read_text(encoding="utf-8"))  # noqa: S704
         for name in ("page.css", "page.js", "uplot/uPlot.min.css", "uplot/uPlot.iife.min.js")
@@ -64,7 +64,7 @@ def render(report: Report, sections: Sequence[Section]) -> str:
 
 
 def save(report: Report, sections: Sequence[Section], output: Path) -> None:
-    """Write all files, beside their place: an old report stays until the new one is whole."""
+    """Write all files to a temporary folder first: an old report stays until the new one is complete."""
     output.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".report-", dir=output.parent) as temporary:
         new = Path(temporary, "new")
@@ -80,7 +80,7 @@ def save(report: Report, sections: Sequence[Section], output: Path) -> None:
         with SummaryWriter(str(new)) as tensorboard:
             for picture in (picture for section in sections for picture in section.pictures if picture.png):
                 (new / f"figures/{picture.name}.png").write_bytes(picture.png)
-                # add_image would compress it once more
+                # add_image would compress it again
                 image = Summary.Image(encoded_image_string=picture.png, height=picture.height, width=picture.width)
                 value = Summary.Value(tag=f"report/{picture.name}", image=image)
                 tensorboard.file_writer.add_summary(Summary(value=[value]))
@@ -91,7 +91,7 @@ def save(report: Report, sections: Sequence[Section], output: Path) -> None:
 
 
 def _plain(content: Any) -> Any:
-    """Content for JSON, which has no numbers but finite ones: null stands for others."""
+    """Replace numbers that are not finite, which JSON does not have, by None."""
     if isinstance(content, dict):
         return {key: _plain(value) for key, value in content.items()}
     if isinstance(content, list | tuple):
@@ -100,7 +100,7 @@ def _plain(content: Any) -> Any:
 
 
 def _keep_others(old: Path, new: Path) -> None:
-    """Copy what is in an old report's folder, but is not of a report."""
+    """Copy the files in an old report's folder that do not belong to a report."""
     for path in old.rglob("*"):
         name = path.relative_to(old)
         is_of_report = str(name) in ("report.html", "report.json", "comparison.csv", "trials.csv") or (

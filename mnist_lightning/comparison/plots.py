@@ -25,27 +25,27 @@ from mnist_lightning.search.study import best_trial
 from mnist_lightning.training import figures
 
 SAMPLES = 10
-"""Images in a picture of predictions."""
+"""The number of images in a picture of predictions."""
 
 
 class Picture:
     """A rendered figure.
 
     Args:
-        name: Of its file, without the suffix.
-        figure: None if there is nothing to show but the caption.
-        alt: What it shows, for those who cannot see it.
-        caption: Stands above it.
-        is_photo: Whether it shows images in colour, which stay as they are in dark mode.
+        name: Name of the file, without the suffix.
+        figure: The figure, or None to show only the caption.
+        alt: Alternative text for people who cannot see the picture.
+        caption: Text above the picture.
+        is_photo: Whether the picture shows color images, which dark mode must not invert.
     """
 
     def __init__(self, name: str, figure: Figure | None, alt: str, caption: str = "", is_photo: bool = False) -> None:
         self.is_photo = is_photo
         self.name, self.alt, self.caption, self.png = name, alt, caption, b""
         if figure is not None:
-            figure.set_dpi(200)  # sharp on a screen of double density, and shown half as wide
+            figure.set_dpi(200)  # sharp on a high-density screen, as it is shown at half the width
             pixels, file = figures.render(figure), io.BytesIO()
-            # the default method takes three times as long, and misses colours by more
+            # the default method takes three times as long, and its colors are less exact
             image = Image.fromarray(pixels).quantize(128, Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE)
             image.save(file, "png", optimize=True)
             self.height, self.width = (size // 2 for size in pixels.shape[:2])
@@ -53,24 +53,24 @@ class Picture:
 
     @property
     def src(self) -> str:
-        """The file as a URL."""
+        """The picture as a data URL."""
         return data_url(self.png)
 
 
 def data_url(png: bytes) -> str:
-    """A URL that holds a PNG file."""
+    """Return a data URL of a PNG file."""
     return f"data:image/png;base64,{base64.b64encode(png).decode()}"
 
 
 def first_images(models: Sequence[Model]) -> Picture:
-    """The first test images."""
-    caption = f"The first ten test images: green where {['all are', 'the model is'][len(models) == 1]} right"
-    alt = f"the first ten test images with what {_names(models)} predict"
+    """Draw the first test images."""
+    caption = f"The first ten test images: green where {['all models are', 'the model is'][len(models) == 1]} right"
+    alt = f"the first ten test images with the predictions of {_names(models)}"
     return _predictions("samples", models, np.arange(min(SAMPLES, len(models[0].test.labels))), alt, caption)
 
 
 def right_in_one(model: Model, other: Model) -> Picture:
-    """The first test images that a model gets right and the other wrong."""
+    """Draw the first test images that one model gets right and the other wrong."""
     indices = np.flatnonzero(model.test.correct & ~other.test.correct)
     count = f"the first of {len(indices)}" if len(indices) > SAMPLES else len(indices)
     caption = f"{model.name} right, {other.name} wrong: {count}"
@@ -79,7 +79,7 @@ def right_in_one(model: Model, other: Model) -> Picture:
 
 
 def _predictions(name: str, models: Sequence[Model], indices: NDArray[np.intp], alt: str, caption: str) -> Picture:
-    """The first of some test images under the truth and what each model predicts: green where all are right."""
+    """Draw the first of some test images, titled with the truth and the predictions: green where all are right."""
     shown = indices[:SAMPLES]
     if not len(shown):
         return Picture(name, None, alt, caption)
@@ -97,7 +97,7 @@ def _predictions(name: str, models: Sequence[Model], indices: NDArray[np.intp], 
 
 
 def reliability_diagram(models: Sequence[Model]) -> Picture:
-    """Accuracy against confidence, with a point for each bin as large as its share of the images."""
+    """Plot accuracy against confidence; the size of each bin's point is its share of the images."""
     figure = Figure(figsize=(5, 4.5), layout="constrained")
     axes = figure.add_subplot(xlabel="confidence", ylabel="accuracy")
     axes.plot([0, 1], [0, 1], color="gray", linestyle=":", label="perfectly calibrated")
@@ -112,7 +112,7 @@ def reliability_diagram(models: Sequence[Model]) -> Picture:
 
 
 def costs(models: Sequence[Model]) -> Picture:
-    """Test accuracy against the number of parameters and against the training time."""
+    """Plot test accuracy against the number of parameters and against the training time."""
     figure = Figure(figsize=(8, 3.8), layout="constrained")
     left, right = figure.subplots(1, 2, sharey=True)
     for model in models:
@@ -127,7 +127,7 @@ def costs(models: Sequence[Model]) -> Picture:
 
 
 def execution_scores(study: optuna.Study) -> Picture:
-    """The score of each execution of each trial, and their mean."""
+    """Plot the scores of the executions of each trial, and their mean."""
     figure = Figure(figsize=(8, 4), layout="constrained")
     axes = figure.add_subplot(xlabel="trial", ylabel=metrics_of(study)[0].name)
     trials = study.get_trials(states=(TrialState.COMPLETE,))
@@ -143,7 +143,7 @@ def execution_scores(study: optuna.Study) -> Picture:
 
 
 def pareto_fronts(study: optuna.Study) -> list[Picture]:
-    """The first metric of all trials against each other one, with the front between the two."""
+    """Plot the first metric of all trials against each other metric, with the Pareto front of the two."""
     first, *others = metrics_of(study)
     trials = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
     pictures = []
@@ -164,17 +164,17 @@ def pareto_fronts(study: optuna.Study) -> list[Picture]:
 
 
 def study_plots(study: optuna.Study, names: dict[str, str]) -> list[Picture]:
-    """Optuna's own plots of a study, for its first metric.
+    """Draw Optuna's own plots of a study, for its first metric.
 
     Args:
-        study: Its complete trials have different values.
-        names: What to call each parameter.
+        study: A study whose complete trials have different values.
+        names: The name to show for each parameter.
     """
     matplotlib.use("agg")
     from matplotlib import pyplot
     from optuna.visualization import matplotlib as optuna_plots
 
-    # a copy with short names, since long ones leave no room for anything else
+    # a copy with short names: long ones leave no room for anything else
     short = optuna.create_study(direction=study.directions[0])
     for trial in study.get_trials(states=(TrialState.COMPLETE,)):
         distributions: dict[str, BaseDistribution] = {}
@@ -186,8 +186,8 @@ def study_plots(study: optuna.Study, names: dict[str, str]) -> list[Picture]:
         short.add_trial(optuna.create_trial(value=trial.values[0], params=params, distributions=distributions))
     best, evaluator = best_trial(study), optuna.importance.FanovaImportanceEvaluator(seed=0)
     history = f"values of the trials of {study.study_name}; the best is {best.values[0]:.4f}, of trial {best.number}"
-    parallel = "parameters of the trials as lines, coloured by value"
-    # these functions are experimental, and set a style for all that comes after
+    parallel = "parameters of the trials as lines, colored by value"
+    # these functions warn that they are experimental, and set a global style
     with warnings.catch_warnings(action="ignore"), pyplot.style.context("default"):
         importances = optuna_plots.plot_param_importances(short, evaluator=evaluator)
         plots: list[tuple[str, str, Any]] = [

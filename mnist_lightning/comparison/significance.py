@@ -15,13 +15,13 @@ class Seeds:
     """The mean accuracies of two models over several seeds each.
 
     Attributes:
-        counts: Seeds of the first and of the second.
-        means: Their mean accuracies.
-        deviations: Their standard deviations.
+        counts: Number of seeds of the first and of the second model.
+        means: The mean accuracies.
+        deviations: The standard deviations.
         difference: Mean of the second minus mean of the first.
         interval: Welch's interval of the difference.
-        p_value: Welch's t-test.
-        adjusted_p_value: The same, corrected for the number of models that are compared.
+        p_value: The p-value of Welch's t-test.
+        adjusted_p_value: The p-value, corrected for the number of compared models.
     """
 
     counts: tuple[int, int]
@@ -35,16 +35,16 @@ class Seeds:
 
 @dataclass
 class Comparison:
-    """Two classifiers on the same images.
+    """The comparison of two classifiers on the same images.
 
     Attributes:
-        difference: Accuracy of the second minus that of the first.
+        difference: Accuracy of the second minus accuracy of the first.
         interval: Bootstrap interval of the difference.
-        corrected: Images that only the second gets right.
-        broken: Images that only the first gets right.
-        p_value: McNemar's exact test of ``corrected`` against ``broken``.
-        adjusted_p_value: The same, corrected for the number of models that are compared.
-        seeds: The same question for other seeds, if there are several on both sides.
+        corrected: Number of images that only the second gets right.
+        broken: Number of images that only the first gets right.
+        p_value: The p-value of McNemar's exact test of ``corrected`` against ``broken``.
+        adjusted_p_value: The p-value, corrected for the number of compared models.
+        seeds: The comparison over seeds, if both sides have several.
     """
 
     difference: float
@@ -59,11 +59,11 @@ class Comparison:
 def compare_to_first(correct: Sequence[NDArray[np.bool_]], accuracies: Sequence[Sequence[float]]) -> list[Comparison]:
     """Compare each classifier with the first.
 
-    All p-values are corrected together (Holm 1979), and all intervals hold together with 95 % (Bonferroni).
+    All p-values are corrected together (Holm 1979), and all intervals hold jointly with 95 % (Bonferroni).
 
     Args:
         correct: Whether each classifier is right, of shape (n,).
-        accuracies: Of each one's runs with different seeds.
+        accuracies: Accuracies of each classifier's runs with different seeds.
     """
     level = 1 - 0.05 / max(len(correct) - 1, 1)
     found = [compare(correct[0], other, level) for other in correct[1:]]
@@ -77,7 +77,7 @@ def compare_to_first(correct: Sequence[NDArray[np.bool_]], accuracies: Sequence[
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
-    """Holm's p-values (A simple sequentially rejective multiple test procedure, 1979), in the order that is given."""
+    """Return Holm's p-values (A simple sequentially rejective multiple test procedure, 1979), in the given order."""
     adjusted, largest = [0.0] * len(p_values), 0.0
     for rank, index in enumerate(np.argsort(p_values, kind="stable")):
         largest = max(largest, min(1.0, (len(p_values) - rank) * p_values[index]))
@@ -90,20 +90,20 @@ def compare(
 ) -> Comparison:
     """Compare which images two classifiers get right.
 
-    The exact McNemar test is a binomial test of the images on which they differ. The interval is the paired
-    bootstrap's: images are drawn with replacement, so that both classifiers always see the same ones.
+    The exact McNemar test is a binomial test of the images on which they differ. The interval is from the paired
+    bootstrap: images are drawn with replacement, and both classifiers always get the same images.
 
     Args:
         first: Whether the first classifier is right, of shape (n,).
-        second: Whether the second is, of shape (n,).
-        level: Of the interval.
-        samples: Bootstrap samples.
-        seed: Of the bootstrap.
+        second: Whether the second classifier is right, of shape (n,).
+        level: Confidence level of the interval.
+        samples: Number of bootstrap samples.
+        seed: Seed of the bootstrap.
     """
     count = len(first)
     corrected, broken = int((second & ~first).sum()), int((first & ~second).sum())
     p_value = float(stats.binomtest(corrected, corrected + broken).pvalue) if corrected + broken else 1.0
-    # n images drawn with replacement hold multinomial numbers of corrected, broken and other images
+    # in n images drawn with replacement, the counts of corrected, broken and other images are multinomial
     shares = np.array([corrected, broken, count - corrected - broken]) / count
     drawn = np.random.default_rng(seed).multinomial(count, shares, samples)
     low, high = np.quantile((drawn[:, 0] - drawn[:, 1]) / count, [(1 - level) / 2, (1 + level) / 2])
@@ -111,7 +111,7 @@ def compare(
 
 
 def compare_seeds(first: Sequence[float], second: Sequence[float], level: float = 0.95) -> Seeds | None:
-    """Welch's t-test of the accuracies of several runs on each side; None with fewer than two on a side."""
+    """Return Welch's t-test of the accuracies of several runs per side, or None with fewer than two on a side."""
     if min(len(first), len(second)) < 2:
         return None
     counts, means = (len(first), len(second)), (statistics.mean(first), statistics.mean(second))
@@ -126,7 +126,7 @@ def compare_seeds(first: Sequence[float], second: Sequence[float], level: float 
 
 
 def accuracy_interval(correct: NDArray[np.bool_]) -> tuple[float, float]:
-    """Wilson's 95 % interval of an accuracy.
+    """Return Wilson's 95 % interval of an accuracy.
 
     Args:
         correct: Whether the classifier is right, of shape (n,).
@@ -136,12 +136,12 @@ def accuracy_interval(correct: NDArray[np.bool_]) -> tuple[float, float]:
 
 
 def calibration_error(probabilities: NDArray[np.float32], labels: NDArray[np.int64], bins: int = 15) -> float:
-    """Expected calibration error (Guo et al. 2017): how far accuracy and confidence are apart, on average.
+    """Return the expected calibration error (Guo et al. 2017), the mean distance of accuracy and confidence.
 
     Args:
-        probabilities: Of shape (n, classes).
-        labels: Of shape (n,).
-        bins: Of equal width, over the confidence in the predicted class.
+        probabilities: Probabilities of shape (n, classes).
+        labels: Labels of shape (n,).
+        bins: Number of bins of equal width, over the confidence in the predicted class.
     """
     confidence, accuracy, weight = reliability(probabilities, labels, bins)
     return float((np.abs(confidence - accuracy) * weight).sum())
@@ -150,7 +150,7 @@ def calibration_error(probabilities: NDArray[np.float32], labels: NDArray[np.int
 def reliability(
     probabilities: NDArray[np.float32], labels: NDArray[np.int64], bins: int = 15
 ) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.float64]]:
-    """Mean confidence, accuracy and share of the images, for each bin of confidence that is not empty."""
+    """Return mean confidence, accuracy and share of the images for each non-empty bin of confidence."""
     confidence, right = probabilities.max(axis=1), probabilities.argmax(axis=1) == labels
     which = np.minimum((confidence * bins).astype(int), bins - 1)
     counts = np.bincount(which, minlength=bins)
@@ -160,14 +160,14 @@ def reliability(
 
 
 def verdict(name: str, other: str, comparison: Comparison, count: int, models: int = 2) -> str:
-    """The comparison in plain words: of the seeds, if there are several, then of the same images.
+    """Return the comparison in plain words: over the seeds, if there are several, then on the same images.
 
     Args:
-        name: The second classifier.
-        other: The first.
-        comparison: What was found.
-        count: Images.
-        models: How many are compared with each other.
+        name: Name of the second classifier.
+        other: Name of the first classifier.
+        comparison: The comparison to describe.
+        count: Number of images.
+        models: Number of compared models.
     """
     numbers = (
         f"of {count:,} images, {name} corrects {comparison.corrected} that {other} gets wrong and breaks "
@@ -198,7 +198,7 @@ def _judge(name: str, other: str, found: Comparison | Seeds, what: str, luck: st
 
 
 def _format_p(found: Comparison | Seeds, models: int) -> str:
-    """A p-value for people: three digits, or a bound."""
+    """Format a p-value with three digits, or as a bound."""
     p_value = found.adjusted_p_value
     bound = "p < 0.001" if p_value < 0.001 else f"p = {p_value:.3f}"
     return f"{bound} after Holm" if models > 2 else bound

@@ -22,9 +22,9 @@ class Report:
     """The results that the page and the other files share.
 
     Args:
-        models: Any number, also none; the first one is what the others are compared to. Where only one run of each can
+        models: Any number of models, or none; the others are compared with the first. Where only one run of each can
             be compared or shown, it is the first.
-        study: The study, if there is one with a complete trial.
+        study: The study, or None if there is none with a complete trial.
     """
 
     def __init__(self, models: Sequence[Model], study: optuna.Study | None) -> None:
@@ -49,12 +49,12 @@ class Report:
 
     @property
     def title(self) -> str:
-        """What is reported."""
+        """The title of the page."""
         names = [model.name for model in self.models]
         return (" against " if len(names) == 2 else ", ").join(names) or f"Study {self.study and self.study.study_name}"
 
     def to_json(self) -> dict[str, Any]:
-        """The content of ``report.json``."""
+        """Return the content of ``report.json``."""
         study = self.study and {
             "name": self.study.study_name,
             "trials": _count_trials(self.study),
@@ -89,11 +89,11 @@ def _describe_model(model: Model) -> dict[str, Any]:
 
 
 def _describe(model: Model) -> str:
-    """The accuracy of a model that is compared to no other."""
+    """Describe the accuracy of a single model."""
     low, high = accuracy_interval(model.test.correct)
     text = (
         f"{model.name} gets {model.test.accuracy:.4f} of {len(model.test.labels):,} test images right "
-        f"(95 % interval {low:.4f} to {high:.4f}); {len(model.test.mistakes):,} it gets wrong."
+        f"(95 % interval {low:.4f} to {high:.4f}) and {len(model.test.mistakes):,} wrong."
     )
     if len(model.runs) == 1:
         return text
@@ -102,7 +102,7 @@ def _describe(model: Model) -> str:
 
 
 def _describe_divergence(model: Model) -> str:
-    """Say that runs of a model have diverged, if any has."""
+    """Say that runs of a model have diverged, if any have."""
     diverged = [run for run in model.runs if run.evaluations[model.weights, "test"].has_diverged]
     who = (
         f"{model.name} has"
@@ -130,13 +130,13 @@ def _describe_best(study: optuna.Study) -> dict[str, Any]:
 
 
 def searched(study: optuna.Study) -> dict[str, BaseDistribution]:
-    """What the complete trials have drawn: a parameter need not be in all of them."""
+    """Return the distributions of all complete trials; not every trial has every parameter."""
     trials = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
     return {key: distribution for trial in trials for key, distribution in trial.distributions.items()}
 
 
 def describe_edges(study: optuna.Study) -> str:
-    """Say which of the best values lie at the edge of what was searched, if any does."""
+    """Say which of the best values lie at the edge of the search space, if any do."""
     best, at_edge = best_trial(study), []
     for key, distribution in best.distributions.items():
         edges, value = bounds(distribution), best.params[key]
@@ -147,6 +147,6 @@ def describe_edges(study: optuna.Study) -> str:
         return ""
     listed = " and ".join([", ".join(at_edge[:-1]), at_edge[-1]][len(at_edge) == 1 :])
     return (
-        f"In study {study.study_name}, the best {listed} lie{'s' * (len(at_edge) == 1)} at the edge of what was "
-        "searched: better values may lie beyond."
+        f"In study {study.study_name}, the best {listed} lie{'s' * (len(at_edge) == 1)} at the edge of the search "
+        "space: better values may lie beyond."
     )

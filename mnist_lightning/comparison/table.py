@@ -13,7 +13,7 @@ TIME = "training time, s"
 
 
 def quantities(models: Sequence[Model], comparisons: dict[str, Comparison]) -> pd.DataFrame:
-    """The table of the comparison, as text: a column for each model, and for each one's difference to the first."""
+    """Return the comparison as text: a column for each model, and one for its difference from the first."""
     values = [_quantities(model) for model in models]
     table = {
         model.name: {name: _format(name, numbers) for name, numbers in own.items()}
@@ -24,7 +24,7 @@ def quantities(models: Sequence[Model], comparisons: dict[str, Comparison]) -> p
         if not have_same("val", models[0].runs[0], model.runs[0]):
             column |= {name: "-" for name in own if name.startswith("val/")}
         found, counts = comparisons[model.name], (len(models[0].runs), len(model.runs))
-        if found.seeds or counts == (1, 1):  # else there is no interval of this difference
+        if found.seeds or counts == (1, 1):  # otherwise there is no interval of this difference
             low, high = (found.seeds or found).interval
             column[f"test/accuracy ({model.weights} epoch)"] += f" ({low:+.4f} to {high:+.4f})"
         table[f"{model.name} - {models[0].name}"] = column
@@ -44,14 +44,14 @@ def _quantities(model: Model) -> dict[str, Sequence[float]]:
 
 
 def _format(name: str, values: Sequence[float]) -> str:
-    """A value, or mean ± standard deviation of several."""
+    """Format a value, or mean ± standard deviation of several."""
     if not values:
         return "-"
     if all(isinstance(value, int) for value in values) and len({*values}) == 1:
         return f"{values[0]:,}"
     digits = _digits(name, values)
     spread = ""
-    if len(values) > 1:  # Python's function takes none but finite numbers
+    if len(values) > 1:  # statistics.stdev takes only finite numbers
         spread = f" ± {statistics.stdev(values) if all(map(math.isfinite, values)) else math.nan:.{digits}f}"
     return f"{statistics.mean(values):.{digits}f}{spread}"
 

@@ -23,7 +23,7 @@ from mnist_lightning.training.saved_run import check_finite, outputs
 
 
 class ExportCLI(RunCLI):
-    """Exports the newest tuned run, or else the newest baseline, unless ``name`` or ``ckpt_path`` is given."""
+    """Export the newest tuned run, or else the newest baseline, unless ``name`` or ``ckpt_path`` is given."""
 
     default_checkpoint = "last"
 
@@ -32,7 +32,7 @@ class ExportCLI(RunCLI):
         parser.add_argument("--ckpt_path", type=str | None)
         parser.add_argument("--output", type=str | None, help="File to write, .onnx or .pt2 (torch.export.load).")
         parser.add_argument(
-            "--page", type=str | None, help="Page to write, to draw on in a browser; such as digit.html."
+            "--page", type=str | None, help="Page to write, for drawing in a browser, such as digit.html."
         )
         parser.set_defaults({"name": None})  # the newest tuned run, or else the newest baseline
 
@@ -42,7 +42,7 @@ class ExportCLI(RunCLI):
         return super().find_checkpoint()
 
     def run(self) -> None:
-        """Write what is asked for, once it gives what the checkpoint gives."""
+        """Write the requested files, after checking that they predict what the checkpoint predicts."""
         page = Path(self.config.page) if self.config.page else None
         output = Path(self.config.output or "network.onnx") if self.config.output or page is None else None
         for option, path in (("output", output), ("page", page)):
@@ -64,7 +64,7 @@ class ExportCLI(RunCLI):
             self.write_page(page, expected)
 
     def write_file(self, path: Path, form: formats.Format, expected: Tensor) -> None:
-        """Write a file for other programs, if it gives what the checkpoint gives."""
+        """Write a file for other programs, if it predicts what the checkpoint predicts."""
         data, checkpoint = self.datamodule, self.config.ckpt_path
         with _new_file(path) as partial:
             program = formats.exported(self.model.network, data)
@@ -85,7 +85,7 @@ class ExportCLI(RunCLI):
 
 @contextmanager
 def _new_file(path: Path) -> Iterator[Path]:
-    """Give another path to write to, of the same suffix; what is there becomes ``path``, unless an error is raised."""
+    """Yield a temporary path with the same suffix; the file there becomes ``path``, unless an error is raised."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".export-", dir=path.parent) as folder:
         partial = Path(folder, path.name)

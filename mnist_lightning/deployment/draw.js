@@ -1,11 +1,11 @@
 "use strict";
-// Networks, run one image at a time: their graphs as torch.export gives them, with the meaning that PyTorch gives to each
-// operation. A tensor is {shape, data}; an operation takes the shape of its result and its arguments, and gives the data.
+// Run networks one image at a time: graphs from torch.export, with PyTorch's definition of each operation.
+// A tensor is {shape, data}; an operation takes the shape of its result and its arguments, and returns the data.
 
 const size = (shape) => shape.reduce((product, n) => product * n, 1);
 const steps = (shape) => shape.map((_, i) => size(shape.slice(i + 1)));
 
-/** Where each value of a result of this shape lies, if one more in dimension i lies by[i] further. */
+/** Return the offset of each value of a result of this shape; a step in dimension i moves the offset by by[i]. */
 function offsets(shape, by) {
   let found = Int32Array.of(0);
   shape.forEach((n, i) => {
@@ -16,7 +16,7 @@ function offsets(shape, by) {
   return found;
 }
 
-/** The value at i of a tensor that is broadcast to a shape, or a number that is the same everywhere. */
+/** Return a function that reads value i of a tensor broadcast to a shape, or of a number. */
 function reader(value, shape) {
   if (!value?.shape) return () => value;
   const { data } = value;
@@ -32,7 +32,7 @@ const each = (compute) => (shape, ...values) => {
 };
 const same = (_, x) => x.data;
 
-/** Abramowitz and Stegun 7.1.26, to 1.5e-7. */
+/** Compute erf by Abramowitz and Stegun 7.1.26, accurate to 1.5e-7. */
 function erf(x) {
   const t = 1 / (1 + 0.3275911 * Math.abs(x));
   const p = ((((1.061405429 * t - 1.453152027) * t + 1.421413741) * t - 0.284496736) * t + 0.254829592) * t;
@@ -41,7 +41,7 @@ function erf(x) {
 const tanh = (x) => Math.sqrt(2 / Math.PI) * (x + 0.044715 * x ** 3);
 const gelu = (x, kind) => (x / 2) * (1 + (kind === "tanh" ? Math.tanh(tanh(x)) : erf(x / Math.SQRT2)));
 
-/** Mean 0 and variance 1 in each run of `count` values. */
+/** Normalize each run of `count` values to mean 0 and variance 1. */
 function normalize(x, count, eps, scale) {
   const out = new Float32Array(x.data.length);
   for (let start = 0; start < out.length; start += count) {
@@ -128,7 +128,7 @@ function mean(shape, x, dims) {
   return out;
 }
 
-/* What is listed here is what a page can be made of: Python reads the names. */
+/* The supported operations: Python reads their names from here. */
 const OPERATIONS = {
   "aten._log_softmax.default": softmax((x, sum) => x - Math.log(sum)),
   "aten._native_batch_norm_legit_no_training.default": (shape, x, w, b, mean, variance, momentum, eps) => {
@@ -144,7 +144,7 @@ const OPERATIONS = {
   "aten.abs.default": each(Math.abs),
   "aten.add.Tensor": each((a, b, alpha) => a + b * alpha),
   "aten.addmm.default": addmm,
-  "aten.as_strided.default": same, // Python lets only such through that change nothing
+  "aten.as_strided.default": same, // Python accepts it only where it changes nothing
   "aten.avg_pool2d.default": (shape, x, kernel, stride, padding) =>
     pool(0, (a, b) => a + b, (sum, count) => sum / count)(shape, x, kernel, stride, padding, [1, 1]),
   "aten.clamp.default": each((x, low, high) => Math.min(Math.max(x, low ?? -Infinity), high ?? Infinity)),
@@ -190,7 +190,7 @@ const OPERATIONS = {
   "getitem": same, // the first of several results
 };
 
-/** Numbers from base64: float32, or 16-bit integers, of which each row has its unit. */
+/** Decode base64 to float32 numbers: stored as float32, or as 16-bit integers with one unit per row. */
 function decode({ shape, base64, units }) {
   const bytes = Uint8Array.from(atob(base64), (character) => character.charCodeAt(0));
   if (!units) return { shape, data: new Float32Array(bytes.buffer) };
@@ -200,7 +200,7 @@ function decode({ shape, base64, units }) {
 
 const { shape: imageShape, classes, placing, inverted, ...content } = JSON.parse(document.getElementById("networks").textContent);
 
-/** Compute what can be computed from the values that are there; every ten milliseconds, the pen has its turn. */
+/** Compute all nodes that the known values allow; every ten milliseconds, let the pen handle events. */
 async function run(values, nodes) {
   let start = performance.now();
   const isKnown = (argument) => !argument?.node || argument.node in values;
@@ -216,10 +216,10 @@ async function run(values, nodes) {
   return values;
 }
 
-/** A network, with a function from an image, float32 in [0, 1], row by row, to the probabilities of the classes. */
+/** The networks, each with a function from an image (float32 in [0, 1], row by row) to the class probabilities. */
 const networks = content.networks.map(({ name, weights, nodes, input, output, samples }) => {
   const decoded = Object.fromEntries(Object.entries(weights).map(([key, weight]) => [key, decode(weight)]));
-  const constants = run(decoded, nodes); // what depends on no image, such as transposed weights
+  const constants = run(decoded, nodes); // nodes that do not depend on the image, such as transposed weights
   const classify = async (image) => {
     const values = await run({ ...(await constants), [input]: { shape: [1, ...imageShape], data: image } }, nodes);
     return values[output].data;
@@ -229,7 +229,7 @@ const networks = content.networks.map(({ name, weights, nodes, input, output, sa
 
 // --- from strokes to an image -----------------------------------------------------------------------------------
 
-/** Part of a picture at another size: each pixel is the mean of the area that it covers. */
+/** Resize a part of a picture: each pixel is the mean of the area that it covers. */
 function resize({ width, grey }, left, top, wide, high, columns, rows) {
   const overlap = (i, count, length, start) => {
     const from = (i * length) / count, to = ((i + 1) * length) / count, found = [];
@@ -247,7 +247,7 @@ function resize({ width, grey }, left, top, wide, high, columns, rows) {
   });
 }
 
-/** A picture {width, height, grey} in [0, 1], light on dark, as an image of the data set; null without ink. */
+/** Convert a picture {width, height, grey}, light on dark in [0, 1], to an image like the data set's, or null if empty. */
 function prepare(picture) {
   const { width, height, grey } = picture, [, rows, columns] = imageShape;
   let left = width, right = -1, top = height, bottom = -1;
@@ -258,7 +258,7 @@ function prepare(picture) {
   });
   if (right < 0) return null;
   if (!placing) return resize(picture, 0, 0, width, height, columns, rows);
-  // as MNIST was made: the longer side of the ink is 20 of 28 pixels, its centre of mass is the middle
+  // as MNIST was made: the longer side of the ink takes 20 of 28 pixels, its center of mass is in the middle
   const wide = right - left + 1, high = bottom - top + 1;
   const factor = (placing.share * Math.min(rows, columns)) / Math.max(wide, high);
   const inner = [wide, high].map((side) => Math.max(1, Math.round(side * factor)));
@@ -269,7 +269,7 @@ function prepare(picture) {
     x += value * ((i % inner[0]) + 0.5);
     y += value * (Math.floor(i / inner[0]) + 0.5);
   });
-  // in MNIST it lies from 14 to less than 15 pixels from either edge, in every image
+  // in every MNIST image, the center lies 14 to 15 (exclusive) pixels from the edge
   const shift = (moment, length, side) => {
     const start = placing.by_mass ? Math.ceil(side / 2 - moment / mass) : Math.round((side - length) / 2);
     return Math.min(Math.max(start, 0), side - length);
@@ -297,7 +297,7 @@ function draw() {
   }
 }
 
-/** Show what a network makes of an image. */
+/** Show the probabilities of a network. */
 function show(index, probabilities) {
   const best = probabilities ? probabilities.indexOf(Math.max(...probabilities)) : -1;
   bars.forEach((bar, i) => {
@@ -309,7 +309,7 @@ function show(index, probabilities) {
   return probabilities ? `${classes[best]}, ${(100 * probabilities[best]).toFixed(1)} %` : "nothing drawn yet";
 }
 
-/** Show the picture as the networks see it, and what they make of it; where more is drawn meanwhile, once more. */
+/** Show the picture as the networks see it, and their answers; repeat if the drawing has changed meanwhile. */
 async function update() {
   draw();
   isStale = true;
@@ -324,7 +324,7 @@ async function update() {
     seen.getContext("2d").putImageData(shown, 0, 0);
     const given = image && inverted ? image.map((value) => 1 - value) : image, answers = [];
     for (const [index, { classify }] of networks.entries()) answers.push(show(index, given && (await classify(given))));
-    if (pointer === null && !isStale) // else a screen reader would not come to an end
+    if (pointer === null && !isStale) // otherwise a screen reader would never finish
       [...said.children].forEach((line, index) => { line.querySelector("b").textContent = answers[index]; });
   }
   isRunning = false;
@@ -351,7 +351,7 @@ document.getElementById("undo").addEventListener("click", () => { strokes.pop();
 document.getElementById("clear").addEventListener("click", () => { strokes = []; update(); });
 update();
 
-// never silently wrong: this browser computes what PyTorch did, or says that it does not
+// warn if this browser does not reproduce PyTorch's results
 for (const { name, samples, classify } of networks)
   (async () => {
     for (const { image, probabilities } of samples) {
@@ -359,6 +359,6 @@ for (const { name, samples, classify } of networks)
       if (probabilities.every((value, i) => Math.abs(value - found[i]) < 1e-4)) continue;
       const warning = document.getElementById("wrong");
       warning.hidden = false;
-      warning.textContent = `This browser does not compute what ${name} gave where it was trained: do not trust its bars.`;
+      warning.textContent = `This browser does not reproduce the results of ${name} in PyTorch: do not trust its bars.`;
     }
   })();

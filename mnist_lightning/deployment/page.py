@@ -20,23 +20,23 @@ from mnist_lightning.deployment import formats
 from mnist_lightning.system.errors import UserError
 
 LIMIT = 2 * 2**20
-"""Bytes of a page that anyone can mail."""
+"""The most bytes of a page, which is still easy to mail."""
 WEIGHT_ROOM = LIMIT - 60 * 2**10
-"""Bytes of it for the networks; the script takes 20,000."""
+"""Bytes of the page for the networks; the script takes 20,000."""
 TOLERANCE = 9e-5
-"""How far rounded weights may move a probability; with the browser's own rounding it is below 1e-4."""
+"""How far rounded weights may move a probability; the browser's own rounding keeps the total below 1e-4."""
 PAD = 280
-"""Width of the picture that is drawn."""
+"""The width of the drawing in pixels."""
 
 
 class PadModel(NamedTuple):
-    """A network that says what is drawn.
+    """A network that classifies the drawing.
 
     Attributes:
-        name: Of the model.
-        color: Of its bars, in CSS.
-        network: In evaluation mode.
-        data: Has been set up to test.
+        name: Name of the model.
+        color: Color of its bars, in CSS.
+        network: The network, in evaluation mode.
+        data: The data module, set up for testing.
     """
 
     name: str
@@ -46,17 +46,17 @@ class PadModel(NamedTuple):
 
 
 def panel(models: Sequence[PadModel], classes: Sequence[str]) -> tuple[Markup, dict[str, str]]:
-    """A pad to draw on, with a bar for each class and network: a fragment of a page, with its script and style.
+    """Return a page fragment with a pad to draw on, a bar for each class and network, script and style.
 
-    Weights are float32. Where those are too many for the page, they are 16-bit integers times a number for each row,
-    finer than float16 for all but the smallest, if the labels of the test images stay what they are.
+    Weights are float32. If they do not fit into the page, they become 16-bit integers times a number for each row,
+    finer than float16 for all but the smallest, provided that no test image changes its label.
 
     Args:
         models: Networks for the same images.
-        classes: Names of their outputs.
+        classes: Names of the outputs.
 
     Returns:
-        The fragment, empty if no network can be on it; and what is to be said of each network, by its name: nothing,
+        The fragment, empty if the page can have none of the networks; and a remark on each network, by name: empty,
         how its weights are rounded, or why it is not on the page.
     """
     parts = {suffix: Path(__file__).with_name(f"draw.{suffix}").read_text("utf-8") for suffix in ("js", "css", "html")}
@@ -99,14 +99,14 @@ def panel(models: Sequence[PadModel], classes: Sequence[str]) -> tuple[Markup, d
 
 
 def _network(model: PadModel, outputs: int, supported: set[str], integers: bool) -> tuple[str, str]:
-    """A network as JSON, with three images that the page computes to check itself, and how it has the weights."""
+    """Return a network as JSON, with three images for the page's self-test, and a remark on its weights."""
     network, data, said = model.network, model.data, ""
     assert data.test is not None
     channels = data.image_shape[0]
     if (count := sum(value.numel() for value in network.parameters())) > WEIGHT_ROOM * 3 / 8:  # in 16 bits and base64
-        raise UserError(f"a page has room for {WEIGHT_ROOM * 3 // 8:,} weights, and it has {count:,}.")
+        raise UserError(f"a page has room for {WEIGHT_ROOM * 3 // 8:,} weights, the network has {count:,}.")
     if channels != 1:
-        raise UserError(f"one draws in grey, but the images of {data.source} have {channels} channels.")
+        raise UserError(f"the pad draws in gray, but the images of {data.source} have {channels} channels.")
     if integers:
         network = rounded(network)
         expected, found = (
@@ -114,11 +114,11 @@ def _network(model: PadModel, outputs: int, supported: set[str], integers: bool)
             for one in (model.network, network)
         )
         difference = formats.compare(expected, found, "a page with weights in 16 bits", TOLERANCE)
-        said = f"weights in 16 bits, by which the probabilities of the test images change by at most {difference:.1e}."
+        said = f"weights in 16 bits, which change the probabilities of the test images by at most {difference:.1e}."
     samples = data.test.scaled(range(min(3, len(data.test))))
     probabilities = formats.ExportedNetwork(model.network, data.test.statistics)(samples)
     if probabilities.shape[1] != outputs:
-        raise UserError(f"it has {probabilities.shape[1]} outputs, and the page {outputs} bars.")
+        raise UserError(f"it has {probabilities.shape[1]} outputs, but the page has {outputs} bars.")
     if not probabilities.isfinite().all():
         raise UserError("it has diverged.")
     content = graph(formats.exported(network, data, batch=1), supported, integers) | {
@@ -132,18 +132,18 @@ def _network(model: PadModel, outputs: int, supported: set[str], integers: bool)
 
 
 def write_page(network: nn.Module, data: ImageDataModule, probabilities: Tensor) -> tuple[str, str]:
-    """Make a page of its own.
+    """Return a complete page for one network.
 
     Args:
-        network: In evaluation mode.
-        data: Has been set up to test.
-        probabilities: Of the test images, of shape (n, classes).
+        network: The network, in evaluation mode.
+        data: The data module, set up for testing.
+        probabilities: Probabilities of the test images, of shape (n, classes).
 
     Returns:
-        The page, and how it has the weights.
+        The page, and a remark on the precision of its weights.
 
     Raises:
-        UserError: If the images are in colour, the script lacks an operation of the network, or it has too
+        UserError: If the images are in color, the script lacks an operation of the network, or the network has too
             many weights.
     """
     name, count = type(network).__name__, sum(value.numel() for value in network.parameters())
@@ -151,7 +151,7 @@ def write_page(network: nn.Module, data: ImageDataModule, probabilities: Tensor)
     fragment, said = panel([PadModel(name, "var(--accent)", network, data)], classes)
     if not fragment:
         raise UserError(
-            f"No page is written for this {name} of {count:,} weights: {said[name]} Take the MLP or CNN of the "
+            f"No page is written for this {name} of {count:,} weights: {said[name]} Use the MLP or CNN of the "
             "package, or export the network with --output network.onnx."
         )
     assert data.test is not None
@@ -168,13 +168,13 @@ def write_page(network: nn.Module, data: ImageDataModule, probabilities: Tensor)
 
 
 OPERATION = re.compile(r'^  "([\w.]+)":', re.MULTILINE)
-"""The names of the operations in the script."""
+"""The names of the script's operations."""
 
 
 def rounded(network: nn.Module) -> nn.Module:
-    """A copy whose kernels are whole multiples, of 16 bits, of a number for each row.
+    """Return a copy whose kernels are 16-bit multiples of one number per row.
 
-    Vectors, those of norms and biases, take little room, and to round them would cost most.
+    Vectors (norms and biases) are not rounded: they take little room, and rounding them would cost the most.
     """
     network = copy.deepcopy(network)
     for values in network.state_dict().values():
@@ -184,13 +184,13 @@ def rounded(network: nn.Module) -> nn.Module:
 
 
 def units(values: Tensor) -> Tensor:
-    """For each row, the number of which its values are to be multiples, up to the 32,767-fold: of shape (n, 1, ...)."""
+    """Return the unit of each row, of shape (n, 1, ...): its values become up to 32,767 times the unit."""
     largest = values.flatten(1).abs().amax(dim=1)
     return (largest / 32767).clamp(min=1e-30).view(-1, *[1] * (values.dim() - 1))
 
 
 def encode(values: Tensor, integers: bool = False) -> dict[str, Any]:
-    """A tensor for the script: float32, or 16-bit integers and their units."""
+    """Encode a tensor for the script: as float32, or as 16-bit integers and their units."""
     has_units = integers and values.dim() > 1
     stored = (values / units(values)).round().numpy().astype("<i2") if has_units else values.numpy().astype("<f4")
     return {
@@ -201,15 +201,15 @@ def encode(values: Tensor, integers: bool = False) -> dict[str, Any]:
 
 
 def graph(program: ExportedProgram, supported: set[str], integers: bool) -> dict[str, Any]:
-    """What the script runs, of a network for one image.
+    """Return the program that the script runs, for one image.
 
     Args:
-        program: Its graph.
-        supported: Names of the operations that the script has.
-        integers: Whether large weights are stored in 16 bits.
+        program: The graph of the network.
+        supported: Names of the script's operations.
+        integers: Whether kernels are stored in 16 bits.
 
     Returns:
-        ``weights`` by name, ``nodes`` in their order, and the names ``input`` and ``output``.
+        ``weights`` by name, ``nodes`` in order, and the names ``input`` and ``output``.
 
     Raises:
         UserError: If the script lacks an operation.
@@ -220,14 +220,14 @@ def graph(program: ExportedProgram, supported: set[str], integers: bool) -> dict
     for spec in program.graph_signature.input_specs:
         if spec.kind == InputKind.USER_INPUT:
             image = spec.arg.name
-        elif (value := values[str(spec.target)]).is_floating_point():  # others count the steps of a training
+        elif (value := values[str(spec.target)]).is_floating_point():  # the others count training steps
             weights[spec.arg.name] = encode(value.detach(), integers)
     for node in program.graph.nodes:
         if node.op != "call_function" or not node.users:
             continue
         name = "getitem" if node.target is operator.getitem else str(node.target)
         if name not in supported or not _is_as_in_script(node):
-            raise UserError(f"the page's script has no operation {name} as it is used there.")
+            raise UserError(f"the page's script does not have the operation {name} in this form.")
         shape = [*_value(node).shape]
         nodes.append({"name": node.name, "operation": name, "shape": shape, "inputs": [*map(_plain, _inputs(node))]})
     (output,) = program.graph_signature.user_outputs
@@ -235,13 +235,13 @@ def graph(program: ExportedProgram, supported: set[str], integers: bool) -> dict
 
 
 def _value(node: Any) -> Tensor:
-    """What a node gives in the trace, the first where it gives several."""
+    """Return the value of a node in the trace, the first if it has several."""
     value: Any = node.meta["val"]
     return value if isinstance(value, Tensor) else value[0]
 
 
 def _inputs(node: fx.Node) -> list[Any]:
-    """All arguments in their order, with defaults."""
+    """Return all arguments in order, with defaults."""
     schema: Any = getattr(node.target, "_schema", None)
     if schema is None:
         return [*node.args]
@@ -250,7 +250,7 @@ def _inputs(node: fx.Node) -> list[Any]:
 
 
 def _plain(argument: Any) -> Any:
-    """An argument for JSON; what is no number, name or list of numbers, as a type, has no meaning in the script."""
+    """Convert an argument for JSON; the script ignores all but numbers, names and lists, so the others become None."""
     if isinstance(argument, fx.Node):
         return {"node": argument.name}
     if isinstance(argument, list | tuple):
@@ -259,10 +259,10 @@ def _plain(argument: Any) -> Any:
 
 
 def _is_as_in_script(node: fx.Node) -> bool:
-    """Whether an operation is used in the way that the script has."""
+    """Return whether the script implements an operation in the form in which the graph uses it."""
     inputs = _inputs(node)
     match str(node.target).removeprefix("aten.").partition(".")[0]:
-        case "as_strided":  # of a vector, it changes nothing
+        case "as_strided":  # does not change a vector
             value = _value(inputs[0])
             return value.shape == _value(node).shape and max(value.shape) == value.numel()
         case "avg_pool2d":

@@ -15,7 +15,7 @@ from optuna.study import Study
 from optuna.trial import FrozenTrial, Trial, TrialState
 
 from mnist_lightning.search.record import Metric, directions_of, is_counted
-from mnist_lightning.search.space import SearchSpace, instantiate
+from mnist_lightning.search.space import SearchSpace
 from mnist_lightning.system.errors import UserError
 
 
@@ -37,11 +37,15 @@ class TrialSampler(BaseSampler):
         self._study = study
         self._make = make
         self._sampler = make(0)
+        self._finished = self._counted = 0  # the first trials that are finished, and how many of them count
         self.is_finite = isinstance(self._sampler, GridSampler | BruteForceSampler)
 
     def before_trial(self, study: Study, trial: FrozenTrial) -> None:
         before = self._study.get_trials(deepcopy=False)[: trial.number]
-        self._sampler = self._make(sum(map(is_counted, before)))
+        while self._finished < len(before) and before[self._finished].state.is_finished():
+            self._counted += is_counted(before[self._finished])
+            self._finished += 1
+        self._sampler = self._make(self._counted + sum(map(is_counted, before[self._finished :])))
         self._sampler.before_trial(study, trial)
 
     def infer_relative_search_space(self, study: Study, trial: FrozenTrial) -> dict[str, BaseDistribution]:
@@ -95,10 +99,18 @@ def make_sampler(study: Study, config: Namespace, seed: int, space: SearchSpace)
     def make(ordinal: int) -> BaseSampler:
         seeded = copy.deepcopy(config)
         _seed(seeded, seed, ordinal)
-        sampler: BaseSampler = instantiate(BaseSampler, seeded)
+        sampler: BaseSampler = _create(seeded)
         return sampler
 
     return TrialSampler(study, make)
+
+
+def _create(config: Any) -> Any:
+    """Return the object that a parsed config describes; jsonargparse would check it again for each trial."""
+    if not (isinstance(config, Namespace) and "class_path" in config):
+        return config
+    arguments = {**vars(config.get("init_args") or Namespace()), **(config.get("dict_kwargs") or {})}
+    return resolve_name(config.class_path)(**{name: _create(value) for name, value in arguments.items()})
 
 
 def _seed(config: Namespace, seed: int, ordinal: int) -> None:

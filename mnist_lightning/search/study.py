@@ -338,4 +338,6 @@ def is_complete(study: Study, n_trials: int) -> bool:
 def has_room(study: Study, n_trials: int) -> bool:
     """Return whether a trial is waiting or can be added."""
     trials = study.get_trials(deepcopy=False)
+    if len(trials) < n_trials:
+        return True
     return sum(map(is_counted, trials)) < n_trials or any(trial.state == TrialState.WAITING for trial in trials)

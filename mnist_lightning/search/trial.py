@@ -1,6 +1,7 @@
 """One trial: draw its parameters, train its executions, tell its values."""
 
 import copy
+import gc
 import math
 import shutil
 import time
@@ -99,13 +100,16 @@ class Objective:
     Args:
         search: The search.
         study: The search's study.
+        storage: The study's storage.
         name: Name of this process.
     """
 
-    def __init__(self, search: Search, study: Study, name: str) -> None:
+    def __init__(self, search: Search, study: Study, storage: BaseStorage, name: str) -> None:
         self.search = search
         self.study = study
         self.name = name
+        self._storage = storage
+        self._study_id = storage.get_study_id_from_name(study.study_name)
         self._data: ImageDataModule | None = None
         self._repeats = 0
 
@@ -127,8 +131,7 @@ class Objective:
             raise AbandonedTrial from error
 
     def _run(self, trial: Trial) -> list[float]:
-        before = self.study.get_trials(deepcopy=False)[: trial.number]
-        if sum(map(is_counted, before)) >= self.search.options.n_trials:
+        if self._is_surplus(trial):
             raise FailedTrialError("two processes asked for the last trial simultaneously")
         trial.set_user_attr("owner", self.name)
         record = TrialRecord.of(self._frozen(trial))
@@ -156,8 +159,15 @@ class Objective:
                 trial.set_constraint(metric.name, metric.excess(values[metric.name], limits[metric.name]))
         return [mean(values) for values in zip(*map(scores_of, executions), strict=True)]
 
+    def _is_surplus(self, trial: Trial) -> bool:
+        total: int = self.search.options.n_trials
+        if trial.number < total:  # do not read all trials for it
+            return False
+        return sum(map(is_counted, self.study.get_trials(deepcopy=False)[: trial.number])) >= total
+
     def _frozen(self, trial: Trial) -> FrozenTrial:
-        return self.study.get_trials(deepcopy=False)[trial.number]
+        number = self._storage.get_trial_id_from_study_id_trial_number(self._study_id, trial.number)
+        return self._storage.get_trial(number)
 
     def owns(self, trial: Trial) -> bool:
         """Return whether this process still owns a trial: other machines may have considered this one dead."""
@@ -173,8 +183,9 @@ class Objective:
         frozen = self._frozen(trial)
         if not getattr(self.study.sampler, "is_finite", False) or "fixed_params" in frozen.system_attrs:
             return
-        before = self.study.get_trials(deepcopy=False)[: trial.number]
-        if not any(is_counted(other) and other.params == trial.params for other in before):
+        # a later trial may have drawn first
+        others = [other for other in self.study.get_trials(deepcopy=False) if other.number != trial.number]
+        if not any(is_counted(other) and other.params == trial.params for other in others):
             self._repeats = 0
             return
         self._repeats += 1  # one repeat may be two processes drawing simultaneously, several are not
@@ -229,6 +240,7 @@ class Objective:
         progress = Progress(self, trial, executions)
         try:
             self._fit(config, folder, progress)
+            gc.collect()  # its trainer and data are in reference cycles
         except (OSError, UpdateFinishedTrialError):  # a fault of the machine, or another process has the trial
             raise
         except (Exception, SystemExit) as error:  # caused by this combination of values
@@ -294,7 +306,7 @@ def run_trials(search: Search, storage: BaseStorage) -> None:
     pruner = instantiate(BasePruner, search.options.pruner)
     study = optuna.load_study(storage=storage, study_name=search.options.study_name, pruner=pruner)
     study.sampler = make_sampler(study, search.options.sampler, search.base["seed_everything"], search.space)
-    objective = Objective(search, study, process_name())
+    objective = Objective(search, study, storage, process_name())
 
     def can_go_on() -> bool:
         return has_room(study, search.options.n_trials) and not is_time_up(study)
@@ -308,7 +320,7 @@ def run_trials(search: Search, storage: BaseStorage) -> None:
     is_exhausted = False
     while can_go_on() and not is_exhausted:
         try:
-            study.optimize(objective, catch=(FailedTrialError,), callbacks=[after_trial], gc_after_trial=True)
+            study.optimize(objective, catch=(FailedTrialError,), callbacks=[after_trial])
             is_exhausted = True  # without an exception, optimize returns only after study.stop()
         except AbandonedTrial as reason:
             if isinstance(reason.__cause__, Exception):

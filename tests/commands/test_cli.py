@@ -34,7 +34,7 @@ EACH = [
     "--trainer.callbacks.save_on_train_epoch_end=true",
     "--trainer.callbacks.filename={epoch}",
 ]
-"""Keeps what a run that is killed after an epoch leaves behind."""
+"""Keep the files that a run killed after an epoch leaves behind."""
 
 
 def rows(run: Path) -> list[dict[str, str]]:
@@ -72,14 +72,14 @@ def test_help_of_a_command_is_what_its_parser_says(monkeypatch, capfd, name):
     assert code == 0
     assert out.startswith(f"usage: python -m mnist_lightning {name}")
     assert "--data.batch_size     Images in a training batch" in out
-    assert len(out.splitlines()) < (90 if name == "tune" else 45)
+    assert len(out.splitlines()) < (90 if name == "tune" else 48)
     monkeypatch.setenv("COLUMNS", "100")
     with pytest.raises(SystemExit):
         importlib.import_module(f"mnist_lightning.{MODULES[name]}").main(name, COMMANDS[name], ["--help"])
     said = capfd.readouterr().out
     if "UPDATE_HELP" in os.environ:
         Path(cli.__file__).with_name("help").joinpath(f"{name}.txt").write_text(said)
-    assert out == said, "UPDATE_HELP=1 pytest tests/commands/test_cli.py -k help writes the files anew"
+    assert out == said, "UPDATE_HELP=1 pytest tests/commands/test_cli.py -k help rewrites the files"
 
 
 def test_help_of_all_options_and_of_a_class(capfd):
@@ -208,7 +208,7 @@ def fit_in_background(cwd, data_dir, epochs=4, until="checkpoints/last.ckpt"):
 @pytest.mark.slow
 def test_two_runs_at_once_get_two_folders(quick, data_dir, tmp_path):
     process = fit_in_background(tmp_path, data_dir, epochs=1, until="config.yaml")
-    process.send_signal(signal.SIGSTOP)  # in the midst of its run
+    process.send_signal(signal.SIGSTOP)  # in the middle of its run
     quick(tmp_path, "fit", "--trainer.max_epochs=1")
     process.send_signal(signal.SIGCONT)
     assert process.wait(timeout=240) == 0
@@ -220,13 +220,13 @@ def test_two_runs_at_once_get_two_folders(quick, data_dir, tmp_path):
 
 @pytest.mark.numeric
 def test_killed_and_resumed_ends_as_if_never_killed(fitted, quick, data_dir, tmp_path):
-    """SIGKILL lands wherever it lands: in a batch, a figure, a checkpoint."""
+    """Check a SIGKILL that may hit a batch, a figure or a checkpoint."""
     process = fit_in_background(tmp_path, data_dir)
     process.kill()
     process.wait()
 
     result = quick(tmp_path, "fit", "--trainer.max_epochs=4", "--ckpt_path=last")
-    assert "Epoch 1/4" not in result.stdout  # from the beginning it would end as well
+    assert "Epoch 1/4" not in result.stdout  # a restart from the beginning would end the same
     run, _ = fitted
     resumed = tmp_path / "lightning_logs/baseline/version_1"
     assert (resumed / "metrics.csv").read_text() == (run / "metrics.csv").read_text()
@@ -306,7 +306,7 @@ def test_figures_go_to_mlflow(command, tmp_path):
         "--trainer.logger.tracking_uri=sqlite:///m.db",
     ]
     for _ in range(2):
-        command(tmp_path, "fit", *options)  # in one process, MLflow keeps its first database
+        command(tmp_path, "fit", *options)  # within a process, MLflow keeps its first database
     client = mlflow.MlflowClient("sqlite:///m.db")
     runs = client.search_runs([experiment.experiment_id for experiment in client.search_experiments()])
     assert len(runs) == 2
@@ -322,8 +322,8 @@ def test_figures_go_to_mlflow(command, tmp_path):
 def test_figures_go_to_wandb(command, quick, tmp_path):
     wandb = pytest.importorskip("wandb")
     options = ["--trainer.max_epochs=1", "--trainer.logger+=WandbLogger", "--trainer.logger.offline=true"]
-    command(tmp_path, "fit", *options)  # what is not written yet when the process ends
-    wandb.finish()  # of a test before
+    command(tmp_path, "fit", *options)  # also writes data that is pending when the process ends
+    wandb.finish()  # ends the run of an earlier test
     quick(tmp_path, "fit", *options)
     wandb.finish()
     runs = list(tmp_path.glob("lightning_logs/wandb/offline-run-*"))
@@ -357,7 +357,7 @@ def test_lightning_s_flags_work(quick, tmp_path):
         "--model.lr_scheduler.T_max=3", "--model.network.activation=GELU",
     )  # fmt: skip
     table = rows(tmp_path / "lightning_logs/baseline/version_0")
-    assert [row["step"] for row in table] == ["7", "15", "23"]  # 16 batches, two to a step
+    assert [row["step"] for row in table] == ["7", "15", "23"]  # 16 batches, two per step
     assert float(table[-1]["train/loss"]) < float(table[0]["train/loss"])
 
 
@@ -398,7 +398,7 @@ def run_of(tmp_path, name):
 
 @pytest.mark.slow
 def test_two_devices_continue_exactly(command, quick, tmp_path):
-    """In each epoch 1,001 images to train on, and 249 to evaluate, each once."""
+    """Check with 1,001 training and 249 validation images, each used once per epoch."""
     options = ["--trainer.accelerator=cpu", "--data.val_split=0.1992"]
     two = [*options, "--trainer.devices=2"]
     command(tmp_path, "fit", "--name=whole", *two, *EACH, "--trainer.max_epochs=2")
@@ -407,7 +407,7 @@ def test_two_devices_continue_exactly(command, quick, tmp_path):
     path = whole / "checkpoints/epoch=0.ckpt"
     states = torch.load(path, weights_only=True)["callbacks"]["RunCheckpoint"]["random_states"]
     assert len(states) == 2
-    assert not torch.equal(states[0]["torch"], states[1]["torch"])  # each device has dropout masks of its own
+    assert not torch.equal(states[0]["torch"], states[1]["torch"])  # each device has its own dropout masks
     command(tmp_path, "fit", "--name=rest", *two, "--trainer.max_epochs=2", f"--ckpt_path={path}")
     rest = run_of(tmp_path, "rest")
     for key, weight in weights(whole).items():
@@ -422,7 +422,7 @@ def test_two_devices_continue_exactly(command, quick, tmp_path):
 
 @pytest.mark.slow
 def test_torchrun_takes_the_step_of_one_device(quick, data_dir, tmp_path):
-    """With a learning rate of 1 the weights after the only step tell the gradient."""
+    """Read the gradient from the weights after a single step with a learning rate of 1."""
     options = [
         "--trainer.max_epochs=1", "--model.network.dropout=0", "--model.optimizer=KerasSGD", "--model.optimizer.lr=1",
         "--trainer.accelerator=cpu",
@@ -492,7 +492,7 @@ def test_a_requeued_slurm_job_ends_as_if_never_stopped(fitted, quick, monkeypatc
     output = quick(tmp_path, "fit", "--trainer.max_epochs=4").stdout
     signal.signal(signal.SIGUSR1, handler)
     assert re.search("^Epoch 4/4", output, re.MULTILINE)
-    assert "Epoch 1/4" not in output  # from the beginning it would end as well
+    assert "Epoch 1/4" not in output  # a restart from the beginning would end the same
     requeued = tmp_path / "lightning_logs/baseline/version_1"
     assert (requeued / "metrics.csv").read_text() == (fitted[0] / "metrics.csv").read_text()
     assert (requeued / "test.csv").read_text() == (fitted[0] / "test.csv").read_text()
@@ -504,7 +504,7 @@ def test_a_requeued_slurm_job_ends_as_if_never_stopped(fitted, quick, monkeypatc
 
 def test_checkpoints_are_evaluated_and_predicted(fitted, monkeypatch, capfd, data_dir, tmp_path):
     run, output = fitted
-    monkeypatch.chdir(run.parents[2])  # where the newest run is this one
+    monkeypatch.chdir(run.parents[2])  # here, the newest run is this one
     data = f"--data.data_dir={data_dir}"
     last = [f"{float(number):.4f}" for number in re.search(r"last epoch \(4\) +(.*)", output)[1].split()]
 
@@ -547,7 +547,7 @@ def test_a_checkpoint_brings_its_network(quick, monkeypatch, capfd, data_dir, tm
     network = Classifier.load_from_checkpoint(last, weights_only=True).network
     assert network.dense_1.weight.shape == (7, 784)
 
-    # what is given beside it and differs is said
+    # options that differ from the run's are reported
     monkeypatch.chdir(tmp_path)
     code, out, err = in_process(
         capfd, "fit", f"--data.data_dir={data_dir}", "--ckpt_path=last", "--trainer.max_epochs=2",
@@ -557,11 +557,11 @@ def test_a_checkpoint_brings_its_network(quick, monkeypatch, capfd, data_dir, tm
     assert "The checkpoint's model.network is used, not the one given" in out
     for line in ("data.batch_size 60: the run had 50", "trainer.max_epochs 2: the run had 1"):
         assert f"Continuing with {line}" in out
-    assert out.count("Continuing with") == 3  # and the logger
+    assert out.count("Continuing with") == 3  # the third is the logger
 
 
 def schedule(name, steps, **arguments):
-    """The learning rates of a schedule of torch, before each of its steps."""
+    """Return the learning rates of a torch schedule, before each of its steps."""
     optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=0.001)
     scheduler = getattr(torch.optim.lr_scheduler, name)(optimizer, **arguments)
     rates = []
@@ -592,7 +592,7 @@ def schedule(name, steps, **arguments):
     ids=lambda value: value if isinstance(value, str) else "",
 )  # fmt: skip
 def test_a_schedule_lasts_as_long_as_the_training(quick, tmp_path, options, rates):
-    """Three epochs of 16 batches."""
+    """Check three epochs of 16 batches."""
     name, *words = options.split()
     words = [word if word.startswith("--") else f"--model.lr_scheduler.{word}" for word in words]
     quick(tmp_path, "fit", "--trainer.max_epochs=3", f"--model.lr_scheduler={name}", *words)
@@ -632,7 +632,7 @@ CYCLE = ["--model.lr_scheduler=OneCycleLR", "--model.lr_scheduler.max_lr=0.1"]
     ids=lambda value: " ".join(value) if isinstance(value, list) and value and isinstance(value[0], str) else "",
 )  # fmt: skip
 def test_a_longer_training_has_the_schedule_that_it_would_have_had(quick, tmp_path, options, more, rates, line):
-    """Two epochs of 16 batches, then two more."""
+    """Check two epochs of 16 batches, then two more."""
     quick(tmp_path, "fit", "--trainer.max_epochs=2", "--name=short", *options)
     before = [float(row["lr"]) for row in rows(run_of(tmp_path, "short"))]
     checkpoint = run_of(tmp_path, "short") / "checkpoints/last.ckpt"
@@ -640,7 +640,7 @@ def test_a_longer_training_has_the_schedule_that_it_would_have_had(quick, tmp_pa
     table = rows(run_of(tmp_path, "long"))
     assert [float(row["lr"]) for row in table] == pytest.approx(before + rates[2:])
     assert line is None or f"Continuing with {line}" in output
-    assert output.count("Continuing with") == 1 + bool(line)  # and max_epochs
+    assert output.count("Continuing with") == 1 + bool(line)  # the other is max_epochs
     assert "The checkpoint's model" not in output
 
 
@@ -648,7 +648,7 @@ def test_a_longer_training_has_the_schedule_that_it_would_have_had(quick, tmp_pa
 @pytest.mark.parametrize(
     "options",
     [
-        ["--trainer.max_steps=40"],  # 16 an epoch
+        ["--trainer.max_steps=40"],  # 16 steps per epoch
         ["--model.lr_scheduler=ReduceLROnPlateau", "--model.lr_scheduler.monitor=val/loss", "--model.optimizer.lr=0.03",
          "--model.lr_scheduler.patience=0", "--trainer.check_val_every_n_epoch=2"],
         ["--trainer.limit_train_batches=7", "--trainer.precision=bf16-mixed", "--data.batch_size=32"],
@@ -662,7 +662,7 @@ def test_a_run_is_continued_with_all_that_it_had(quick, tmp_path, options):
     run = run_of(tmp_path, "whole")
     kept = sorted((run / "checkpoints").glob("epoch=*.ckpt"))
     assert len(kept) == len(rows(run)) == (3 if options == ["--trainer.max_steps=40"] else 4)
-    (run / "checkpoints/best.ckpt").unlink(missing_ok=True)  # it may not have been there yet
+    (run / "checkpoints/best.ckpt").unlink(missing_ok=True)  # it may not have existed yet
     for number, path in enumerate([kept[0], kept[-1]]):
         rest = quick(tmp_path, "fit", f"--ckpt_path={path}", f"--name=rest{number}").stdout
         resumed = run_of(tmp_path, f"rest{number}")
@@ -718,7 +718,7 @@ def test_a_run_is_evaluated_on_its_own_data(quick, monkeypatch, capfd, data_dir,
     assert accuracy == pytest.approx(float(row["val/accuracy"]))
     code, out, err = in_process(capfd, "predict", path)
     assert code == 0, err
-    assert len(pd.read_csv("predictions.csv")) == 300  # of the small data set
+    assert len(pd.read_csv("predictions.csv")) == 300  # the size of the small data set
     code, out, err = in_process(capfd, "validate", path, "--data.data_dir=null", "--data.val_split=0.1")
     assert code == 0, err
     assert "Data: MNIST, scaled to [0, 1], 0.1 of the training images" in out
@@ -825,7 +825,7 @@ def test_the_process_itself_ends_without_a_traceback(command, tmp_path):
 
 @pytest.mark.slow
 def test_a_full_disk_is_named_and_leaves_no_broken_checkpoint(data_dir, tmp_path):
-    # no file of more than a megabyte, which the checkpoints of the default network are
+    # limit files to a megabyte: the checkpoints of the default network are larger
     limited = ["bash", "-c", 'ulimit -f 1024; exec "$@"', "bash", sys.executable, "-m", "mnist_lightning", "fit"]
     result = subprocess.run(
         [*limited, f"--data.data_dir={data_dir}", "--trainer.max_epochs=4"],
@@ -874,7 +874,7 @@ def test_a_folder_that_cannot_be_written_is_named(monkeypatch, capfd, data_dir, 
 
 @pytest.mark.parametrize("option", ["--trainer.max_epochs=0", "--trainer.limit_train_batches=0"])
 def test_an_untrained_network_is_evaluated(quick, tmp_path, option):
-    """As whoever wants to see the loss at the start: ln 10 and the penalty."""
+    """Check the loss before training: ln 10 and the penalty."""
     quick(tmp_path, "fit", option)
     (row,) = pd.read_csv(tmp_path / "lightning_logs/baseline/version_0/test.csv").to_dict("records")
     assert row["weights"] == "last epoch (0)"
@@ -936,7 +936,7 @@ def test_a_metric_that_is_not_logged_is_refused_before_the_first_step(
     assert not (tmp_path / "lightning_logs").exists()
 
 
-def test_a_home_folder_is_meant_by_its_sign_and_a_url_is_no_folder(quick, monkeypatch, capfd, tmp_path):
+def test_a_home_folder_is_meant_by_its_sign_and_a_url_is_not_a_folder(quick, monkeypatch, capfd, tmp_path):
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setenv("USERPROFILE", str(tmp_path))
     quick(tmp_path, "fit", "--trainer.max_epochs=1", "--trainer.default_root_dir=~/runs")
@@ -970,7 +970,7 @@ def printed_numbers(result):
 @pytest.mark.parametrize(
     "options",
     [
-        ["--trainer.val_check_interval=5"],  # of 16 batches
+        ["--trainer.val_check_interval=5"],  # an epoch has 16 batches
         ["--trainer.max_steps=40"],
         ["--trainer.callbacks+=StochasticWeightAveraging", "--trainer.callbacks.swa_lrs=0.01"],
         ["--trainer.callbacks+=ModelPruning", "--trainer.callbacks.pruning_fn=l1_unstructured",
@@ -1082,7 +1082,7 @@ def test_what_cannot_work_is_refused_before_the_first_step(fitted, monkeypatch, 
 
 
 def test_arguments_of_types_that_the_parser_does_not_know_are_read_and_written(quick, tmp_path):
-    """A Number, an Enum, and a name where a function may stand."""
+    """Check a Number, an Enum, and a name in place of a function."""
     options = ["--data.augmentation+=torchvision.transforms.v2.RandomRotation", "--data.augmentation.degrees=10",
                "--trainer.callbacks+=Timer", "--trainer.callbacks.duration=00:01:00:00",
                "--trainer.callbacks+=ModelPruning", "--trainer.callbacks.pruning_fn=l1_unstructured"]  # fmt: skip
@@ -1101,7 +1101,7 @@ def test_barebones_trains_without_a_trace(quick, tmp_path):
 @posix
 @pytest.mark.slow
 def test_a_config_may_come_from_a_pipe(data_dir, tmp_path):
-    """Which can be read only once."""
+    """Check a pipe, which can be read only once."""
     config = f"{{name: piped, trainer: {{max_epochs: 1}}, data: {{init_args: {{data_dir: {data_dir}}}}}}}"
     command = f"{sys.executable} -m mnist_lightning fit --config <(echo '{config}')"
     subprocess.run(["bash", "-c", command], cwd=tmp_path, check=True, capture_output=True, timeout=300)

@@ -52,7 +52,7 @@ INTEGER = spec("IntDistribution", low=8, high=32)
 
 
 def run_command(*arguments):
-    """Run a command in this process; gives exit code or message."""
+    """Run a command in this process; return exit code or message."""
     try:
         main(arguments)
     except SystemExit as exit:
@@ -61,7 +61,7 @@ def run_command(*arguments):
 
 
 def one_trial(pool, _):
-    """Stand in for the search: a finished trial without the time that workers take."""
+    """Replace the search by one finished trial, which saves the time of workers."""
     trial = pool.study.ask({UNITS: IntDistribution(8, 32)})
     pool.names.add("worker")
     trial.set_user_attr("owner", "worker")
@@ -94,8 +94,8 @@ def cwd(made, tmp_path, monkeypatch):
 
 @pytest.fixture
 def run(cwd, monkeypatch, capfd, data_dir):
-    """Runs a command, which must run no code of its inputs and leave all files as they are; gives code and message."""
-    # what takes long in a report needs no more inputs
+    """Run a command; check that it runs no code from its inputs and changes no files; return code and message."""
+    # the slow parts of a report read no further inputs
     monkeypatch.setattr(page, "model_sections", lambda *_: [])
     monkeypatch.setattr(page, "save", lambda *_: sys.exit(0))
 
@@ -105,7 +105,7 @@ def run(cwd, monkeypatch, capfd, data_dir):
         out, err = capfd.readouterr()
         assert "Traceback" not in out + err
         assert not (cwd / "hacked").exists()
-        # that a study was asked for is added to a journal
+        # a command that asks for a study appends to its journal
         assert all(path.read_bytes().startswith(content) for path, content in before.items())
         return (1, code) if isinstance(code, str) else (code, err[err.find("error: ") :])
 
@@ -114,7 +114,7 @@ def run(cwd, monkeypatch, capfd, data_dir):
 
 @pytest.fixture
 def refused(run):
-    """Runs a command that must refuse its input in one or two lines that say what is wrong."""
+    """Run a command that must refuse its input in one or two lines that say what is wrong."""
 
     def command(message, *arguments):
         code, error = run(*arguments)
@@ -127,7 +127,7 @@ def refused(run):
 
 
 def mutated(content, generator):
-    """Bytes with one to fifty of them changed, or cut off somewhere."""
+    """Return bytes with one to fifty of them changed, or truncated somewhere."""
     if generator.random() < 0.3:
         return content[: generator.randrange(len(content))]
     changed = bytearray(content)
@@ -164,13 +164,13 @@ def mutated(content, generator):
     ],
     ids=lambda value: value[:12] if isinstance(value, bytes) else "",
 )  # fmt: skip
-def test_a_file_that_is_no_config_is_refused(refused, cwd, content, message):
+def test_a_file_that_is_not_a_config_is_refused(refused, cwd, content, message):
     (cwd / "c.yaml").write_bytes(content)
     refused(message, "fit", "--config=c.yaml")
 
 
 @pytest.mark.parametrize("path", [".", "/dev/null/x", "nope.yaml"])
-def test_a_config_that_is_no_file_is_refused(refused, path):
+def test_a_config_that_is_not_a_file_is_refused(refused, path):
     refused(re.escape(path), "fit", f"--config={path}")
 
 
@@ -240,7 +240,7 @@ OPTIONS = {field.name: field.default for field in dataclasses.fields(SearchOptio
 
 @pytest.fixture
 def tune_with(run, cwd, monkeypatch):
-    """Runs ``tune`` with a value of an option and without training; gives code and message."""
+    """Run ``tune`` with a value of an option and without training; return code and message."""
     monkeypatch.setattr(Pool, "run", one_trial)
     names = itertools.count()
 
@@ -276,7 +276,7 @@ def test_a_limit_that_limits_nothing_is_refused(tune_with, limit):
 @pytest.mark.slow
 @pytest.mark.parametrize("option", OPTIONS)
 def test_an_option_has_a_value_or_is_refused(tune_with, option):
-    """Whatever it is given; of all that is odd a part, drawn with a seed."""
+    """Try a random sample of odd values, drawn with a seed."""
     for value in random.Random(option).sample([None, 0, -1, 0.5, math.nan, math.inf, 10**12, "", "x", [], [1], {}], 6):
         code, error = tune_with(**{option: value})
         assert code in (0, 1, 2)
@@ -290,7 +290,7 @@ def test_an_option_has_a_value_or_is_refused(tune_with, option):
 
 @pytest.fixture
 def images(data_dir, tmp_path):
-    """A copy of the test images beside their labels."""
+    """A copy of the test images next to their labels."""
     for kind in ("images-idx3", "labels-idx1"):
         shutil.copy(data_dir / f"t10k-{kind}-ubyte", tmp_path)
     return tmp_path / "t10k-images-idx3-ubyte"
@@ -479,7 +479,7 @@ def test_a_damaged_journal_is_refused(refused, cwd, reader, change, message):
 
 
 def with_attribute(journal, name, value, *, finished=True):
-    """Change an attribute of the study or its trials in a journal, or leave it out if the value is None."""
+    """Change an attribute of the study or its trials in a journal, or remove it if the value is None."""
     records = [json.loads(line) for line in journal.read_bytes().splitlines()]
     if not finished:
         records = [record for record in records if record["op_code"] != JournalOperation.SET_TRIAL_STATE_VALUES]
@@ -516,7 +516,7 @@ def test_trials_with_odd_attributes_are_refused(refused, cwd, name, value, finis
 
 @pytest.mark.parametrize("reader", STUDY_READERS, ids=["tune", "report"])
 @pytest.mark.parametrize("content", [bytes(range(256)) * 40])
-def test_a_file_that_is_no_database_is_refused(refused, cwd, reader, content):
+def test_a_file_that_is_not_a_database_is_refused(refused, cwd, reader, content):
     (cwd / "study.db").write_bytes(content)
     refused("study.db cannot be opened", *reader, "--storage=sqlite:///study.db")
 
@@ -555,7 +555,7 @@ def test_a_checkpoint_from_elsewhere_writes_nowhere_else(run, cwd, options, key)
 
 @pytest.fixture
 def studied(cwd):
-    """The journal of a study of six trials, one of which waits, one has failed and one is running, in this folder."""
+    """The journal of a study of six trials in this folder: one is waiting, one has failed and one is running."""
     journal = cwd / "lightning_logs/odd/journal.log"
     study = optuna.create_study(
         storage=open_storage(str(journal)), study_name="odd", directions=["maximize", "minimize"]
@@ -588,14 +588,14 @@ ODD = [None, math.nan, math.inf, -1, 0.5, 10**12, 10**400, "", "x", [], [None], 
 
 
 def paths(tree, path=()):
-    """The path of everything in a tree of mappings and lists."""
+    """Yield the path of every node in a tree of mappings and lists."""
     for key, value in tree.items() if isinstance(tree, dict) else enumerate(tree) if isinstance(tree, list) else ():
         yield (*path, key)
         yield from paths(value, (*path, key))
 
 
 def odd_journal(records, number, path, value):
-    """The text of a journal in one record of which another value is at a path, or nothing is."""
+    """Return the text of a journal in which one record has another value at a path, or lacks it."""
     records = copy.deepcopy(records)
     *parts, last = path
     node = functools.reduce(operator.getitem, parts, records[number])
@@ -639,8 +639,8 @@ def test_a_study_that_was_edited_is_refused(refused, studied, reader, op_code, p
 @pytest.mark.slow
 @pytest.mark.parametrize("reader", READ)
 def test_a_record_of_a_study_is_read_or_refused(run, studied, monkeypatch, reader):
-    """In each record, each field in turn is something odd, or missing; a part of them, drawn with a seed."""
-    monkeypatch.setattr(page, "save", save)  # all of the report
+    """Change or delete single fields of the records: a random sample of fields and odd values, drawn with a seed."""
+    monkeypatch.setattr(page, "save", save)  # run the whole report
     records = [json.loads(line) for line in studied.read_bytes().splitlines()]
     places = [(number, path) for number, record in enumerate(records) for path in paths(record)]
     generator = random.Random(0)

@@ -16,7 +16,7 @@ from mnist_lightning.training.runs import RUN_KEYS
 
 @pytest.fixture
 def model(capfd):
-    """Gives the section ``model`` of the config that options make."""
+    """Return the section ``model`` of the config that results from options."""
 
     def parse(*options):
         code, out, errors = in_process(capfd, "fit", *options)
@@ -34,7 +34,7 @@ def model(capfd):
         (["--model.optimizer=torch.optim.AdamW"], {"eps": 1e-8, "weight_decay": 0.01, "fused": None}),
         ([f"--config={ROOT / 'configs/baseline.yaml'}", "--model.optimizer=KerasSGD"], {"lr": 0.01}),
         (["--model.optimizer.lr=0.5", "--model.optimizer=KerasSGD"], {"lr": 0.5}),
-        (["--model.optimizer.lr=0.001", "--model.optimizer=KerasSGD"], {"lr": 0.001}),  # the old class's default
+        (["--model.optimizer.lr=0.001", "--model.optimizer=KerasSGD"], {"lr": 0.001}),  # the default of the old class
         (["--model.optimizer.init_args.lr=0.001", "--model.optimizer=KerasSGD"], {"lr": 0.001}),
         (["--model.optimizer.lr=0.5"], {"lr": 0.5, "eps": 1e-7}),
     ],
@@ -64,7 +64,7 @@ def test_a_class_inside_another_can_be_exchanged(model, monkeypatch, tmp_path):
         ({"num_classes": 20}, None, [], 20, "num_classes stays 20, as in the config: the data has 10 classes"),
         ({"num_classes": 20}, "EMNIST", [], 47, "num_classes is 47 to match the data, not 20 as in the config"),
         ({"num_classes": 50}, "FashionMNIST", ["--data=EMNIST"], 50, "num_classes stays 50"),
-        ({"num_classes": 10}, "FashionMNIST", ["--data=EMNIST"], 47, ""),  # the class's default
+        ({"num_classes": 10}, "FashionMNIST", ["--data=EMNIST"], 47, ""),  # the default of the class
         ({"num_classes": 5}, None, [], 10, "num_classes is 10 to match the data, not 5 as in the config"),
         ({"num_classes": 5}, None, ["--model.network.num_classes=30"], 30, ""),
         ({"num_classes": 20}, None, ["--model.network=CNN"], 20, "num_classes stays 20"),
@@ -82,7 +82,7 @@ def test_a_config_may_have_a_network_of_more_outputs(tmp_path, capfd, network, d
     with patched_jsonargparse():
         run = FitCLI("fit", [f"--config={tmp_path / 'config.yaml'}", *options])
         said = capfd.readouterr().out
-        again = TrainingCLI({key: run.plain_config()[key] for key in RUN_KEYS})  # as a search has it
+        again = TrainingCLI({key: run.plain_config()[key] for key in RUN_KEYS})  # as a search passes it
         assert not capfd.readouterr().out
     for each in (run, again):
         assert each.model.network[-1].out_features == expected
@@ -99,7 +99,7 @@ def test_a_number_of_classes_that_is_none_is_refused(tmp_path, capfd):
 
 
 def test_a_short_name_means_the_package_s_own_class(model):
-    import torchvision.ops  # which has an MLP too
+    import torchvision.ops  # this module also has an MLP
 
     assert torchvision.ops.MLP.__name__ == "MLP"
     network = model("--model.network=MLP", "--model.network.units=[7,7]", "--print_config")["network"]
@@ -165,7 +165,7 @@ def test_jsonargparse_is_corrected_only_inside():
 )
 @pytest.mark.parametrize(("given", "value"), [("1", 1), ("1.0", 1.0), ("0.5", 0.5), ("12", 12)])
 def test_a_whole_number_of_batches_stays_whole(capfd, tmp_path, option, given, value):
-    """One batch is not 100 % of them."""
+    """Check that one batch does not become 100 % of the batches."""
     (tmp_path / "config.yaml").write_text(f"trainer:\n  {option}: {given}\n")
     for way in (f"--trainer.{option}={given}", f"--config={tmp_path / 'config.yaml'}"):
         code, out, errors = in_process(capfd, "fit", way, "--print_config")
@@ -175,7 +175,7 @@ def test_a_whole_number_of_batches_stays_whole(capfd, tmp_path, option, given, v
 
 
 def test_parsing_opens_no_data_and_makes_no_module(monkeypatch):
-    monkeypatch.setattr(Parser, "instantiate", lambda *_, **__: pytest.fail("something was made"))
+    monkeypatch.setattr(Parser, "instantiate", lambda *_, **__: pytest.fail("an object was created"))
     monkeypatch.setattr(FitCLI, "instantiate_classes", lambda self: None)
     options = ["--data=FashionMNIST", "--data.data_dir=/nowhere", "--data.augmentation+=Distortion"]
     with patched_jsonargparse():

@@ -44,7 +44,7 @@ from mnist_lightning.search.storage import open_storage
 
 @pytest.fixture(scope="module")
 def made(data_dir, tmp_path_factory):
-    """A folder in which ``fit`` (two seeds), ``tune`` and ``report`` were run, and what ``report`` printed."""
+    """A folder after ``fit`` (two seeds), ``tune`` and ``report``, and the output of ``report``."""
     cwd = tmp_path_factory.mktemp("made")
     small, output = f"--data.data_dir={data_dir}", io.StringIO()
     tune = tune_options(data_dir, "--n_trials=3", "--executions_per_trial=1", "--refit_epochs=2")
@@ -72,7 +72,7 @@ def reported(made):
 
 @pytest.fixture
 def run(made, tmp_path, monkeypatch, capfd):
-    """Runs ``report`` in this process on a copy of the runs; gives exit code or message, output and folder."""
+    """Run ``report`` in this process on a copy of the runs; return exit code or message, output and folder."""
     shutil.copytree(made[0] / "before", tmp_path / "lightning_logs")
     monkeypatch.chdir(tmp_path)
 
@@ -162,7 +162,7 @@ def test_the_terminal_and_the_csv_show_the_comparison(made, reported):
 
 
 class Page(HTMLParser):
-    """Collects what the tests look at."""
+    """A parser that collects the parts of the page that the tests check."""
 
     def __init__(self, text):
         super().__init__()
@@ -188,7 +188,7 @@ def test_the_page_is_one_file_with_everything(made, reported):
     page = Page(text)
     assert not page.problems
     assert not page.open
-    assert len(text) < 2_500_000  # of 5 MiB; a model of four thousand mistakes adds half a megabyte
+    assert len(text) < 2_500_000  # 5 MiB are allowed; a model with four thousand mistakes adds half a megabyte
     assert all(reference.startswith("data:") for reference in page.references)
     assert "default-src 'none'" in text
     assert all(len(image["alt"]) > 10 for image in page.images)
@@ -209,13 +209,13 @@ def test_the_page_is_one_file_with_everything(made, reported):
 
 @pytest.fixture(scope="module")
 def browse(made):
-    """Runs a script in the page in headless Chromium; gives the dictionary ``found`` that the script fills."""
+    """Run a script in the page in headless Chromium; return the dictionary ``found`` that it fills."""
     return partial(in_browser, (made[0] / "lightning_logs/report/report.html").read_text())
 
 
 @pytest.mark.parametrize("width", [360, 1280])
 def test_a_browser_shows_the_page(browse, width):
-    """Nothing is wider than the window, and a click on a header sorts its table."""
+    """Check that nothing is wider than the window, and that clicking a header sorts its table."""
     found = browse(
         """
         const table = document.querySelector("table.sortable"), header = table.querySelectorAll("th button")[1];
@@ -263,7 +263,7 @@ def test_curves_are_read_by_hovering_and_switched_off_together(browse, reported)
         assert hovered["epoch"] == "3"
         (value,) = metrics[f"val/{name} (last epoch)"]
         assert float(hovered["baseline, validation"]) == pytest.approx(value, rel=2e-4)
-        assert hovered["tuned, training"] == "–"  # it has two epochs
+        assert hovered["tuned, training"] == "–"  # tuned has two epochs
     assert found["key"] == "2"
     assert found["off"] == 3 * ["tuned, validation", "tuned, training"]
     assert found["on"] == []
@@ -388,16 +388,16 @@ def test_the_study_is_told(made, reported):
     assert study["best_params"].keys() == {
         "model.network.init_args.units.0", "model.network.init_args.l2.1", "model.optimizer.class_path",
     }  # fmt: skip
-    l2 = study["best_params"]["model.network.init_args.l2.1"]  # one of two: always at an edge
+    l2 = study["best_params"]["model.network.init_args.l2.1"]  # one of two choices: always at an edge
     assert f"l2.1 ({l2})" in study["edges"]
-    assert "at the edge of what was searched" in study["edges"]
+    assert "at the edge of the search space" in study["edges"]
     assert "optimizer" not in study["edges"]
 
 
 @pytest.mark.slow
 def test_the_study_shown_is_the_one_that_made_the_run(run):
     base = "lightning_logs/baseline/version_"
-    code, output = run(f"one={base}0", f"two={base}1")  # which no study made
+    code, output = run(f"one={base}0", f"two={base}1")  # no study produced these runs
     assert code == 0, output
     page = Path("lightning_logs/report/report.html")
     assert json.loads(page.with_name("report.json").read_text())["study"] is None
@@ -406,7 +406,7 @@ def test_the_study_shown_is_the_one_that_made_the_run(run):
     shutil.move("lightning_logs/tune", "lightning_logs/moved")
     code, output = run()
     assert code == 0, output
-    assert "tuned is of the study tune, which is not in lightning_logs/tune/journal.log. Show it: --storage" in output
+    assert "tuned is from study tune, which is not in lightning_logs/tune/journal.log. Show it: --storage" in output
     assert json.loads(page.with_name("report.json").read_text())["study"] is None
     code, output = run("--storage=lightning_logs/moved/journal.log")
     assert code == 0, output
@@ -534,7 +534,7 @@ def other_data():
     checkpoint = torch.load(path, weights_only=True)
     checkpoint["datamodule_hyper_parameters"]["data_dir"] = None  # all of MNIST
     torch.save(checkpoint, path)
-    return [], "have other test images"
+    return [], "have different test images"
 
 
 def no_study():
@@ -544,7 +544,7 @@ def no_study():
 def foreign_folder():
     Path("mine").mkdir()
     Path("mine/thesis.txt").write_text("all I have", encoding="utf-8")
-    return ["--output=mine"], "mine holds something else than a report"
+    return ["--output=mine"], "mine holds something other than a report"
 
 
 @pytest.mark.parametrize("change", list(map(damage, (
@@ -627,22 +627,19 @@ def test_a_pattern_takes_the_complete_runs_in_natural_order(run, made):
     assert code == "error: all: no complete run matches nowhere/*."
     code, output = run(f"all={base}/version_?,{base}/version_2")
     assert code == 0, output
-    assert (
-        f"all: left out, without a checkpoint or stopped before their end: {base}/version_0, {base}/version_1\n"
-        in output
-    )
+    assert f"all: left out, without a checkpoint or stopped early: {base}/version_0, {base}/version_1\n" in output
     runs = json.loads(Path("lightning_logs/report/report.json").read_text(encoding="utf-8"))["models"]["all"]["runs"]
     assert runs == [f"{base}/version_2"]
     code, _ = run("a=lightning_logs/tuned/version_0", "a=lightning_logs/tuned/version_0")
     assert code == (
-        "error: Each model needs a name of its own, as NAME=PATH: "
+        "error: Each model needs its own name, as NAME=PATH: "
         "a=lightning_logs/tuned/version_0 a=lightning_logs/tuned/version_0"
     )
 
 
 @pytest.mark.slow
 def test_a_study_alone_of_many_trials(tmp_path, monkeypatch, capfd):
-    """500 trials, take seconds; the table on the page is cut."""
+    """Check that 500 trials take seconds, and that the page's table is cut."""
     monkeypatch.chdir(tmp_path)
     storage = open_storage("lightning_logs/big/journal.log")
     study = optuna.create_study(storage=storage, study_name="big", direction="maximize")
@@ -797,7 +794,7 @@ def test_wilson_s_interval_by_hand():
 
 @pytest.fixture
 def diverged(fitted, tmp_path, monkeypatch):
-    """A folder with the run ``ok`` and, with weights that are not numbers, the run ``diverged``."""
+    """A folder with the run ``ok`` and the run ``diverged``, whose weights are NaN."""
     monkeypatch.chdir(tmp_path)
     for name in ("ok", "diverged"):
         shutil.copytree(fitted[0], f"lightning_logs/{name}/version_0")
@@ -840,7 +837,7 @@ def test_a_model_that_has_diverged_is_one_like_others(capfd, models):
     assert "ok" not in found or found["ok"]["calibration_error"] > 0
     page = (folder / "report.html").read_text(encoding="utf-8")
     data = re.search(r'<script type="application/json" id="data">(.*?)</script>', page, re.DOTALL)[1]
-    content = json.loads(data, parse_constant=pytest.fail)  # a browser reads no NaN
+    content = json.loads(data, parse_constant=pytest.fail)  # a browser cannot read NaN
     model = next(model for model in content["models"] if model["name"] == "diverged")
     assert {*model["confidence"]} == {0}
 

@@ -69,8 +69,8 @@ def test_an_epoch_has_every_image_once_in_another_order(data_dir):
     [
         (MLP([8], normalization="batch"), [333, 333, 334]),
         (MLP([8], normalization="layer"), [333, 333, 333, 1]),
-        (CNN([4], 1), [333, 333, 333, 1]),  # which normalizes over pixels
-        (CNN([4] * 6, 1), [333, 333, 334]),  # as the last stages have one
+        (CNN([4], 1), [333, 333, 333, 1]),  # it normalizes over pixels
+        (CNN([4] * 6, 1), [333, 333, 334]),  # its last stages have a single pixel
     ],
     ids=["MLP batch", "MLP layer", "CNN", "deep CNN"],
 )

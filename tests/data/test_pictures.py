@@ -63,7 +63,7 @@ def see_through(digit):
 
 
 def likeness(image, digit):
-    """Correlation, where the centre of mass may be rounded to the next pixel."""
+    """Return the correlation of two images, allowing a shift by a pixel from rounding the center of mass."""
     shifts = [(down, right) for down in (-1, 0, 1) for right in (-1, 0, 1)]
     return max(np.corrcoef(np.roll(image, shift, (0, 1)).ravel(), digit.ravel())[0, 1] for shift in shifts)
 
@@ -74,7 +74,7 @@ KINDS = {
     "one bit": lambda digit: ImageOps.invert(enlarged(digit)).convert("1"),
     "palette": lambda digit: on_paper(digit).quantize(8),
     "16 bit": lambda digit: Image.fromarray(np.asarray(enlarged(digit)).astype(np.uint16) * 257),
-    "colour": on_paper,
+    "color": on_paper,
     "white on transparent": see_through,
     "padded": lambda digit: ImageOps.expand(ImageOps.invert(enlarged(digit)), (300, 20, 10, 150), 255),
     "shadow": in_shadow,
@@ -97,7 +97,7 @@ def test_pictures_of_any_kind_become_the_images_that_they_are_of(digits, tmp_pat
 
 def test_a_rotated_photo_is_set_upright(digits, tmp_path):
     exif = Image.Exif()
-    exif[0x112] = 6  # to be turned clockwise
+    exif[0x112] = 6  # says: turn clockwise
     upright = ImageOps.invert(enlarged(digits[0]))
     upright.transpose(Image.Transpose.ROTATE_90).save(tmp_path / "turned.png", exif=exif)
     assert read(tmp_path / "turned.png")[0].tobytes() == upright.tobytes()
@@ -110,7 +110,7 @@ def test_a_sheet_is_cut_in_reading_order(digits, light):
     expected = digits[:20]
     for number, digit in enumerate(expected):
         row, column = divmod(number, 5)
-        top = 20 + 145 * row + 4 * column + generator.integers(8)  # rows slope
+        top = 20 + 145 * row + 4 * column + generator.integers(8)  # the rows are slanted
         left = 20 + 170 * column + generator.integers(20)
         sheet[top : top + 112, left : left + 112] -= 0.8 * np.asarray(enlarged(digit, 112), float)
     sheet *= light
@@ -118,12 +118,12 @@ def test_a_sheet_is_cut_in_reading_order(digits, light):
     assert images.shape == (20, 1, 28, 28)
     alike = np.corrcoef(images.reshape(20, -1), expected.reshape(20, -1))[:20, 20:]
     assert (alike.argmax(axis=1) == np.arange(20)).all()
-    assert alike.diagonal().min() > 0.65  # the centre of mass may be rounded to the next pixel
+    assert alike.diagonal().min() > 0.65  # rounding the center of mass may shift an image by a pixel
 
 
 def test_parts_of_one_digit_are_joined_and_specks_left_out():
     ink = np.zeros((100, 200), np.float32)
-    ink[20:24, 12:40] = ink[28:60, 10:14] = ink[56:60, 10:40] = 1  # as a 5 whose bar floats above it
+    ink[20:24, 12:40] = ink[28:60, 10:14] = ink[56:60, 10:40] = 1  # like a 5 with a detached bar
     ink[20:60, 100:104] = 1
     ink[80:82, 150:152] = 1
     five, one = characters(ink, is_sheet=True)
@@ -147,7 +147,7 @@ def test_other_data_sets_have_their_own_way(tmp_path):
     assert np.array_equal(image[0].transpose(1, 2, 0), np.asarray(photo.resize((7, 6))))
     clothes = FashionMNIST().from_picture(photo)[0, 0]
     assert clothes.shape == (28, 28)
-    assert (clothes > 100).any(axis=1).all()  # as high as the image
+    assert (clothes > 100).any(axis=1).all()  # the clothes fill the height of the image
     assert 8 <= (clothes > 100).any(axis=0).sum() <= 11
     assert clothes[:, :8].max() == 0
 
@@ -198,7 +198,7 @@ def test_predict_names_what_it_leaves_out(fitted, digits, monkeypatch, capfd, tm
     assert not (tmp_path / "other.csv").exists()
 
 
-@pytest.mark.skipif(not psutil.LINUX, reason="only Linux has names that are no text")
+@pytest.mark.skipif(not psutil.LINUX, reason="only Linux allows file names that are not text")
 def test_a_file_may_have_any_name(fitted, digits, monkeypatch, capfd, tmp_path):
     monkeypatch.chdir(tmp_path)
     shutil.copytree(fitted[0].parents[1], tmp_path / "lightning_logs")
@@ -224,7 +224,7 @@ def test_predict_draws_why(fitted, digits, monkeypatch, capfd, tmp_path):
     assert Path("plain.csv").read_text(encoding="utf-8") == Path("why.csv").read_text(encoding="utf-8")
     plain, why = (np.asarray(Image.open(f"{name}.png"), int) for name in ("plain", "why"))
     assert why.shape[1] == 2 * plain.shape[1]
-    reds = why[..., 0] - why[..., 2]  # less blues
+    reds = why[..., 0] - why[..., 2]  # red minus blue
     image, explained, *_ = np.array_split(reds, 4, axis=1)
     assert abs(image).max() == 0
     assert abs(explained).max() > 100
@@ -259,7 +259,7 @@ def test_tiny_pictures_are_sharpened(digits):
         for digit in digits
         for reduced in [Image.fromarray(digit).crop((3, 3, 25, 25)).resize((9, 9), Image.Resampling.BOX)]
     ]
-    assert np.mean(found) > 0.87  # 0.84 if it is but enlarged
+    assert np.mean(found) > 0.87  # 0.84 if the picture is only enlarged
 
 
 @pytest.mark.parametrize("side", [1, 2, 5])
@@ -291,7 +291,7 @@ def test_the_whole_command_needs_less_than_a_gibibyte(fitted, tmp_path):
     assert int(re.search(r"VmHWM:\s+(\d+) kB", done.stdout)[1]) < 2**20, done.stdout
 
 
-@pytest.mark.skipif(not psutil.LINUX, reason="asks Linux for the memory that was used")
+@pytest.mark.skipif(not psutil.LINUX, reason="reads the used memory from Linux")
 def test_huge_pictures_need_less_than_a_gibibyte(tmp_path):
     Image.new("L", (10_000, 10_000), 255).save(tmp_path / "huge.png")
     with pytest.raises(PictureError, match=f"more than {PIXELS // 10**6} megapixels"):

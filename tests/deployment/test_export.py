@@ -52,7 +52,7 @@ CLASSIFY = """
 
 
 class Branching(nn.Module):
-    """Looks at its images to decide what to do: no graph can be made of it."""
+    """A network that branches on its images, so it does not have a graph."""
 
     def __init__(self):
         super().__init__()
@@ -65,7 +65,7 @@ class Branching(nn.Module):
 
 @pytest.fixture
 def run(fitted, tmp_path, monkeypatch, capfd):
-    """Runs ``export`` in this process beside a copy of a run; gives exit code, output and error."""
+    """Run ``export`` in this process next to a copy of a run; return exit code, output and error."""
     shutil.copytree(fitted[0].parents[1], tmp_path / "lightning_logs")
     monkeypatch.chdir(tmp_path)
     return lambda *arguments: in_process(capfd, "export", *arguments)
@@ -113,7 +113,7 @@ def test_both_formats_give_what_predict_writes(quick, mnist, tmp_path, options):
 
 
 def taken(run, *arguments):
-    """The checkpoint that the command says it takes."""
+    """Return the checkpoint that the command says it exports."""
     code, output, errors = run(*arguments, f"--output={len(files())}.pt2")
     assert code == 0, errors
     return re.search("Exporting (.*?):", output)[1]
@@ -122,7 +122,7 @@ def taken(run, *arguments):
 def test_the_newest_complete_tuned_run_is_taken_before_a_baseline(run):
     baseline, tuned = Path("lightning_logs/baseline/version_0"), Path("lightning_logs/tuned/version_0")
     shutil.copytree(baseline, tuned)
-    (tuned / "test.csv").unlink()  # as of one that was stopped
+    (tuned / "test.csv").unlink()  # like a run that was stopped
     named = f"--ckpt_path={tuned}/checkpoints/last.ckpt"
     takes = partial(taken, run)
     assert takes() == takes("--name=baseline") == str(baseline / "checkpoints/last.ckpt")
@@ -138,7 +138,7 @@ def test_what_cannot_be_done_is_said_and_nothing_is_left(run, monkeypatch):
     before = files()
     for output, message in (
         ("mine.onnx", "mine.onnx exists and is not overwritten: choose another --output."),
-        ("digit.h5", "digit.h5 must end in .onnx or .pt2, which says the format."),
+        ("digit.h5", "digit.h5 must end in .onnx or .pt2: the suffix selects the format."),
     ):
         assert run(f"--output={output}")[::2] == (1, f"error: {message}\n")
     monkeypatch.setattr(formats, "find_spec", lambda name: None if name == "onnxscript" else name)
@@ -157,7 +157,7 @@ def test_what_onnx_cannot_have_is_named(run, monkeypatch):
 
     monkeypatch.setattr(torch.onnx, "export", fail)
     code, _, errors = run("--output=digit.onnx")
-    message = "error: ONNX cannot have this network: No ONNX function found for aten.x. Take .pt2.\n"
+    message = "error: ONNX does not support this network: No ONNX function found for aten.x. Use .pt2.\n"
     assert (code, errors.endswith(message)) == (1, True)
     assert files() == before
 
@@ -191,7 +191,7 @@ def page(fitted, tmp_path_factory):
     """The page of an MLP."""
     path = tmp_path_factory.mktemp("page") / "digit.html"
     main(["export", f"--ckpt_path={fitted[0]}/checkpoints/last.ckpt", f"--page={path}"])
-    assert [file.name for file in path.parent.iterdir()] == ["digit.html"]  # and no network.onnx
+    assert [file.name for file in path.parent.iterdir()] == ["digit.html"]  # but no network.onnx
     return path.read_text()
 
 
@@ -252,7 +252,7 @@ def test_a_stroke_changes_the_bars(page, width, flags):
 
 @pytest.mark.slow
 def test_a_drawing_becomes_what_mnist_would_have_made_of_it(page, mnist):
-    """Digits of MNIST, enlarged, somewhere on the pad: cropped, scaled and centred, they are what they were."""
+    """Check that enlarged MNIST digits anywhere on the pad are cropped, scaled and centered to the original images."""
     images = mnist.test.images[:100, 0].numpy()
     drawn = np.zeros((100, 150, 160), np.uint8)
     for image, target in zip(images, drawn, strict=True):
@@ -271,7 +271,7 @@ def test_a_drawing_becomes_what_mnist_would_have_made_of_it(page, mnist):
     )
     assert found["empty"] is None
     differences = np.abs(np.array(found["images"]) - images.reshape(100, -1) / 255).max(axis=1)
-    assert (differences < 1e-6).mean() > 0.9  # of a few, MNIST's own longer side is not 20
+    assert (differences < 1e-6).mean() > 0.9  # in a few MNIST images, the longer side is not 20 pixels
 
 
 @pytest.mark.slow
@@ -288,7 +288,7 @@ def test_a_large_network_has_weights_in_16_bits_or_no_page(run, monkeypatch, mni
     monkeypatch.setattr(page_module, "WEIGHT_ROOM", size - 100_000)
     code, output, errors = run("--page=small.html")
     assert code == 0, errors
-    assert re.search(r"weights in 16 bits, by which the probabilities of the test images change by at most \d", output)
+    assert re.search(r"weights in 16 bits, which change the probabilities of the test images by at most \d", output)
     text = Path("small.html").read_text(encoding="utf-8")
     assert len(text) < 0.6 * size
     found = in_browser(text, as_bytes(mnist.test.images[:200].numpy()) + CLASSIFY)
@@ -306,7 +306,7 @@ def test_a_large_network_has_weights_in_16_bits_or_no_page(run, monkeypatch, mni
 
 
 class Activations(nn.Module):
-    """A layer with each of torch's activations that the MLP can have, one beside the other."""
+    """A layer with each of torch's activations that the MLP can have, in parallel."""
 
     def __init__(self):
         super().__init__()
@@ -336,14 +336,14 @@ def test_the_page_has_every_activation(mnist):
 
 
 class Cosine(nn.Module):
-    """Not what the page has, nor what networks mostly have."""
+    """An operation that the page does not have, and few networks have."""
 
     def forward(self, values):
         return values.cos()
 
 
 class Squares(ImageDataModule):
-    """Images, dark on light."""
+    """Dark images on a light background."""
 
     def __init__(self, channels=1):
         super().__init__()
@@ -356,7 +356,7 @@ class Squares(ImageDataModule):
 
 @pytest.mark.parametrize(
     ("channels", "activation", "message"),
-    [(3, nn.ReLU(), "the images of Squares have 3 channels"), (1, Cosine(), "script has no operation aten.cos")],
+    [(3, nn.ReLU(), "the images of Squares have 3 channels"), (1, Cosine(), "does not have the operation aten.cos")],
 )
 def test_a_page_that_cannot_be_made_is_refused(channels, activation, message):
     data = Squares(channels)
@@ -367,7 +367,7 @@ def test_a_page_that_cannot_be_made_is_refused(channels, activation, message):
 
 
 @pytest.mark.slow
-def test_networks_that_cannot_be_on_a_page_are_named_and_names_are_no_code():
+def test_networks_that_cannot_be_on_a_page_are_named_and_names_are_not_code():
     data = Squares()
     data.setup("test")
     classes = ["</script><script>throw 1</script>", *"bcdefghij"]
@@ -381,8 +381,8 @@ def test_networks_that_cannot_be_on_a_page_are_named_and_names_are_no_code():
     )
     assert said == {
         "good": "",
-        "wide": "it has 12 outputs, and the page 10 bars.",
-        "cosine": "the page's script has no operation aten.cos.default as it is used there.",
+        "wide": "it has 12 outputs, but the page has 10 bars.",
+        "cosine": "the page's script does not have the operation aten.cos.default in this form.",
     }
     script = "found.name = classes[0]; found.networks = networks.map(({ name }) => name);"
     found = in_browser(f"<html><head></head><body>{fragment}</body></html>", script)

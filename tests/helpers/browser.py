@@ -36,18 +36,18 @@ AFTER = """<script>
 
 
 def as_bytes(images: NDArray[Any]) -> str:
-    """A line of JavaScript that makes ``bytes`` of images, for a script in a page."""
+    """Return a line of JavaScript that defines ``bytes`` with the bytes of images."""
     text = base64.b64encode(images.tobytes()).decode()
     return f"const bytes = Uint8Array.from(atob('{text}'), (c) => c.charCodeAt(0));\n"
 
 
 def in_browser(text: str, script: str, width: int = 1280, *flags: str) -> dict[str, Any]:
-    """Run a script in a page in headless Chromium; gives the dictionary ``found`` that the script fills."""
+    """Run a script in a page in headless Chromium; return the dictionary ``found`` that the script fills."""
     chromium = shutil.which("chromium")
     if chromium is None:
-        pytest.skip("no browser here (Debian: apt-get install chromium)")
+        pytest.skip("this machine does not have Chromium (Debian: apt-get install chromium)")
     with_script = text.replace("<head>", f"<head>{BEFORE}").replace("</body>", AFTER % script + "</body>")
-    # in a frame, since windows have a least width
+    # in a frame, as windows have a minimum width
     frame = f'<iframe style="border: 0; width: {width}px; height: 900px" srcdoc="{html.escape(with_script)}">'
     options = ["--headless", "--no-sandbox", "--disable-gpu", "--window-size=1400,900", "--virtual-time-budget=5000"]
     with tempfile.TemporaryDirectory() as folder:

@@ -15,11 +15,10 @@ ROOT = Path(__file__).parents[2]
 
 
 ROUNDING = 2e-5
-"""By what two ways of computing in float32 may differ: 6e-8, times the root of 784 summands, times logits of about 10.
-"""
+"""Allowed difference of two float32 computations: 6e-8, times the root of 784 summands, times logits of about 10."""
 
 
-posix = pytest.mark.skipif(os.name == "nt", reason="uses what Windows lacks")
+posix = pytest.mark.skipif(os.name == "nt", reason="uses features that Windows lacks")
 
 
 def write_idx(path: Path, array: np.ndarray) -> None:
@@ -29,20 +28,20 @@ def write_idx(path: Path, array: np.ndarray) -> None:
 
 
 def in_process(capfd: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, str]:
-    """Run a command without the seconds that a new process takes; gives exit code, standard output and error."""
+    """Run a command in this process, which saves seconds; return exit code, standard output and error."""
     code: int | str | None = 0
     try:
         main(arguments)
     except SystemExit as exit:
         code = exit.code
     captured = capfd.readouterr()
-    if isinstance(code, str):  # what Python does with sys.exit("message")
+    if isinstance(code, str):  # as Python handles sys.exit("message")
         return 1, captured.out, captured.err + code + "\n"
     return code or 0, captured.out, captured.err
 
 
 def spelled_and_default(capfd: pytest.CaptureFixture[str], command: str, config: Path) -> tuple[Any, Any]:
-    """What a config says and what a command does without it, which the config must not change."""
+    """Return a config and a command's defaults; check that the config does not change them."""
     _, defaults, _ = in_process(capfd, command, "--print_config")
     _, with_file, _ = in_process(capfd, command, f"--config={config}", "--print_config")
     assert yaml.safe_load(with_file) == yaml.safe_load(defaults)

@@ -27,7 +27,7 @@ SPACE = {
 
 
 def tune_options(data_dir: Path, *more: str, epochs: int = 2) -> list[str]:
-    """Arguments of a small search without a refit."""
+    """Return the arguments of a small search without a refit."""
     has_space = any(option.startswith(("--search_space", "--config=")) for option in more)
     space = [] if has_space else [f"--search_space={json.dumps(SPACE)}"]
     return [
@@ -36,7 +36,7 @@ def tune_options(data_dir: Path, *more: str, epochs: int = 2) -> list[str]:
 
 
 def choices(**values):
-    """A search space of choices."""
+    """Return the option for a search space of choices."""
     space = {key: {"class_path": "CategoricalDistribution", "init_args": {"choices": v}} for key, v in values.items()}
     return f"--search_space={json.dumps(space)}"
 
@@ -47,7 +47,7 @@ def load(folder, name="tune"):
 
 
 def outcome(study):
-    """What must not depend on workers, interruptions and processes: parameters and value of each trial that counts."""
+    """Return parameters and value of each trial that counts, which no interruption or number of workers may change."""
     trials = [trial for trial in study.trials if is_counted(trial)]
     return sorted((tuple(trial.params.values()), trial.value) for trial in trials)
 
@@ -62,21 +62,21 @@ def start(data_dir, cwd, *more, epochs=2):
 def wait_for(condition, seconds=240):
     end = time.monotonic() + seconds
     while not condition():
-        assert time.monotonic() < end, "it did not happen"
-        time.sleep(0.1)  # to look costs time as well
+        assert time.monotonic() < end, "the condition did not become true"
+        time.sleep(0.1)  # checking costs time, too
 
 
 def reported(cwd):
-    """Whether a trial is running that has had its first epoch, after one that is complete."""
+    """Return whether one trial is complete and another is running and has reported its first epoch."""
     journal = cwd / "lightning_logs/tune/journal.log"
-    if not journal.exists() or b'"owner"' not in journal.read_bytes():  # the study may not be there yet
+    if not journal.exists() or b'"owner"' not in journal.read_bytes():  # the study may not exist yet
         return False
     states = [trial.state for trial in load(cwd).trials if trial.intermediate_values]
     return TrialState.COMPLETE in states and TrialState.RUNNING in states
 
 
 def session(leader):
-    """The processes of a session that are left."""
+    """Return the living processes of a session."""
     left = []
     for stat in Path("/proc").glob("[0-9]*/stat"):
         try:
@@ -91,7 +91,7 @@ def session(leader):
 
 @contextmanager
 def stopped_worker(cwd, execution):
-    """Stop a worker while it is at an execution with this number; gives its process and the number of the trial."""
+    """Stop a worker during the execution with this number; yield its process and the number of the trial."""
 
     def is_at(trial):
         return len(trial.user_attrs.get("executions", [])) == execution and len(trial.params) == len(SPACE)

@@ -1,11 +1,11 @@
 """Takes away from a process what Windows lacks, so that the commands can be tried without it on Linux.
 
-Python imports this at its start if the folder is in PYTHONPATH. Symbolic links are refused, as without the right to
-make them; nothing forks; there are no signal masks, no SIGHUP, SIGKILL and SIGUSR1, and no /proc; a file that is open
-is not deleted or replaced, and ``rename`` replaces none; names have no <>:"|?*; and text without an encoding is an
-error, since it would be written in the code page.
+Python imports this module at its start if the folder is in PYTHONPATH. Symbolic links are refused, as without the
+privilege to create them; nothing forks; there are no signal masks, no SIGHUP, SIGKILL and SIGUSR1, and no /proc; open
+files cannot be deleted or replaced, and ``rename`` never replaces a file; names cannot contain <>:"|?*; and text
+without an encoding is an error, because Windows would use the code page.
 
-psutil keeps /proc, for on Windows it asks the system.
+psutil keeps /proc, as it asks the system on Windows.
 """
 
 import builtins
@@ -31,7 +31,7 @@ def no_symlink(source, target, *_, **__):
 
 
 def is_of_psutil():
-    """Whether psutil asks, for which Windows has other ways than /proc."""
+    """Return whether psutil is the caller, which does not need /proc on Windows."""
     frame = sys._getframe(2)
     return "psutil" in frame.f_globals.get("__name__", "")
 
@@ -48,7 +48,7 @@ def no_proc(function):
 
 
 def is_open(path):
-    """Whether this process has a file open."""
+    """Return whether this process has a file open."""
     try:
         wanted = GENUINE["stat"](path)
     except OSError:
@@ -85,13 +85,13 @@ def kill(pid, number):
 
 
 def kill_child(process):
-    """End a child as Windows does, in place of the method that wants SIGKILL."""
+    """End a child as Windows does, instead of the method that needs SIGKILL."""
     if process.returncode is None:
         GENUINE["kill"](process.pid, 9)
 
 
 def hide(module, *names):
-    """Take attributes of a module from the package; libraries know by sys.platform what there is."""
+    """Hide attributes of a module from the package; libraries look at sys.platform instead."""
     genuine = {name: getattr(module, name) for name in names}
 
     def find(name):

@@ -33,7 +33,7 @@ def test_a_killed_worker_loses_only_its_execution(whole, tune_beside, tmp_path):
     assert outcome(study) == outcome(load(whole[0]))
     assert len(study.trials) == 5
     assert f"Trial {number:3} continues with another worker" in output
-    assert study.trials[number].user_attrs["attempts"] == 0  # it got on
+    assert study.trials[number].user_attrs["attempts"] == 0  # it made progress
     assert [execution["execution"] for execution in study.trials[number].user_attrs["executions"]] == [0, 1]
 
 
@@ -82,8 +82,8 @@ def test_ctrl_c_puts_trials_back_and_says_how_to_continue(whole, data_dir, tune,
     cwd.mkdir()
     parent = start(data_dir, cwd, "--n_trials=5", "--workers=2")
     wait_for(lambda: reported(cwd))
-    with stopped_worker(cwd, execution=1):  # or all might be over by then
-        os.killpg(parent.pid, signal.SIGINT)  # a terminal sends it to all
+    with stopped_worker(cwd, execution=1):  # otherwise the search might finish first
+        os.killpg(parent.pid, signal.SIGINT)  # a terminal sends it to all processes
         output, _ = parent.communicate(timeout=300)
     assert parent.returncode == 130
     assert "Traceback" not in output
@@ -102,7 +102,7 @@ def test_machines_share_a_database_that_is_restarted_while_one_of_them_vanishes(
     url = postgresql("status")
     more = [f"--storage={url}", "--n_trials=14", "--workers=1", "--grace_period=3", "--refit=true", "--refit_epochs=1"]
     parents = [start(data_dir, tmp_path, *more, epochs=10) for _ in range(3)]
-    storage = open_storage(url)  # once: that takes longer than a look, and a trial may be over meanwhile
+    storage = open_storage(url)  # once, as opening takes so long that a trial may finish meanwhile
 
     def running():
         with suppress(KeyError):
@@ -115,14 +115,14 @@ def test_machines_share_a_database_that_is_restarted_while_one_of_them_vanishes(
         workers.clear()
         for attributes in [trial.user_attrs for trial in running()]:
             owner = psutil.Process(int(attributes["owner"].split(":")[-2])) if attributes.get("owner") else None
-            if owner is not None:  # a worker is a child of the server, that of the command
+            if owner is not None:  # the worker's parent is the fork server, whose parent is the command
                 workers[owner.parent().ppid()] = attributes["owner"]
         return len(workers) == 3
 
     wait_for(all_are_at_it)
     parents[0].kill()
     name = workers[parents[0].pid]
-    wait_for(lambda: process_name(int(name.split(":")[-2])) != name)  # it follows
+    wait_for(lambda: process_name(int(name.split(":")[-2])) != name)  # the worker dies with its parent
     killed = [trial.number for trial in running() if trial.user_attrs.get("owner") == name]
     postgresql("restart", "-m", "immediate")
     outputs = [parent.communicate(timeout=300)[0] for parent in parents]
@@ -138,7 +138,7 @@ def test_machines_share_a_database_that_is_restarted_while_one_of_them_vanishes(
     assert all(trial.state.is_finished() for trial in study.trials)
     assert study.best_value == max(trial.value for trial in counted)
     drawn = [list(trial.params.values()) for trial in counted]
-    for trial in load(whole[0]).trials:  # the draws of one process, undisturbed
+    for trial in load(whole[0]).trials:  # the draws of an undisturbed process
         assert list(trial.params.values()) in drawn
     assert all(f"Trial {number:3} is re-queued" in "".join(outputs) for number in killed)
     for trial in counted:
@@ -164,10 +164,10 @@ def test_a_trial_that_others_have_taken_is_left_to_them(whole, tune_beside, tmp_
     assert outcome(load(cwd)) == outcome(load(whole[0]))
 
 
-def test_a_fault_of_the_machine_ends_the_search_and_is_no_trial_s(whole, tune, tmp_path):
+def test_a_fault_of_the_machine_ends_the_search_and_is_not_a_trial_s(whole, tune, tmp_path):
     blocked = tmp_path / "here/lightning_logs/tune/trial_001"
     blocked.parent.mkdir(parents=True)
-    blocked.touch()  # where a folder belongs
+    blocked.touch()  # a file in place of a folder
     code, _, errors = tune("--n_trials=5", "--workers=1")
     assert code == 1
     assert re.search(r"^error: .*trial_001.*: (File exists|Not a directory). Finished work is kept: .*\n$", errors)
@@ -203,7 +203,7 @@ def test_a_study_is_shown_while_it_is_searched_and_ends_when_it_is_moved_away(tu
 
 
 def handles(pid, number):
-    """Whether a process has a handler for a signal."""
+    """Return whether a process has a handler for a signal."""
     (mask,) = re.findall(r"SigCgt:\s+(\w+)", Path(f"/proc/{pid}/status").read_text(encoding="utf-8"))
     return int(mask, 16) >> (number - 1) & 1
 
@@ -236,9 +236,9 @@ def test_the_death_of_the_fork_server_loses_nothing(whole, data_dir, tmp_path):
     with stopped_worker(tmp_path, execution=1) as (pid, _):
         server = int(Path(f"/proc/{pid}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()[1])
         for child in Path(f"/proc/{parent.pid}/task/{parent.pid}/children").read_text(encoding="utf-8").split():
-            os.kill(int(child), signal.SIGKILL)  # the resource tracker as well
+            os.kill(int(child), signal.SIGKILL)  # also the resource tracker
         wait_for(lambda: process_name(server).endswith(":None"))
-        wait_for(lambda: process_name(pid).endswith(":None"))  # nobody else would end it
+        wait_for(lambda: process_name(pid).endswith(":None"))  # no other process would end the worker
     output, _ = parent.communicate(timeout=240)
     assert parent.returncode == 0, output
     assert "Traceback" not in output
@@ -256,7 +256,7 @@ def test_a_trial_that_diverges_or_raises_is_recorded_with_its_reason(tune, tmp_p
     code, output, _ = tune(space, "--n_trials=9", "--executions_per_trial=1", "--sampler=BruteForceSampler")
     assert code == 0
     trials = {tuple(trial.params.values()): trial for trial in load(tmp_path / "here").trials}
-    assert len(trials) == 4  # and then the sampler has nothing left
+    assert len(trials) == 4  # the space of the sampler is exhausted
     assert sum(map(is_counted, load(tmp_path / "here").trials)) == 4
     assert trials[1e-3, "ReLU"].state == TrialState.COMPLETE
     diverged = trials[1e30, "ReLU"].user_attrs["error"]

@@ -78,7 +78,7 @@ def test_best_yaml_trains_the_best(whole, quick, tmp_path):
     assert best["model"]["network"]["init_args"]["units"] == [study.best_params["model.network.init_args.units.0"], 64]
     name = study.best_params["model.optimizer.class_path"].rpartition(".")[2]
     assert best["model"]["optimizer"]["class_path"] == f"mnist_lightning.optimizers.{name}"
-    # as long as a trial, with the seed of the first execution, it is that execution
+    # a training as long as a trial, with the seed of the first execution, equals that execution
     quick(tmp_path, "fit", f"--config={path}", "--trainer.max_epochs=2")
     with (tmp_path / "lightning_logs/tuned/version_0/metrics.csv").open(newline="") as file:
         values = [float(row["val/accuracy"]) for row in csv.DictReader(file)]
@@ -97,7 +97,7 @@ def test_a_larger_total_continues_with_any_number_of_workers(whole, tune, tmp_pa
     assert [trial.number for trial in study.trials] == list(range(5))
     assert study.trials[best.number].value == best.value
     assert outcome(study) == outcome(load(whole[0]))
-    _, output, _ = tune("--n_trials=5")  # nothing left to do
+    _, output, _ = tune("--n_trials=5")  # nothing is left to do
     assert len(load(tmp_path / "here").trials) == 5
     assert "5 completed" in output
 
@@ -135,7 +135,7 @@ def test_the_refit_is_a_run_beside_the_baseline(tune, quick, tmp_path):
     ],
 )
 def test_pruners_end_bad_trials(tune, tmp_path, pruner, pruned_at):
-    """The first learning rate is good, most others are not."""
+    """Check with a good first learning rate and mostly bad others."""
     space = choices(**{"model.optimizer.init_args.lr": [3e-3, 1e-7, 2e-7, 3e-7]})
     code, output, errors = tune(
         space, f"--pruner={pruner[0]}", *pruner[1:], "--model.optimizer.init_args.lr=3e-3", "--enqueue_baseline=true",
@@ -169,9 +169,9 @@ def test_the_baseline_can_be_a_trial(tune, tmp_path):
 
     tune(*options, "--n_trials=1")
     assert drawn() == [0.2]
-    tune(*options, "--n_trials=2")  # it is there already
+    tune(*options, "--n_trials=2")  # the trial already exists
     given = other()
-    tune(*options, "--n_trials=3", f"--model.network.dropout=[{given},0.2]")  # of an old study
+    tune(*options, "--n_trials=3", f"--model.network.dropout=[{given},0.2]")  # continues the study
     assert len(drawn()) == 3
     assert drawn()[2] == given
     code, output, _ = tune(*options, "--n_trials=3", f"--model.network.dropout=[{other()},0.2]")
@@ -188,9 +188,9 @@ def test_trials_come_from_a_file_or_another_study_and_the_best_keeps_its_weights
     units = "model.network.init_args.units.0"
     (tmp_path / "first.yaml").write_text(f"- {{{units}: 9}}\n- {{model.optimizer.class_path: KerasSGD}}\n")
     options = ["--executions_per_trial=1", "--n_trials=3", "--keep_checkpoints=best", "--workers=1"]
-    older = tmp_path / "here/lightning_logs/tune/trial_099/execution_0/checkpoints"  # of a study that is gone
+    older = tmp_path / "here/lightning_logs/tune/trial_099/execution_0/checkpoints"  # left by a deleted study
     older.mkdir(parents=True)
-    (tmp_path / "here/lightning_logs/tune/trial_000_good").mkdir()  # the user's own
+    (tmp_path / "here/lightning_logs/tune/trial_000_good").mkdir()  # a folder of the user
     code, output, errors = tune(*options, f"--enqueue={tmp_path / 'first.yaml'}")
     assert code == 0, errors
     study = load(tmp_path / "here")
@@ -392,14 +392,14 @@ def test_any_trial_is_a_config_by_its_number(tune, data_dir, capfd, tmp_path):
     number = next(trial.number for trial in study.trials if trial.number != study.best_trial.number)
     code, output, errors = tune(*options, "--n_trials=9", f"--trial={number}", "--refit=true", "--refit_epochs=1")
     assert code == 0, errors
-    assert len(load(tmp_path / "here").trials) == 3  # it does not search on
+    assert len(load(tmp_path / "here").trials) == 3  # the search does not continue
     config = yaml.safe_load((here / f"tune/trial_{number:03}/config.yaml").read_text())
     assert config["origin"] == {"study_name": "tune", "trial": number}
     params = study.trials[number].params
     assert config["model"]["network"]["init_args"]["units"][0] == params["model.network.init_args.units.0"]
     run = here / "tuned/version_0"
     assert yaml.safe_load((run / "config.yaml").read_text())["origin"] == config["origin"]
-    # that of an execution trains as any other does, and gives the trial's value
+    # the config of an execution can be trained like any other, and reproduces the trial's value
     code, _, errors = in_process(capfd, "fit", f"--config={here / f'tune/trial_{number:03}/execution_0/config.yaml'}")
     assert code == 0, errors
     again = here / "tuned/version_1"
@@ -441,7 +441,7 @@ def test_executions_keep_the_user_s_loggers(tune, tmp_path):
             values = [float(row["val/accuracy"]) for row in rows if row["val/accuracy"]]
             assert values == pytest.approx([value for _, value in execution["values"]])
             assert [float(row["score"]) for row in rows if row.get("score")] == pytest.approx([execution["score"]])
-    assert (tmp_path / "here/csv/lightning_logs/version_0/metrics.csv").is_file()  # of the refit
+    assert (tmp_path / "here/csv/lightning_logs/version_0/metrics.csv").is_file()  # from the refit
     assert (tmp_path / "here/lightning_logs/tuned/version_0/checkpoints/last.ckpt").is_file()
 
 
@@ -467,7 +467,7 @@ def test_each_execution_is_a_run_of_each_tracking_server(tune, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("finish", [True, False])
 def test_a_search_ends_when_its_time_is_over(tune, whole, tmp_path, finish):
-    """In five seconds, of which a trial takes a half."""
+    """Check a limit of five seconds with trials of half a second."""
     options = ["--workers=2", "--executions_per_trial=1", f"--finish_trials={str(finish).lower()}"]
     begin = time.monotonic()
     more = ["--n_trials=500", "--timeout=5s", "--refit=true", "--refit_epochs=1"]
@@ -483,7 +483,7 @@ def test_a_search_ends_when_its_time_is_over(tune, whole, tmp_path, finish):
     assert states[TrialState.RUNNING] == 0
     if finish:
         assert states[TrialState.COMPLETE] == len(study.trials)
-    count = len(study.trials) + 1  # without a time, it goes on to the end
+    count = len(study.trials) + 1  # without a time limit, the search continues to the end
     code, output, errors = tune(*options, f"--n_trials={count}", epochs=1)
     assert code == 0, errors
     assert f"{count} completed" in output
@@ -517,7 +517,7 @@ def test_any_key_of_trainer_model_and_data_can_be_searched(tune, tmp_path):
     optimizer = config["model"]["optimizer"]
     assert optimizer["class_path"] == "torch.optim.AdamW"
     assert optimizer["init_args"]["lr"] == 0.002
-    assert optimizer["init_args"]["weight_decay"] == 0.01  # AdamW's own default
+    assert optimizer["init_args"]["weight_decay"] == 0.01  # the default of AdamW
     assert EventAccumulator(str(run)).Reload().Scalars("val/accuracy")[-1].step == 1000 / 50 - 1
 
 
@@ -675,7 +675,7 @@ def test_a_metric_that_is_named_once_reaches_every_place(tune, monkeypatch, capf
         "    pass\n"
     )
     monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.setattr(Classifier, "metrics", Classifier.metrics)  # to be put back
+    monkeypatch.setattr(Classifier, "metrics", Classifier.metrics)  # monkeypatch restores it afterwards
     search = ["--metric=val/top3_accuracy", "--n_trials=1", "--executions_per_trial=1", "--model.network=topthree.Net"]
     code, output, errors = tune(*search, "--refit=true", "--refit_epochs=1")
     assert code == 0, errors
@@ -721,7 +721,7 @@ def test_a_trial_with_augmentation_is_what_fit_makes_of_its_config(tune, quick, 
 
 
 def test_numbers_of_a_json_file_are_numbers(tune, tmp_path):
-    """json.dump writes 1e-05, which YAML 1.1 takes for text."""
+    """Check 1e-05, as json.dump writes it, which is text in YAML 1.1."""
     key = "model.optimizer.init_args.lr"
     space = {key: {"class_path": "FloatDistribution", "init_args": {"low": 1e-6, "high": 1e-2, "log": True}}}
     (tmp_path / "best.json").write_text(json.dumps({key: 1e-05}))
@@ -752,7 +752,7 @@ def test_numbers_of_a_json_file_are_numbers(tune, tmp_path):
     ids=lambda sampler: sampler.class_path,
 )
 def test_a_sampler_within_a_sampler_draws_anew_in_each_trial(sampler):
-    space = SearchSpace({"a": CategoricalDistribution([*range(50)])})  # which QMCSampler leaves to another
+    space = SearchSpace({"a": CategoricalDistribution([*range(50)])})  # QMCSampler delegates it to another sampler
     drawn = []
     for seed in (1, 1, 2):
         study = optuna.create_study()

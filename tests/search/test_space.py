@@ -39,7 +39,7 @@ def choice(*choices, **more):
 
 
 DEEP = {
-    f"{NETWORK}.dropout.2": choice(0.1, 0.5, when={LENGTH: 3}),  # before what it depends on
+    f"{NETWORK}.dropout.2": choice(0.1, 0.5, when={LENGTH: 3}),  # listed before the key that it depends on
     f"{NETWORK}.units.2": integer(16, 32, when={LENGTH: 3}),
     LENGTH: integer(1, 3),
     f"{NETWORK}.dropout.1": choice(0.1, 0.5, when={LENGTH: [2, 3]}),
@@ -57,7 +57,7 @@ def test_a_config_has_what_was_drawn_and_nothing_else():
     assert not space.has_all({**flat, LENGTH: 2})
     model = config_with(BASE, flat, space)["model"]
     assert model["network"]["init_args"] == {"units": [128], "dropout": [0.2], "l2": 0.01}
-    assert model["optimizer"] == BASE["model"]["optimizer"]  # the same class by its short name: its arguments stay
+    assert model["optimizer"] == BASE["model"]["optimizer"]  # a short name of the same class keeps the arguments
     assert model["lr_scheduler"] is None
 
     deep = {
@@ -147,7 +147,7 @@ def test_a_tree_of_values_is_searched_whole(tmp_path):
         return 0.0
 
     study.optimize(objective)
-    # depth 1, 2 (with two rates) and 3 (with four); SGD with two momenta or another; a schedule or none
+    # depth 1, 2 (with two rates) and 3 (with four); SGD with two momenta or the other optimizer; a schedule or none
     size = (1 + 2 + 4) * 3 * 2
     complete = [trial for trial in study.trials if is_counted(trial)]
     assert len({tuple(sorted(trial.params.items(), key=str)) for trial in complete}) == len(complete) == size

@@ -19,7 +19,7 @@ def journal(tmp_path):
 
 
 def trials(journal):
-    """Number of trials that a new reader finds, of a study that is made if it is not there."""
+    """Return the number of trials that a new reader finds; create the study if it does not exist."""
     study = optuna.create_study(storage=open_storage(str(journal)), study_name="study", load_if_exists=True)
     return len(study.trials)
 
@@ -60,7 +60,7 @@ def test_a_full_disk_leaves_the_journal_readable(journal):
     process.start()
     process.join(30)
     assert process.exitcode == 3
-    assert journal.stat().st_size == limit  # half a line is there
+    assert journal.stat().st_size == limit  # the file ends in half a line
     assert trials(journal) == 1
     enqueue(journal)
     assert trials(journal) == 2
@@ -78,13 +78,13 @@ def test_the_lock_of_a_dead_process_is_released(journal, monkeypatch):
 
 
 class Flaky:
-    """Fails some times, then answers."""
+    """A storage that raises the given errors, then answers."""
 
     def __init__(self, *errors):
         self.errors = list(errors)
 
     def get_trial(self, number):
-        """Give the number back."""
+        """Return the number, once all errors are raised."""
         if self.errors:
             raise self.errors.pop(0)
         return number
@@ -104,7 +104,7 @@ def test_an_outage_is_waited_for(capsys):
 
 
 @pytest.mark.usefixtures("_no_waiting")
-def test_what_is_no_outage_is_raised_at_once():
+def test_what_is_not_an_outage_is_raised_at_once():
     storage = PatientStorage(Flaky(KeyError("no such trial")), "name")
     with pytest.raises(KeyError, match="no such trial"):
         storage.get_trial(7)
@@ -116,7 +116,7 @@ def test_patience_ends(monkeypatch):
     with pytest.raises(UserError, match="The storage name does not answer: away"):
         storage.get_trial(7)
     before = len(storage.errors)
-    with pytest.raises(UserError):  # and is not begun again
+    with pytest.raises(UserError):  # and the attempts do not restart
         storage.get_trial(7)
     assert len(storage.errors) == before - 1
 

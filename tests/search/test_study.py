@@ -58,7 +58,7 @@ def search(journal, n_trials, space=SPACE, sampler="RandomSampler", executions=1
 
 
 def trained(objective, trial, number, executions):
-    """What an execution gives, without any training."""
+    """Return the result of an execution without training."""
     return {"execution": number, "seed": 0, "score": float(trial.params["a"]), "values": [[0, trial.params["a"]]]}
 
 
@@ -68,14 +68,14 @@ def _without_training(monkeypatch):
 
 
 def work(journal, n_trials, **options):
-    """Do what a worker does."""
+    """Run trials as a worker does."""
     make(journal, options.get("space", SPACE))
     run_trials(search(journal, n_trials, **options), open_storage(journal))
     return make(journal, options.get("space", SPACE))
 
 
 def work_and_die(journal, n_trials, executions=1, after=0):
-    """Do what a worker does that is killed while it trains its first trial, after some executions."""
+    """Run trials as a worker that is killed during its first trial, after some executions."""
 
     def train(objective, trial, number, done):
         if number == after:
@@ -90,7 +90,7 @@ def work_and_die(journal, n_trials, executions=1, after=0):
 
 
 def in_process(target, *args):
-    """Run in a forked process, which ends as if killed: no handler runs."""
+    """Run a function in a forked process, which ends as if killed: no handler runs."""
 
     def body():
         target(*args)
@@ -123,7 +123,7 @@ def test_no_draw_is_repeated_where_a_pruner_parts_the_study(journal):
     for _ in range(12):
         trial = study.ask(SPACE)
         trial.report(0.5, 1)
-        trial.should_prune()  # makes the brackets
+        trial.should_prune()  # creates the brackets
         drawn.append(trial.params["a"])
     whole = make(journal, name="whole")
     assert drawn == [whole.ask(SPACE).params["a"] for _ in range(12)]
@@ -220,7 +220,7 @@ def test_the_total_counts_every_trial_but_those_too_many(journal):
     failed = study.ask(SPACE)
     failed.set_user_attr("error", "it diverged")
     study.tell(failed, state=TrialState.FAIL)
-    study.tell(study.ask(), state=TrialState.FAIL)  # two processes asked at once
+    study.tell(study.ask(), state=TrialState.FAIL)  # two processes asked simultaneously
     assert len(work(journal, 5).trials) == 6
     assert len(work(journal, 6).trials) == 7
 
@@ -250,7 +250,7 @@ def test_a_trial_too_many_shifts_no_draw(journal):
 def test_the_last_place_is_taken_once(journal):
     study = make(journal)
     first, second, third = (study.ask() for _ in range(3))
-    objective = Objective(search(journal, 2), study, process_name())
+    objective = Objective(search(journal, 2), study, open_storage(journal), process_name())
     with pytest.raises(FailedTrialError):
         objective(third)
     study.tell(third, state=TrialState.FAIL)
@@ -270,7 +270,7 @@ def test_processes_share_a_study_exactly(journal):
     assert [trial.state for trial in counted] == [TrialState.COMPLETE] * 25
     assert len({trial.user_attrs["owner"] for trial in counted}) > 1
     drawn = Counter(trial.params["a"] for trial in counted)
-    assert len(drawn) > 20  # no process repeats what another has drawn
+    assert len(drawn) > 20  # no process repeats the draws of another
     alone = make(journal, name="alone")
     for _ in range(25):
         alone.ask(SPACE)
@@ -285,7 +285,7 @@ def test_a_trial_of_a_dead_process_waits_for_another_with_what_it_has(journal):
     work_and_die(journal, 3, executions=2, after=1)
     recovery = Recovery(study, open_storage(journal))
     assert recovery.sweep() == [1]
-    assert recovery.sweep() == []  # the second time there is nothing to do
+    assert recovery.sweep() == []  # a second sweep has nothing to do
     assert [trial.state.name for trial in study.trials] == ["RUNNING", "WAITING"]
     dead = study.trials[1]
     assert dead.user_attrs["attempts"] == 1
@@ -293,7 +293,7 @@ def test_a_trial_of_a_dead_process_waits_for_another_with_what_it_has(journal):
     trials = work(journal, 3, executions=2).trials
     assert (trials[1].params, trials[1].value) == (dead.params, dead.params["a"])
     assert [execution["execution"] for execution in trials[1].user_attrs["executions"]] == [0, 1]
-    assert trials[1].user_attrs["attempts"] == 0  # it got on
+    assert trials[1].user_attrs["attempts"] == 0  # it made progress
     assert [trial.state.name for trial in trials] == ["RUNNING", "COMPLETE", "COMPLETE"]
 
 
@@ -336,7 +336,7 @@ def test_a_trial_whose_process_died_while_drawing_is_drawn_to_its_end(journal, h
     recovery = Recovery(study, open_storage(journal))
     for _ in range(0 if has_owner else SWEEPS):
         recovery.sweep()
-        assert study.trials[0].state == TrialState.RUNNING  # it may still be at it
+        assert study.trials[0].state == TrialState.RUNNING  # its worker may still be running it
     recovery.sweep()
     assert study.trials[0].state == TrialState.WAITING
     for _ in range(2):
@@ -366,7 +366,7 @@ def test_a_trial_that_others_have_is_left_to_them(journal, monkeypatch):
             raise RuntimeError("which is not the trial's")
         return trained(objective, trial, number, executions)
 
-    def body(objective, trial, number, executions):  # as Objective.train does
+    def body(objective, trial, number, executions):  # like Objective.train
         try:
             return train(objective, trial, number, executions)
         except RuntimeError:
@@ -391,7 +391,7 @@ def test_a_machine_that_is_silent_for_the_grace_period_has_vanished(journal, mon
         alive.beat(["alive:1:2"])
         elsewhere.sweep()
     assert [trial.state.name for trial in study.trials] == ["WAITING", "RUNNING"]
-    other.ask().set_user_attr("owner", "a third:1:2")  # another machine has it now, which has not spoken yet
+    other.ask().set_user_attr("owner", "a third:1:2")  # another machine owns it now, which has not reported yet
     for _ in range(SWEEPS):
         alive.beat(["alive:1:2"])
         assert elsewhere.sweep() == []
@@ -414,7 +414,7 @@ def test_the_first_command_sets_the_time_of_all(journal, monkeypatch):
     now = time.time()
     monkeypatch.setattr(studies.time, "time", lambda: now + 61)
     assert studies.is_time_up(study)
-    studies.renew_deadline(other, 3600.0)  # it goes on with new time
+    studies.renew_deadline(other, 3600.0)  # the search continues with a new time limit
     assert 3500 < studies.time_left(study) <= 3600
     monkeypatch.setattr(studies.time, "time", lambda: now + 5000)
     studies.renew_deadline(study, None)

@@ -30,7 +30,7 @@ pytestmark = pytest.mark.numeric
 
 
 def fit(folder, data_dir, epochs, ckpt_path=None, seed=4):
-    """Train in ``folder``; a plateau scheduler and noise from three generators make it hard to continue."""
+    """Train in ``folder``; a plateau scheduler and noise from three generators make continuing hard."""
     warnings.filterwarnings("ignore", ".*(many workers|logging interval|GPU available)")
     seed_everything(seed, verbose=False)
 
@@ -70,7 +70,7 @@ def test_last_is_renewed_after_an_epoch_that_is_not_the_best(whole):
         assert torch.equal(weights, last["state_dict"][name])
 
 
-@pytest.mark.parametrize("epochs", [1, 4, 6, 7])  # of 7
+@pytest.mark.parametrize("epochs", [1, 4, 6, 7])  # of 7 epochs
 def test_a_resumed_run_equals_one_never_interrupted(whole, data_dir, tmp_path, epochs):
     _, _, interrupted = fit(tmp_path / "first", data_dir, epochs)
     shutil.move(tmp_path / "first", tmp_path / "moved")  # a run folder may move
@@ -137,7 +137,7 @@ def test_the_best_is_the_earliest_of_the_highest(whole):
 
 
 def fit_average(folder, data_dir, average, ckpt_path=None, seed=4):
-    """Train a network with batch statistics for four epochs, each of which leaves a checkpoint."""
+    """Train a network with batch statistics for four epochs, with a checkpoint after each."""
     seed_everything(seed, verbose=False)
     classifier = Classifier(
         CNN([4, 6], 1, dropout=0.1),
@@ -223,7 +223,7 @@ def test_a_file_that_cannot_be_written_stays_as_it_was(monkeypatch, tmp_path):
     def full(partial, content):
         with partial.open("wb") as file:
             file.write(content[:100])
-        raise OSError(errno.ENOSPC, "No space left on device")  # without a name, as write(2) has none
+        raise OSError(errno.ENOSPC, "No space left on device")  # without a file name, as from write(2)
 
     monkeypatch.setattr(type(path), "write_bytes", full)
     with pytest.raises(OSError, match=r"last\.ckpt"):
@@ -232,7 +232,7 @@ def test_a_file_that_cannot_be_written_stays_as_it_was(monkeypatch, tmp_path):
     assert [*tmp_path.iterdir()] == [path]
 
 
-def test_the_sanity_check_is_no_epoch(quick, tmp_path):
+def test_the_sanity_check_is_not_an_epoch(quick, tmp_path):
     quick(
         tmp_path, "fit", "--trainer.max_epochs=2", "--trainer.num_sanity_val_steps=2",
         "--trainer.check_val_every_n_epoch=2",
@@ -242,7 +242,7 @@ def test_the_sanity_check_is_no_epoch(quick, tmp_path):
 
 
 def flip(path):
-    """Change a byte of the weights, which torch.load does not notice."""
+    """Change a byte of the weights, which torch.load does not detect."""
     content = bytearray(path.read_bytes())
     with zipfile.ZipFile(path) as archive:
         largest = max(archive.infolist(), key=lambda member: member.file_size)
@@ -255,7 +255,7 @@ def test_a_flipped_bit_is_noticed_by_every_command(fitted, monkeypatch, capfd, t
     monkeypatch.chdir(tmp_path)
     checkpoint = tmp_path / "lightning_logs/baseline/version_0/checkpoints/last.ckpt"
     flip(checkpoint)
-    assert torch.load(checkpoint, weights_only=True)  # so it is
+    assert torch.load(checkpoint, weights_only=True)  # torch.load does not detect it
     for arguments in (
         ["fit", "--ckpt_path=last"], ["test"], ["predict"], ["export"], ["report", f"one={checkpoint}"],
         ["predict", f"--images={fitted[0] / 'figures/samples.png'}"],

@@ -26,10 +26,10 @@ pytestmark = pytest.mark.numeric
 
 @pytest.fixture
 def fit(data_dir, tmp_path, monkeypatch):
-    """Trains two epochs of 16 batches; gives the checkpoint and the number of batches that went the short way."""
+    """Train two epochs of 16 batches; return the checkpoint and the number of batches that went the short way."""
 
     def run(name, optimizer=KerasAdam, is_fast=True, callbacks=(), module=Classifier, data=MNISTDataModule, **flags):
-        own = []  # batches that went Lightning's own way
+        own = []  # batches that went Lightning's usual way
         advance = _TrainingEpochLoop.advance
         seed_everything(3, verbose=False)
         flags = {"enable_progress_bar": False, "max_epochs": 2, **flags}
@@ -50,7 +50,7 @@ def fit(data_dir, tmp_path, monkeypatch):
 
 
 def assert_same(checkpoint, expected):
-    """All of two checkpoints is the same to the bit, but for the time and the paths in them."""
+    """Check that two checkpoints are the same to the bit, except for times and paths."""
     assert checkpoint.keys() == expected.keys()
     for key in checkpoint.keys() - {"callbacks"}:
         assert_equal(checkpoint[key], expected[key])
@@ -60,7 +60,7 @@ def assert_same(checkpoint, expected):
 
 
 def assert_equal(one, other):
-    """Two nested values are the same to the bit."""
+    """Check that two nested values are the same to the bit."""
     if isinstance(one, torch.Tensor):
         assert torch.equal(one, other)
     elif isinstance(one, dict):
@@ -147,7 +147,7 @@ def test_the_progress_bar_sees_each_batch(fit, monkeypatch):
 
 
 def hooks_of(*classes):
-    """The public methods that these classes of Lightning call by themselves."""
+    """Return the public methods that Lightning calls on these classes."""
     names = {name for each in classes for name, value in vars(each).items() if inspect.isfunction(value)}
     return sorted(name for name in names if not name.startswith("_"))
 
@@ -168,11 +168,11 @@ HOOKS = {
         fast.MODULE_HOOKS,
     ),
 }  # fmt: skip
-"""By kind: the class, its hooks, and those in a step, which the short way does not call."""
+"""By kind: the class, its hooks, and the hooks within a step, which the short way does not call."""
 
 
 def noting(base, hook, calls):
-    """A function that notes its call, around a hook of a class."""
+    """Return a wrapper around a hook of a class that records its calls."""
     original = getattr(base, hook)
 
     @functools.wraps(original)
@@ -184,7 +184,7 @@ def noting(base, hook, calls):
 
 
 def calls_of(fit, kind, hooks, **options):
-    """What a training calls of a subclass in which each of these hooks notes its call; and the batches taken."""
+    """Return the hooks that a training calls on a subclass that overrides them, and the batches taken."""
     base, calls = HOOKS[kind][0], []
     made = type("Listener", (base,), {hook: noting(base, hook, calls) for hook in hooks})
     given = {"callbacks": [made()]} if kind == "callback" else {kind: made}
@@ -193,7 +193,7 @@ def calls_of(fit, kind, hooks, **options):
 
 @pytest.fixture(scope="module")
 def expected():
-    """What Lightning's own loop calls, by kind; filled when it is first asked for."""
+    """The hooks that Lightning's own loop calls, by kind; filled on first use."""
     return {}
 
 
@@ -235,7 +235,7 @@ def test_a_hook_set_on_a_class_is_called_for_each_batch(fit, monkeypatch, owner,
 
 
 class Manual(Classifier):
-    """Steps by itself."""
+    """A classifier with manual optimization."""
 
     def __init__(self, *arguments):
         super().__init__(*arguments)
@@ -249,7 +249,7 @@ class Manual(Classifier):
 
 
 class Logging(Classifier):
-    """Logs in a step."""
+    """A classifier that logs in a step."""
 
     def training_step(self, batch, batch_idx):
         loss = super().training_step(batch)
@@ -258,17 +258,17 @@ class Logging(Classifier):
 
 
 def patched(*arguments):
-    """A Classifier with a hook of its own."""
+    """Return a Classifier whose instance overrides a hook."""
     classifier = Classifier(*arguments)
     classifier.optimizer_step = functools.partial(classifier.optimizer_step)
     return classifier
 
 
 class Bar(EpochProgressBar):
-    """A progress bar of one's own."""
+    """A custom progress bar."""
 
     def on_train_batch_start(self, *_):
-        """Note it."""
+        """Override the hook."""
 
 
 @pytest.mark.parametrize(

@@ -18,12 +18,12 @@ def test_sample_grid_shows_the_first_25_digits_under_their_labels(mnist):
     mosaic = axes.images[0].get_array()
     assert mosaic.sum() == pytest.approx(images[:25].sum())
     for index, text in ((0, axes.texts[0]), (7, axes.texts[7]), (24, axes.texts[24])):
-        x, y = (int(value) for value in text.get_position())  # a digit is centred right below its title
+        x, y = (int(value) for value in text.get_position())  # a digit is centered right below its title
         assert np.array_equal(mosaic[y + 2 : y + 30, x - 14 : x + 14], images[index])
 
 
 def test_a_last_row_of_images_need_not_be_full():
-    images = np.ones((3, 8, 6))  # of any size
+    images = np.ones((3, 8, 6))  # any size works
     (axes,) = figures.image_grid(images, ["a", "b", "c"], columns=2).axes
     height, width = axes.images[0].get_array().shape
     assert [text.get_text() for text in axes.texts] == ["a", "b", "c"]
@@ -53,7 +53,7 @@ def test_confusion_matrix_writes_every_count():
         path = patch.get_path()
         for outline in np.split(path.vertices, np.flatnonzero(path.codes == Path.MOVETO)[1:]):
             written.setdefault(tuple(np.round(outline.mean(axis=0)).astype(int).tolist()), []).append(outline)
-    outlines = {"0": 2, "4": 2}  # a hole has an outline of its own
+    outlines = {"0": 2, "4": 2}  # a hole has its own outline
     expected = {(0, 0): "50", (2, 0): "1", (0, 1): "3", (1, 1): "1234"}
     assert {cell: len(glyphs) for cell, glyphs in written.items()} == {
         cell: sum(outlines.get(digit, 1) for digit in number) for cell, number in expected.items()
@@ -70,7 +70,7 @@ def test_confusion_matrix_of_an_epoch_has_a_row_for_each_logit():
     logits = torch.nn.functional.one_hot(torch.tensor([11, 11, 0]), 12).float()
     expected = torch.zeros(12, 12, dtype=torch.long)
     expected[3, 11], expected[0, 0] = 2, 1
-    for _ in range(2):  # an epoch starts anew
+    for _ in range(2):  # each epoch starts from zero
         callback.on_validation_epoch_start(None, None)
         callback.on_validation_batch_end(None, None, logits, batch, 0)
         assert torch.equal(callback._confusion, expected)

@@ -15,7 +15,7 @@ X86 = {"architecture": "x86_64", "avx512_bf16": False, "amx_bf16": False}
 
 @pytest.fixture
 def cpu(monkeypatch):
-    """Lets the processor have instructions, and oneDNN use them or not."""
+    """Pretend that the processor has certain instructions, and whether oneDNN uses them."""
 
     def pretend(instructions, onednn=True):
         monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: instructions, raising=False)
@@ -30,7 +30,7 @@ def cpu(monkeypatch):
         ({**X86, "avx512_bf16": True}, True, True),
         ({**X86, "amx_bf16": True}, True, True),
         ({**X86, "avx512_bf16": True}, False, False),  # ONEDNN_MAX_CPU_ISA=AVX2
-        (X86, True, False),  # AVX-512 without it: oneDNN imitates it
+        (X86, True, False),  # AVX-512 without bfloat16, which oneDNN emulates
         ({"architecture": "arm64", "bf16": True}, True, None),
     ],
 )

@@ -45,7 +45,7 @@ def test_two_writers_of_one_file_do_not_mix(tmp_path):
         assert first != second
         first.write_text("first\n" * 1000)
         second.write_text("second\n")
-    assert path.read_text() == "first\n" * 1000  # which was closed last
+    assert path.read_text() == "first\n" * 1000  # the file that was closed last
     assert [*tmp_path.iterdir()] == [path]
 
 

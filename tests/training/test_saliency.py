@@ -13,7 +13,7 @@ pytestmark = pytest.mark.numeric
 
 @pytest.fixture
 def split(mnist):
-    """Standardised images; the baseline is the mean of every second one."""
+    """Return standardized images; the baseline is the mean of every second image."""
     mnist.setup("test")
     mean, std = torch.full((1, 1, 1), 0.13), torch.full((1, 1, 1), 0.31)
     return Split(mnist.test.images[:2000], mnist.test.labels[:2000], statistics=(mean, std))
