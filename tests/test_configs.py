@@ -35,6 +35,7 @@ def test_a_config_is_trained_tested_and_predicted(quick, tmp_path, config):
     assert float(last["test/accuracy"]) > 0.2
 
 
+@pytest.mark.slow
 def test_every_config_is_read_by_a_process_of_its_own():
     """Check in a new process, which has not yet imported the classes that configs name."""
     program = """

@@ -49,6 +49,7 @@ def test_pictures_are_brought_into_the_form_of_the_data_set(predictor, mnist, tm
     assert same >= 19
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "option", ["--data.standardize=true", "--trainer.precision=bf16-mixed", "--trainer.precision=64-true"]
 )

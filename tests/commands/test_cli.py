@@ -268,6 +268,7 @@ def test_loggers_come_beside_the_run_s_folder(quick, tmp_path):
     assert sorted(table["epoch"].unique()) == [0, 1, 2]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("logger", "left"),
     [
@@ -572,6 +573,7 @@ def schedule(name, steps, **arguments):
     return rates
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("options", "rates"),
     [
@@ -604,6 +606,7 @@ COSINE = ["--model.lr_scheduler=CosineAnnealingLR"]
 CYCLE = ["--model.lr_scheduler=OneCycleLR", "--model.lr_scheduler.max_lr=0.1"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("options", "more", "rates", "line"),
     [
@@ -816,6 +819,7 @@ def test_a_checkpoint_of_another_network_is_said(fitted, monkeypatch, capfd, dat
     assert "its weights do not match its network" in err
 
 
+@pytest.mark.slow
 def test_the_process_itself_ends_without_a_traceback(command, tmp_path):
     result = command(tmp_path, "fit", "--data.val_split=2", check=False)
     assert result.returncode == 2
@@ -1003,6 +1007,7 @@ def test_weights_of_double_precision_are_not_rounded_when_a_run_is_continued(qui
     assert whole["network.dense_1.weight"].dtype == torch.float64
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("finders", "found"),
     [
@@ -1050,6 +1055,7 @@ def test_where_a_library_fails_is_one_line_and_its_traceback_a_file(
     assert "Traceback" in Path(line.rpartition("The traceback is in ")[2]).read_text(encoding="utf-8")
 
 
+@pytest.mark.slow
 def test_a_traceback_through_the_user_s_own_code_is_shown(command, tmp_path):
     (tmp_path / "mine.py").write_text(
         "from lightning.pytorch import Callback\n"

@@ -196,6 +196,7 @@ def test_a_config_runs_no_code(refused, cwd, model):
 # --- search spaces ------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("space", "message"),
     [
@@ -401,6 +402,7 @@ def save_with(checkpoint, key, value):
     torch.save(checkpoint, "x.ckpt")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("key", "value"),
     [
@@ -497,6 +499,7 @@ def test_a_study_with_odd_settings_is_refused(refused, cwd, settings):
     refused("The study tune (was not made by tune|has other settings)", *TUNE)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("finished", [True, False])
 @pytest.mark.parametrize(
     ("name", "value"),
@@ -530,6 +533,7 @@ def test_damaged_bytes_of_a_journal_are_refused_or_harmless(run, cwd, seed):
     assert code == 0 or (code == 1 and re.search(r"journal\.log|study tune", error))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("options", "key"),
     [
@@ -606,6 +610,7 @@ def odd_journal(records, number, path, value):
     return "".join(f"{json.dumps(record)}\n" for record in records)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("reader", READ)
 @pytest.mark.parametrize(
     ("op_code", "path", "value", "message"),

@@ -58,6 +58,7 @@ def test_a_class_inside_another_can_be_exchanged(model, monkeypatch, tmp_path):
     assert network["init_args"]["l2"] == 0.01
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("network", "data", "options", "expected", "remark"),
     [

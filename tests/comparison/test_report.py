@@ -213,6 +213,7 @@ def browse(made):
     return partial(in_browser, (made[0] / "lightning_logs/report/report.html").read_text())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("width", [360, 1280])
 def test_a_browser_shows_the_page(browse, width):
     """Check that nothing is wider than the window, and that clicking a header sorts its table."""

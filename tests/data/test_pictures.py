@@ -83,6 +83,7 @@ KINDS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_pictures_of_any_kind_become_the_images_that_they_are_of(digits, tmp_path, kind):
     data = MNISTDataModule()
@@ -291,6 +292,7 @@ def test_the_whole_command_needs_less_than_a_gibibyte(fitted, tmp_path):
     assert int(re.search(r"VmHWM:\s+(\d+) kB", done.stdout)[1]) < 2**20, done.stdout
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not psutil.LINUX, reason="reads the used memory from Linux")
 def test_huge_pictures_need_less_than_a_gibibyte(tmp_path):
     Image.new("L", (10_000, 10_000), 255).save(tmp_path / "huge.png")

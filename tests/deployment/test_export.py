@@ -119,6 +119,7 @@ def taken(run, *arguments):
     return re.search("Exporting (.*?):", output)[1]
 
 
+@pytest.mark.slow
 def test_the_newest_complete_tuned_run_is_taken_before_a_baseline(run):
     baseline, tuned = Path("lightning_logs/baseline/version_0"), Path("lightning_logs/tuned/version_0")
     shutil.copytree(baseline, tuned)

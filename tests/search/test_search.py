@@ -220,6 +220,7 @@ def test_trials_come_from_a_file_or_another_study_and_the_best_keeps_its_weights
     assert trial.params["model.optimizer.class_path"].endswith(drawn)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("content", "message"),
     [
@@ -347,6 +348,7 @@ def test_a_study_is_of_its_data_and_its_training(tune, data_dir, tmp_path):
     assert "2 completed" in output
 
 
+@pytest.mark.slow
 def test_what_an_older_study_lacks_is_what_is_done_by_default(tune, tmp_path):
     options = ["--n_trials=1", "--executions_per_trial=1"]
     tune(*options)
@@ -583,6 +585,7 @@ def test_no_trial_touches_the_test_images(data_dir, tune, tmp_path):
     assert "t10k" in errors
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -694,6 +697,7 @@ def test_a_metric_that_is_named_once_reaches_every_place(tune, monkeypatch, capf
     assert f"test/top3_accuracy (last epoch),{tested:.4f}," in comparison.read_text()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("options", "best"), [([], min), (["--direction=maximize"], max), (["--metric=train/loss"], min)]
 )

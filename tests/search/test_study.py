@@ -142,6 +142,7 @@ def test_a_sampler_that_learns_sees_the_trials_before(journal, sampler):
 FINITE = SearchSpace({"a": IntDistribution(1, 2), "b": SPACE["b"]})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "sampler",
     [{"sampler": "GridSampler", "search_space": {"a": [1, 2], "b": ["x", "y"]}}, {"sampler": "BruteForceSampler"}],
@@ -211,6 +212,7 @@ def test_a_setting_that_a_study_lacks_has_its_default(journal):
             assert not is_refused
 
 
+@pytest.mark.slow
 def test_the_total_counts_every_trial_but_those_too_many(journal):
     study = work(journal, 3)
     assert [trial.number for trial in study.trials] == [0, 1, 2]
@@ -225,6 +227,7 @@ def test_the_total_counts_every_trial_but_those_too_many(journal):
     assert len(work(journal, 6).trials) == 7
 
 
+@pytest.mark.slow
 def test_a_limit_is_a_constraint_but_not_of_executions_that_are_older(journal, monkeypatch):
     def train(objective, trial, number, executions):
         limited = {"limited": {"parameters": 5.0}} if trial.number or number else {}
@@ -259,6 +262,7 @@ def test_the_last_place_is_taken_once(journal):
     assert [is_counted(trial) for trial in study.trials] == [True, True, False]
 
 
+@pytest.mark.slow
 @posix
 def test_processes_share_a_study_exactly(journal):
     make(journal)
@@ -322,6 +326,7 @@ def test_a_trial_whose_process_died_when_its_error_was_known_has_failed(journal)
     assert (trial.state.name, trial.user_attrs["error"]) == ("FAIL", "it diverged")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("has_owner", [True, False])
 @posix
 def test_a_trial_whose_process_died_while_drawing_is_drawn_to_its_end(journal, has_owner):

@@ -197,6 +197,7 @@ def expected():
     return {}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("kind", "hooks"),
     [

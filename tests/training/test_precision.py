@@ -54,6 +54,7 @@ def test_other_devices_and_other_precisions_are_left_alone(monkeypatch):
     assert [choose_precision(each, "cpu") for each in (None, "bf16-true", 16)] == [None, "bf16-true", 16]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("has", "taken"), [(True, "bf16-mixed"), (False, "32-true")])
 def test_a_run_keeps_what_was_taken(quick, monkeypatch, tmp_path, has, taken):
     for module in (precision, cli):
