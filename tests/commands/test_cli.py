@@ -299,8 +299,9 @@ def test_a_logger_that_cannot_be_used_is_said_in_a_line(capfd, data_dir, monkeyp
 
 
 @pytest.mark.slow
-def test_figures_go_to_mlflow(command, tmp_path):
+def test_figures_go_to_mlflow(command, monkeypatch, tmp_path):
     mlflow = pytest.importorskip("mlflow")
+    monkeypatch.chdir(tmp_path)
     options = [
         "--trainer.max_epochs=1",
         "--trainer.logger+=MLFlowLogger",
