@@ -282,17 +282,17 @@ def test_small_classes_keep_images_in_each_split(tmp_path):
 
 def test_images_that_do_not_fit_into_memory_are_refused_in_a_line(tmp_path, monkeypatch):
     write_files(tmp_path, 10)
-    with pytest.raises(UserError, match=r"^ImageFolder .* GiB are free \(it takes .* GiB\)\. Take.*$"):
+    with pytest.raises(UserError, match=r"^ImageFolder .* GiB are free \(it takes .* GiB\)\. Use.*$"):
         ImageFolder(str(tmp_path), size=(10**6, 10**6)).setup("fit")
 
     class Large(ImageDataModule):
         def load(self, split):
             return np.zeros((10**9, 10**6), np.uint8), None
 
-    with pytest.raises(UserError, match=r"^Large does not fit .* \(unable to allocate .*\)\. Take.*$"):
+    with pytest.raises(UserError, match=r"^Large does not fit .* \(unable to allocate .*\)\. Use.*$"):
         Large().setup("fit")
     monkeypatch.setattr(Large, "load", lambda *_: torch.zeros(10**15))
-    with pytest.raises(UserError, match=r"^Large does not fit .* \(tried to allocate .*\)\. Take.*$"):
+    with pytest.raises(UserError, match=r"^Large does not fit .* \(tried to allocate .*\)\. Use.*$"):
         Large().setup("fit")
     monkeypatch.setattr(Large, "load", lambda *_: torch.zeros(2) @ torch.zeros(3))
     with pytest.raises(RuntimeError, match="size"):

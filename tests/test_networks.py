@@ -197,7 +197,7 @@ def test_pretrained_kernels_see_a_grey_image_as_a_grey_picture(monkeypatch):
     [
         ({"model": "resnet19"}, "not a classifier in torchvision.models; try resnet1"),
         ({"model": "fcn_resnet50"}, "not a classifier"),
-        ({"weights": "IMAGENET"}, "resnet18 has no weights 'IMAGENET'; take IMAGENET1K_V1, DEFAULT"),
+        ({"weights": "IMAGENET"}, "resnet18 has no weights 'IMAGENET'; use IMAGENET1K_V1, DEFAULT"),
     ],
 )
 def test_a_model_that_torchvision_has_not_is_refused(arguments, message):
