@@ -235,6 +235,7 @@ def test_label_smoothing_is_followed_and_not_logged(mnist):
     torch.testing.assert_close(classifier.totals["val"]["loss"], 64 * plain.detach())
 
 
+@pytest.mark.slow
 def test_compiling_changes_no_name_and_no_result(trainer, datamodule, monkeypatch):
     def fit(compile):
         torch.manual_seed(0)

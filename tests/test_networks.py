@@ -205,6 +205,7 @@ def test_a_model_that_torchvision_has_not_is_refused(arguments, message):
         TorchvisionModel(**arguments)
 
 
+@pytest.mark.slow
 def test_torchvision_is_imported_only_where_it_is_needed():
     code = "import sys, mnist_lightning.networks; sys.exit('torchvision' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0

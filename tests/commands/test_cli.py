@@ -999,6 +999,7 @@ def test_a_training_that_ended_inside_an_epoch_is_evaluated_but_not_continued(qu
     assert len(list((tmp_path / "lightning_logs/baseline").iterdir())) == 1
 
 
+@pytest.mark.slow
 def test_weights_of_double_precision_are_not_rounded_when_a_run_is_continued(quick, tmp_path):
     quick(tmp_path, "fit", "--trainer.max_epochs=2", "--trainer.precision=64-true", "--name=whole")
     quick(tmp_path, "fit", "--trainer.max_epochs=1", "--trainer.precision=64-true", "--name=half")

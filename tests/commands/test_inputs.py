@@ -463,6 +463,7 @@ def test_damaged_bytes_of_a_checkpoint_are_refused_or_harmless(run, cwd, seed):
 STUDY_READERS = [TUNE, ["report", "one=lightning_logs/baseline/version_0", f"other={LAST}", "--study=tune"]]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("reader", STUDY_READERS, ids=["tune", "report"])
 @pytest.mark.parametrize(
     ("change", "message"),

@@ -363,6 +363,7 @@ def test_one_draws_on_the_page_and_all_models_answer(browse, made, mnist):
     assert not found["wrong"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("flags", "is_dark"), [([], False), (["--blink-settings=preferredColorScheme=0"], True)])
 def test_charts_follow_dark_mode(browse, flags, is_dark):
     found = browse(

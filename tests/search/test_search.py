@@ -573,6 +573,7 @@ def test_deep_yaml_draws_two_to_four_layers(tune, tmp_path):
             assert drawn == {f"model.network.init_args.{key}.{layer}" for layer in range(layers)}
 
 
+@pytest.mark.slow
 def test_no_trial_touches_the_test_images(data_dir, tune, tmp_path):
     folder = tmp_path / "no_test"
     folder.mkdir()
@@ -712,6 +713,7 @@ def test_a_loss_is_minimized_unless_said_otherwise(tune, tmp_path, options, best
         assert trial.value == best(value for _, value in trial.user_attrs["executions"][0]["values"])
 
 
+@pytest.mark.slow
 def test_a_trial_with_augmentation_is_what_fit_makes_of_its_config(tune, quick, tmp_path):
     code, _, errors = tune(
         "--n_trials=1", "--executions_per_trial=1", "--workers=1", "--data.augmentation+=Distortion", epochs=1

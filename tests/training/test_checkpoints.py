@@ -176,6 +176,7 @@ def test_averaged_weights_are_continued_exactly(data_dir, tmp_path, kind):
         assert all(torch.equal(tensor, files[1][part][name]) for name, tensor in files[0][part].items())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["steps", "late steps", "epochs"])
 def test_averaged_weights_are_validated_as_they_are_saved(data_dir, tmp_path, kind):
     classifier, checkpoint = fit_average(tmp_path, data_dir, AVERAGES[kind]())
@@ -267,6 +268,7 @@ def test_a_flipped_bit_is_noticed_by_every_command(fitted, monkeypatch, capfd, t
         Predictor(checkpoint)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("before", ["null", "0.5"])
 def test_a_run_is_continued_with_and_without_clipping(quick, tmp_path, before):
     after = {"null": "0.5", "0.5": "null"}[before]

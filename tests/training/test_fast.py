@@ -107,6 +107,7 @@ def test_averages_of_weights_are_the_same_to_the_bit(fit):
     assert_same(checkpoint, fit("slow", callbacks=[EMAWeightAveraging(decay=0.9)], is_fast=False)[0])
 
 
+@pytest.mark.slow
 def test_the_command_is_the_same_to_the_bit(quick, tmp_path):
     checkpoints = []
     for number, option in enumerate(("--fast=true", "--fast=false")):
