@@ -45,6 +45,7 @@ import lightning.pytorch as pl
 import numpy as np
 import torch
 import torchvision.datasets.cifar
+from helpers.commands import ROOT, write_idx
 from lightning.fabric.plugins.precision.precision import _PRECISION_INPUT
 from lightning.pytorch import callbacks, loggers, plugins, profilers
 from lightning.pytorch.accelerators import AcceleratorRegistry
@@ -64,7 +65,6 @@ from mnist_lightning.training.callbacks import Figures
 from mnist_lightning.training.checkpoints import RunCheckpoint
 from mnist_lightning.training.saved_run import SavedRun
 
-ROOT = Path(__file__).parents[1]
 EPOCHS = 3
 SMALL = (f"--trainer.max_epochs={EPOCHS}", "--data.batch_size=16", "--data.eval_batch_size=8")
 """64 training images in four batches, 16 validation and 30 test images."""
@@ -375,13 +375,6 @@ def schedules() -> list[type]:
 
 
 # --- the data -----------------------------------------------------------------------------------------------
-
-
-def write_idx(path: Path, array: Any) -> None:
-    """Write an array as an IDX file."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    header = struct.pack(f">{1 + array.ndim}I", 0x800 + array.ndim, *array.shape)
-    path.write_bytes(header + array.astype(np.uint8).tobytes())
 
 
 def write_data(folder: Path) -> None:

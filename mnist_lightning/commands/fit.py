@@ -209,7 +209,7 @@ class FitCLI(RunCLI):
         version = new_version(self.logs / config.name)
         self.run_dir = self.logs / config.name / f"version_{version}"
         if trainer.is_global_zero:
-            (self.run_dir / "config.yaml").write_text(self.parser.dump(config, skip_none=False), encoding="utf-8")
+            (self.run_dir / "config.yaml").write_text(self.parser.dump(config, skip_unset=False), encoding="utf-8")
         if config.tensorboard:
             own_logger = TensorBoardLogger(self.logs, config.name, version, default_hp_metric=False)
             trainer.loggers = [own_logger, *trainer.loggers]

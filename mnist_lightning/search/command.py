@@ -467,7 +467,7 @@ def _print_results(study: Study, limits: dict[str, float]) -> None:
     limits = limits or study.user_attrs.get("limits", {})
     best = best_trial(study, limits)
     measured = {metric.name: value for metric, value in zip(metrics_of(study), best.values, strict=True)}
-    measured |= limited_values(best, limits)
+    measured |= limited_values(TrialRecord.of(best).executions, limits)
     values = ", ".join(f"{name} {format_value(value)}" for name, value in measured.items())
     within = ", ".join(f"{name} {format_value(value)}" for name, value in limits.items())
     print(f"\nBest{f' within {within}' if limits else ''}: trial {best.number}, {values}")

@@ -112,6 +112,12 @@ def check_finite(values: Iterable[Any]) -> None:
             raise ValueError(f"{value} is not a finite number")
 
 
+def ordinal(study: Study, number: int) -> int:
+    """Return how many trials before the one with a number are among ``n_trials``."""
+    failed = study.get_trials(deepcopy=False, states=(TrialState.FAIL,))
+    return number - sum(trial.number < number and not is_counted(trial) for trial in failed)
+
+
 def is_counted(trial: FrozenTrial) -> bool:
     """Return whether a trial counts towards ``n_trials``: all do, except surplus and repeated trials."""
     return trial.state != TrialState.FAIL or "error" in trial.user_attrs

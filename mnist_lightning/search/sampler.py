@@ -14,7 +14,7 @@ from optuna.samplers import BaseSampler, BruteForceSampler, GridSampler, QMCSamp
 from optuna.study import Study
 from optuna.trial import FrozenTrial, Trial, TrialState
 
-from mnist_lightning.search.record import Metric, directions_of, is_counted
+from mnist_lightning.search.record import Metric, directions_of, ordinal
 from mnist_lightning.search.space import SearchSpace
 from mnist_lightning.system.errors import UserError
 
@@ -37,15 +37,10 @@ class TrialSampler(BaseSampler):
         self._study = study
         self._make = make
         self._sampler = make(0)
-        self._finished = self._counted = 0  # the first trials that are finished, and how many of them count
         self.is_finite = isinstance(self._sampler, GridSampler | BruteForceSampler)
 
     def before_trial(self, study: Study, trial: FrozenTrial) -> None:
-        before = self._study.get_trials(deepcopy=False)[: trial.number]
-        while self._finished < len(before) and before[self._finished].state.is_finished():
-            self._counted += is_counted(before[self._finished])
-            self._finished += 1
-        self._sampler = self._make(self._counted + sum(map(is_counted, before[self._finished :])))
+        self._sampler = self._make(ordinal(self._study, trial.number))
         self._sampler.before_trial(study, trial)
 
     def infer_relative_search_space(self, study: Study, trial: FrozenTrial) -> dict[str, BaseDistribution]:

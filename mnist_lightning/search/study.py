@@ -248,7 +248,9 @@ def pareto_front(study: Study) -> list[FrozenTrial]:
 
 
 def _is_within(trial: FrozenTrial, metrics: Sequence[Metric], limits: Mapping[str, float]) -> bool:
-    values = limited_values(trial, limits) | dict(zip([metric.name for metric in metrics], trial.values, strict=True))
+    values = limited_values(TrialRecord.of(trial).executions, limits) | dict(
+        zip([metric.name for metric in metrics], trial.values, strict=True)
+    )
     known = {metric.name: metric for metric in metrics}
     # a trial that is older than a limit has no value for it
     return all(
@@ -257,9 +259,9 @@ def _is_within(trial: FrozenTrial, metrics: Sequence[Metric], limits: Mapping[st
     )
 
 
-def limited_values(trial: FrozenTrial, limits: Iterable[str]) -> dict[str, float]:
+def limited_values(executions: Iterable[Mapping[str, Any]], limits: Iterable[str]) -> dict[str, float]:
     """Return the means over a trial's executions of the recorded metrics that have limits."""
-    records = [execution.get("limited", {}) for execution in TrialRecord.of(trial).executions]
+    records = [execution.get("limited", {}) for execution in executions]
     return {
         name: mean(each[name] for each in records)
         for name in limits

@@ -29,7 +29,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from mnist_lightning.commands.fit import TrainingCLI
 from mnist_lightning.data import ImageDataModule
-from mnist_lightning.search.record import Metric, TrialRecord, is_counted
+from mnist_lightning.search.record import Metric, TrialRecord, is_counted, ordinal
 from mnist_lightning.search.recovery import ATTEMPTS, process_name
 from mnist_lightning.search.sampler import draw, make_sampler
 from mnist_lightning.search.space import SearchSpace, config_with, instantiate, max_epochs
@@ -131,7 +131,8 @@ class Objective:
             raise AbandonedTrial from error
 
     def _run(self, trial: Trial) -> list[float]:
-        if self._is_surplus(trial):
+        total = self.search.options.n_trials
+        if trial.number >= total and ordinal(self.study, trial.number) >= total:
             raise FailedTrialError("two processes asked for the last trial simultaneously")
         trial.set_user_attr("owner", self.name)
         record = TrialRecord.of(self._frozen(trial))
@@ -153,21 +154,15 @@ class Objective:
             if self.report(trial, executions) and len(executions) < self.search.options.executions_per_trial:
                 raise optuna.TrialPruned
         limits = self.search.options.limits
-        values = limited_values(self._frozen(trial), limits)  # lacks limits that are newer than an execution
+        values = limited_values(executions, limits)  # lacks limits that are newer than an execution
         for metric in self.search.limited:
             if metric.name in values:
                 trial.set_constraint(metric.name, metric.excess(values[metric.name], limits[metric.name]))
         return [mean(values) for values in zip(*map(scores_of, executions), strict=True)]
 
-    def _is_surplus(self, trial: Trial) -> bool:
-        total: int = self.search.options.n_trials
-        if trial.number < total:  # do not read all trials for it
-            return False
-        return sum(map(is_counted, self.study.get_trials(deepcopy=False)[: trial.number])) >= total
-
     def _frozen(self, trial: Trial) -> FrozenTrial:
-        number = self._storage.get_trial_id_from_study_id_trial_number(self._study_id, trial.number)
-        return self._storage.get_trial(number)
+        trial_id = self._storage.get_trial_id_from_study_id_trial_number(self._study_id, trial.number)
+        return self._storage.get_trial(trial_id)
 
     def owns(self, trial: Trial) -> bool:
         """Return whether this process still owns a trial: other machines may have considered this one dead."""
@@ -180,8 +175,8 @@ class Objective:
 
     def _check_repeat(self, trial: Trial) -> None:
         """Fail a trial that repeats a combination of a finite space; after several in a row, stop the search."""
-        frozen = self._frozen(trial)
-        if not getattr(self.study.sampler, "is_finite", False) or "fixed_params" in frozen.system_attrs:
+        is_finite = getattr(self.study.sampler, "is_finite", False)
+        if not is_finite or "fixed_params" in self._frozen(trial).system_attrs:
             return
         # a later trial may have drawn first
         others = [other for other in self.study.get_trials(deepcopy=False) if other.number != trial.number]
@@ -240,7 +235,6 @@ class Objective:
         progress = Progress(self, trial, executions)
         try:
             self._fit(config, folder, progress)
-            gc.collect()  # its trainer and data are in reference cycles
         except (OSError, UpdateFinishedTrialError):  # a fault of the machine, or another process has the trial
             raise
         except (Exception, SystemExit) as error:  # caused by this combination of values
@@ -264,6 +258,7 @@ class Objective:
     def _fit(self, config: dict[str, Any], folder: Path, progress: "Progress") -> None:
         """Train a config as ``fit`` would; write config, events and weights to a folder."""
         search = self.search
+        gc.collect()  # the trainer and data of the last execution, however it ended, are in reference cycles
         loggers: list[Any] = []
         named = copy.deepcopy(config)
         _name_loggers(named["trainer"]["logger"], "_".join([search.options.study_name, *folder.parts[-2:]]))

@@ -23,6 +23,7 @@ posix = pytest.mark.skipif(os.name == "nt", reason="uses features that Windows l
 
 def write_idx(path: Path, array: np.ndarray) -> None:
     """Write an array as an IDX file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     header = struct.pack(f">{1 + array.ndim}I", 0x800 + array.ndim, *array.shape)
     path.write_bytes(header + array.astype(np.uint8).tobytes())
 
