@@ -13,7 +13,7 @@ from optuna.trial import TrialState
 from mnist_lightning.comparison.evaluation import Model
 from mnist_lightning.comparison.significance import Comparison, accuracy_interval, compare_to_first, verdict
 from mnist_lightning.comparison.table import quantities
-from mnist_lightning.search.record import metrics_of
+from mnist_lightning.search.record import is_counted, metrics_of
 from mnist_lightning.search.space import bounds, short_key, short_value
 from mnist_lightning.search.study import best_trial, pareto_front, results
 
@@ -116,7 +116,7 @@ def _describe_divergence(model: Model) -> str:
 
 
 def _count_trials(study: optuna.Study) -> dict[str, int]:
-    counts = Counter(trial.state for trial in study.get_trials(deepcopy=False))
+    counts = Counter(trial.state for trial in study.get_trials(deepcopy=False) if is_counted(trial))
     return {state.name.lower(): counts[state] for state in TrialState}
 
 

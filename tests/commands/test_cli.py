@@ -309,7 +309,7 @@ def test_figures_go_to_mlflow(command, monkeypatch, tmp_path):
     ]
     for _ in range(2):
         command(tmp_path, "fit", *options)  # within a process, MLflow keeps its first database
-    client = mlflow.MlflowClient("sqlite:///m.db")
+    client = mlflow.MlflowClient(f"sqlite:///{tmp_path}/m.db")  # whatever m.db another test opened in this process
     runs = client.search_runs([experiment.experiment_id for experiment in client.search_experiments()])
     assert len(runs) == 2
     for run in runs:

@@ -656,7 +656,11 @@ def test_a_study_alone_of_many_trials(tmp_path, monkeypatch, capfd):
             user_attrs={"executions": [{"execution": 0, "score": value, "values": [[0, value]]}]},
         )
         trials.append(trial)
-    study.add_trials(trials)
+    failed, repeated = (
+        optuna.create_trial(state=optuna.trial.TrialState.FAIL, user_attrs=attributes)
+        for attributes in ({"error": "ArithmeticError: diverged"}, {})
+    )
+    study.add_trials([*trials, failed, repeated])
     study.set_user_attr("settings", {"metric": "val/accuracy"})
     start = time.process_time()
     code, _, errors = in_process(capfd, "report", "--study=big")
@@ -671,7 +675,8 @@ def test_a_study_alone_of_many_trials(tmp_path, monkeypatch, capfd):
     assert len(rows) == 500
     assert float(rows[0]["val/accuracy"]) == pytest.approx(max(trial.value for trial in trials), abs=1e-4)
     found = json.loads((folder / "report.json").read_text())
-    assert (found["models"], found["study"]["trials"]["complete"]) == ({}, 500)
+    assert found["models"] == {}
+    assert (found["study"]["trials"]["complete"], found["study"]["trials"]["fail"]) == (500, 1)
     assert "batch_size" in [path.stem.removeprefix("study_slice_") for path in (folder / "figures").glob("*.png")]
     assert summary.searched(study).keys() == trials[0].params.keys()
 

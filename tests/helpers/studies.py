@@ -46,10 +46,14 @@ def load(folder, name="tune"):
     return optuna.load_study(storage=storage, study_name=name)
 
 
+def counted_trials(study):
+    """Return the trials that count: several workers may ask for more than a finite space has."""
+    return [trial for trial in study.trials if is_counted(trial)]
+
+
 def outcome(study):
     """Return parameters and value of each trial that counts, which no interruption or number of workers may change."""
-    trials = [trial for trial in study.trials if is_counted(trial)]
-    return sorted((tuple(trial.params.values()), trial.value) for trial in trials)
+    return sorted((tuple(trial.params.values()), trial.value) for trial in counted_trials(study))
 
 
 def start(data_dir, cwd, *more, epochs=2):

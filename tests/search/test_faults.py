@@ -9,10 +9,9 @@ from pathlib import Path
 import optuna
 import psutil
 import pytest
-from helpers.studies import choices, load, outcome, reported, session, start, stopped_worker, wait_for
+from helpers.studies import choices, counted_trials, load, outcome, reported, session, start, stopped_worker, wait_for
 from optuna.trial import TrialState
 
-from mnist_lightning.search.record import is_counted
 from mnist_lightning.search.recovery import Recovery, process_name
 from mnist_lightning.search.storage import open_storage
 
@@ -133,7 +132,7 @@ def test_machines_share_a_database_that_is_restarted_while_one_of_them_vanishes(
     assert sum("Refit: left to" in output for output in outputs) == 1
     assert len([*tmp_path.glob("lightning_logs/tuned/version_*")]) == 1
     study = optuna.load_study(storage=open_storage(url), study_name="tune")
-    counted = [trial for trial in study.trials if is_counted(trial)]
+    counted = counted_trials(study)
     assert [trial.state for trial in counted] == [TrialState.COMPLETE] * 14
     assert all(trial.state.is_finished() for trial in study.trials)
     assert study.best_value == max(trial.value for trial in counted)
@@ -255,9 +254,9 @@ def test_a_trial_that_diverges_or_raises_is_recorded_with_its_reason(tune, tmp_p
     })  # fmt: skip
     code, output, _ = tune(space, "--n_trials=9", "--executions_per_trial=1", "--sampler=BruteForceSampler")
     assert code == 0
-    trials = {tuple(trial.params.values()): trial for trial in load(tmp_path / "here").trials}
-    assert len(trials) == 4  # the space of the sampler is exhausted
-    assert sum(map(is_counted, load(tmp_path / "here").trials)) == 4
+    drawn = counted_trials(load(tmp_path / "here"))
+    trials = {tuple(trial.params.values()): trial for trial in drawn}
+    assert len(trials) == len(drawn) == 4  # the space of the sampler is exhausted
     assert trials[1e-3, "ReLU"].state == TrialState.COMPLETE
     diverged = trials[1e30, "ReLU"].user_attrs["error"]
     assert diverged.startswith("ArithmeticError: ")

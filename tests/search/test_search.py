@@ -20,7 +20,7 @@ import pandas as pd
 import pytest
 import yaml
 from helpers.commands import ROOT, in_process, spelled_and_default
-from helpers.studies import choices, load, outcome, wait_for
+from helpers.studies import choices, counted_trials, load, outcome, wait_for
 from jsonargparse import Namespace
 from optuna.distributions import CategoricalDistribution
 from optuna.trial import TrialState
@@ -251,7 +251,7 @@ def test_several_metrics_have_a_pareto_front(tune, capfd, tmp_path):
     assert code == 0, errors
     study = load(tmp_path / "here")
     assert [direction.name for direction in study.directions] == ["MINIMIZE", "MINIMIZE", "MAXIMIZE"]
-    for trial in study.trials:
+    for trial in counted_trials(study):
         width = trial.params[units]
         layers = [(784, width), (width, 64), (64, 10)]
         loss, parameters, flops = trial.values
@@ -260,7 +260,9 @@ def test_several_metrics_have_a_pareto_front(tune, capfd, tmp_path):
         assert flops == sum(2 * into * out for into, out in layers)
     assert re.search(r"^trial +val/loss +parameters +flops", output, re.MULTILINE)
     assert "Pareto front: 3 trials" in output
-    small = min((trial for trial in study.trials if trial.values[1] <= 30000), key=lambda trial: trial.values[0])
+    small = min(
+        (trial for trial in counted_trials(study) if trial.values[1] <= 30000), key=lambda trial: trial.values[0]
+    )
     assert f"Best within parameters 30,000: trial {small.number}, val/loss" in output
     best = tmp_path / "here/lightning_logs/tune/best.yaml"
     assert yaml.safe_load(best.read_text())["model"]["network"]["init_args"]["units"][0] == small.params[units]
@@ -707,9 +709,9 @@ def test_a_loss_is_minimized_unless_said_otherwise(tune, tmp_path, options, best
     loss = [] if "--metric=train/loss" in options else ["--metric=val/loss"]
     tune(space, "--sampler=BruteForceSampler", "--executions_per_trial=1", *loss, *options)
     study = load(tmp_path / "here")
-    assert len({trial.value for trial in study.trials}) == 2
-    assert study.best_value == best(trial.value for trial in study.trials)
-    for trial in study.trials:
+    assert len({trial.value for trial in counted_trials(study)}) == 2
+    assert study.best_value == best(trial.value for trial in counted_trials(study))
+    for trial in counted_trials(study):
         assert trial.value == best(value for _, value in trial.user_attrs["executions"][0]["values"])
 
 

@@ -1,10 +1,11 @@
 """Search spaces: conditions, values and configs, words and short names."""
 
 import pytest
+from helpers.studies import counted_trials
 from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
 from optuna.samplers import BruteForceSampler, RandomSampler, TPESampler
 
-from mnist_lightning.search.record import Metric, is_counted
+from mnist_lightning.search.record import Metric
 from mnist_lightning.search.sampler import TrialSampler, draw
 from mnist_lightning.search.space import (
     config_with,
@@ -149,7 +150,7 @@ def test_a_tree_of_values_is_searched_whole(tmp_path):
     study.optimize(objective)
     # depth 1, 2 (with two rates) and 3 (with four); SGD with two momenta or the other optimizer; a schedule or none
     size = (1 + 2 + 4) * 3 * 2
-    complete = [trial for trial in study.trials if is_counted(trial)]
+    complete = counted_trials(study)
     assert len({tuple(sorted(trial.params.items(), key=str)) for trial in complete}) == len(complete) == size
 
 

@@ -11,6 +11,7 @@ import numpy as np
 import optuna
 import pytest
 from helpers.commands import posix
+from helpers.studies import counted_trials
 from jsonargparse import Namespace
 from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
 from optuna.pruners import HyperbandPruner
@@ -160,7 +161,7 @@ def test_a_finite_space_is_drawn_once_by_all_who_draw(journal, sampler):
         process.join(60)
     for _ in range(2):  # the second time, nothing is left
         study = work(journal, 99, space=FINITE, **sampler)
-        counted = [trial for trial in study.trials if is_counted(trial)]
+        counted = counted_trials(study)
         assert len({tuple(trial.params.values()) for trial in counted}) == len(counted) == 4
         assert {trial.state for trial in counted} == {TrialState.COMPLETE}
 
@@ -247,7 +248,7 @@ def test_a_trial_too_many_shifts_no_draw(journal):
     study, whole = work(journal, 4), make(journal, name="whole")
     for _ in range(4):
         whole.ask(SPACE)
-    assert [trial.params for trial in study.trials if is_counted(trial)] == values(whole)
+    assert [trial.params for trial in counted_trials(study)] == values(whole)
 
 
 def test_the_last_place_is_taken_once(journal):
@@ -270,7 +271,7 @@ def test_processes_share_a_study_exactly(journal):
     for process in processes:
         process.join(60)
     study = make(journal)
-    counted = [trial for trial in study.trials if is_counted(trial)]
+    counted = counted_trials(study)
     assert [trial.state for trial in counted] == [TrialState.COMPLETE] * 25
     assert len({trial.user_attrs["owner"] for trial in counted}) > 1
     drawn = Counter(trial.params["a"] for trial in counted)
