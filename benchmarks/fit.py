@@ -85,16 +85,16 @@ def bare(epochs: int) -> list[float]:
 def fit(epochs: int) -> list[float]:
     """Run the command, and take the time when its progress bar moves to the next epoch."""
     from mnist_lightning.__main__ import main
-    from mnist_lightning.training import callbacks
+    from mnist_lightning.training import progress
 
     marks, mark = timed()
-    original = callbacks.EpochProgressBar._print_line
+    original = progress.EpochProgressBar._print_line
 
     def print_line(*arguments: Any) -> None:
         original(*arguments)
         mark()
 
-    callbacks.EpochProgressBar._print_line = print_line  # type: ignore[assignment]
+    progress.EpochProgressBar._print_line = print_line  # type: ignore[assignment, method-assign]
     main(["fit", f"--trainer.max_epochs={epochs}"])
     return marks
 

@@ -27,7 +27,7 @@ from mnist_lightning.__main__ import main as command
 from mnist_lightning.classifier import Classifier
 from mnist_lightning.networks import Dropout
 from mnist_lightning.training import fast
-from mnist_lightning.training.callbacks import EpochProgressBar
+from mnist_lightning.training.progress import EpochProgressBar
 
 STEPS = 100
 """The number of steps in a stretch."""

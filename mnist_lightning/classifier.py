@@ -9,8 +9,8 @@ from typing import Any, Literal
 
 import torch
 from jsonargparse.typing import ClosedUnitInterval, PositiveInt
-from lightning.pytorch import LightningModule
-from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveraging
+from lightning.pytorch import Callback, LightningModule
+from lightning.pytorch.callbacks import ProgressBar, StochasticWeightAveraging, WeightAveraging
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.plugins import DoublePrecision
 from lightning.pytorch.trainer.states import TrainerFn
@@ -23,6 +23,7 @@ from mnist_lightning.optimizers import KerasAdam, KerasRMSprop
 from mnist_lightning.system.console import rank_zero_print
 from mnist_lightning.system.errors import UserError
 from mnist_lightning.system.nested import flatten
+from mnist_lightning.training.progress import CellProgressBar, is_in_cell
 
 COUPLED = (
     KerasAdam,
@@ -113,6 +114,12 @@ class Classifier(LightningModule):
         memo[id(self)] = copied
         copied.__setstate__(copy.deepcopy(self.__getstate__(), memo))
         return copied
+
+    def configure_callbacks(self) -> list[Callback]:
+        """Return a table of the epochs, if a trainer of the user's own would show its bar in a cell of a notebook."""
+        bars = [callback for callback in self.trainer.callbacks if isinstance(callback, ProgressBar)]  # type: ignore[attr-defined]
+        is_shown = not bars or any(isinstance(bar, CellProgressBar) for bar in bars)
+        return [] if is_shown or not is_in_cell() else [CellProgressBar()]
 
     def setup(self, stage: str) -> None:
         """Set up this process, and compile the network if requested.

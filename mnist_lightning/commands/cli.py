@@ -6,9 +6,10 @@ import logging
 import re
 import secrets
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import lightning.pytorch as pl
@@ -37,10 +38,10 @@ from mnist_lightning.data import ImageDataModule
 from mnist_lightning.system.console import PROG, rank_zero_print
 from mnist_lightning.system.errors import UserError, explain, is_for_users, is_from_user_code, user_errors
 from mnist_lightning.system.signals import leave_as_usual
-from mnist_lightning.training.callbacks import EpochProgressBar
 from mnist_lightning.training.checkpoints import INSTANTIATOR, CheckpointConnector, CheckpointIO, FitLoop
 from mnist_lightning.training.fast import speed_up
 from mnist_lightning.training.precision import Trainer, choose_precision, has_bf16
+from mnist_lightning.training.progress import progress_bar
 from mnist_lightning.training.runs import LOGS, newest_checkpoint
 from mnist_lightning.training.saved_run import SavedRun
 
@@ -66,6 +67,7 @@ class RunCLI(LightningCLI):
         command: Name of the command.
         arguments: Command-line arguments, or a config.
         description: What the command does, for its ``--help``.
+        objects: Arguments of the trainer that are objects, such as callbacks; the config cannot hold them.
 
     Attributes:
         trains: Whether the command trains; only then are the user's loggers used.
@@ -84,8 +86,15 @@ class RunCLI(LightningCLI):
     default_checkpoint: str | None = None
     kept: Sequence[str] = ()
 
-    def __init__(self, command: str, arguments: Sequence[str] | dict[str, Any], description: str = "") -> None:
+    def __init__(
+        self,
+        command: str,
+        arguments: Sequence[str] | dict[str, Any],
+        description: str = "",
+        objects: Mapping[str, Any] = MappingProxyType({}),
+    ) -> None:
         self.command = command
+        self.objects = objects
         self.saved: SavedRun | None = None
         super().__init__(
             Classifier,
@@ -341,8 +350,10 @@ class RunCLI(LightningCLI):
         """
         if options.barebones:
             self.say("With barebones, nothing is logged, shown or kept.")
-        elif options.enable_progress_bar is not False and not _has(options.callbacks, ProgressBar):
-            return [EpochProgressBar()]
+        elif options.enable_progress_bar is not False and not (
+            _has(options.callbacks, ProgressBar) or _has(self.objects.get("callbacks"), ProgressBar)
+        ):
+            return [progress_bar()]
         return []
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
@@ -360,7 +371,8 @@ class RunCLI(LightningCLI):
                     "and read without running code. Leave the plugin out."
                 )
         kwargs["plugins"] = [*given, CheckpointIO()]
-        self.trainer_defaults["callbacks"] = self.make_callbacks(options)
+        kwargs |= {name: value for name, value in self.objects.items() if name != "callbacks"}
+        self.trainer_defaults["callbacks"] = [*self.make_callbacks(options), *self.objects.get("callbacks", [])]
         trainer: Any = super().instantiate_trainer(**kwargs)
         if any(word in str(options.strategy) for word in ("spawn", "fork", "notebook")):
             raise UserError(
@@ -464,9 +476,13 @@ def _has(callbacks: Any, kind: type) -> bool:
     return any(isinstance(callback, kind) for callback in given)
 
 
+def _is_no_tip(record: logging.LogRecord) -> bool:
+    return "Tip:" not in record.msg
+
+
 def quieten_lightning() -> None:
     """Silence Lightning's tips, and its warnings about intended behavior."""
-    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(lambda record: "Tip:" not in record.msg)
+    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(_is_no_tip)
     for message in (
         ".*does not have many workers",  # the data is in memory
         ".*smaller than the logging interval",  # metrics are logged once an epoch

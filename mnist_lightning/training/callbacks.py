@@ -1,13 +1,11 @@
-"""Progress in the terminal, pictures in TensorBoard and in the run's folder."""
+"""The notebook's pictures, in TensorBoard and in the run's folder."""
 
 import copy
-import time
 from typing import Any
 
 import numpy as np
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.loggers import MLFlowLogger, TensorBoardLogger, WandbLogger
 from lightning.pytorch.utilities.rank_zero import rank_zero_only, rank_zero_warn
 from lightning.pytorch.utilities.seed import isolate_rng
@@ -15,77 +13,10 @@ from matplotlib.figure import Figure
 from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
-from tqdm import tqdm
 
 from mnist_lightning.data import Batch, ImageDataModule
 from mnist_lightning.training import figures
 from mnist_lightning.training.checkpoints import RunCheckpoint
-
-
-class EpochProgressBar(ProgressBar):
-    """A line for each finished epoch, and in a terminal a bar for the running epoch.
-
-    The bar moves 20 times an epoch: drawing it at every batch takes longer than the batch.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()
-        self._bar: tqdm[Any] = tqdm(disable=True)
-        self._enabled = True
-        self._every: float = 1
-        self._start = 0.0
-        self._line = ""
-        self._is_validated = False
-
-    def disable(self) -> None:
-        # Lightning calls this in all processes but the first
-        self._enabled = False
-
-    def enable(self) -> None:
-        self._enabled = True
-
-    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Print the line of the previous epoch and start a bar."""
-        self._print_line(trainer)
-        self._start = time.perf_counter()
-        epochs = f"/{trainer.max_epochs}" if trainer.max_epochs and trainer.max_epochs > 0 else ""
-        self._line = f"Epoch {trainer.current_epoch + 1:{len(epochs) - 1}}{epochs}"
-        total = self.total_train_batches
-        self._bar = tqdm(
-            desc=self._line,
-            total=int(total) if total < float("inf") else None,
-            unit="batch",
-            leave=False,
-            disable=None if self._enabled else True,  # None: if the output is not a terminal
-        )
-        self._every = max(1, (self._bar.total or 1000) // 20)
-
-    def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        if (batch_idx + 1) % self._every == 0:
-            self._bar.update(self._every)
-
-    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._bar.close()
-        self._line += f"  {time.perf_counter() - self._start:5.1f} s"
-
-    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._is_validated = not trainer.sanity_checking
-
-    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Print the line of the last epoch."""
-        self._print_line(trainer)
-
-    def _print_line(self, trainer: Trainer) -> None:
-        # printed one hook late: callbacks see the metrics of an epoch only after its end
-        if self._line and self._enabled:
-            for stage in ("train", "val") if self._is_validated else ("train",):
-                values = {name: v for name, v in trainer.callback_metrics.items() if name.startswith(f"{stage}/")}
-                shown = "".join(f" {name.partition('/')[2]} {value:.4f}" for name, value in values.items())
-                self._line += f"  {stage}:{shown}" if shown else ""
-            print(self._line, flush=True)
-        self._line, self._is_validated = "", False
 
 
 class Figures(Callback):

@@ -27,8 +27,8 @@ from lightning.pytorch.strategies import SingleDeviceStrategy
 from torch import Tensor
 
 from mnist_lightning.classifier import Classifier
-from mnist_lightning.training.callbacks import EpochProgressBar
 from mnist_lightning.training.checkpoints import RunCheckpoint
+from mnist_lightning.training.progress import EpochProgressBar
 
 CALLBACK_HOOKS = (
     "on_train_batch_start",

@@ -18,8 +18,8 @@ from mnist_lightning.data import MNISTDataModule
 from mnist_lightning.networks import MLP
 from mnist_lightning.optimizers import KerasAdam, KerasRMSprop, KerasSGD
 from mnist_lightning.training import fast
-from mnist_lightning.training.callbacks import EpochProgressBar
 from mnist_lightning.training.checkpoints import RunCheckpoint
+from mnist_lightning.training.progress import EpochProgressBar
 
 pytestmark = pytest.mark.numeric
 
