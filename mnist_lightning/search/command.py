@@ -35,6 +35,7 @@ from mnist_lightning.search.space import (
     describe,
     describe_conditions,
     full_key,
+    full_names,
     in_distribution,
     make_space,
     params_of,
@@ -77,7 +78,7 @@ class SearchOptions:
 
     Args:
         search_space: From each key of this config (for an item of a list, its index) to class path and arguments of the
-            Optuna distribution of its values.
+            Optuna distribution of its values. A key may lack its first parts, as long as one key ends so: lr, units.0.
         metric: A trial's value is this metric at its best epoch, averaged over the trial's executions. To search for
             several metrics, repeat the option: the others are taken at the best epoch of the first. parameters, flops
             and seconds are also metrics.
@@ -107,7 +108,7 @@ class SearchOptions:
         refit_epochs: Epochs of the refit, unless trainer.max_epochs was searched.
     """
 
-    search_space: dict[str, dict[str, Any]] = field(default_factory=lambda: NOTEBOOK_SPACE)
+    search_space: dict[str, dict[str, Any] | list[dict[str, Any]]] = field(default_factory=lambda: NOTEBOOK_SPACE)
     metric: str | list[str] = "val/accuracy"
     direction: Direction | list[Direction] | None = None
     limits: dict[str, float] = field(default_factory=dict)
@@ -215,13 +216,16 @@ def show(run: SearchCLI) -> None:
     _print_results(study, run.config.limits)
 
 
-def tune(run: SearchCLI, command: str, interrupt: Interrupt) -> None:
+def tune(run: SearchCLI, command: str, interrupt: Interrupt) -> tuple[Study, Path | None]:
     """Search, print the results, refit the best.
 
     Args:
         run: The parsed options, and the config of a run.
         command: The command as the user typed it, to be printed.
         interrupt: The process's interrupt.
+
+    Returns:
+        The study, and the folder of the refit run; None if there is no refit.
     """
     options = run.config
     timeout = None if options.timeout is None else _seconds(options.timeout)
@@ -250,6 +254,7 @@ def tune(run: SearchCLI, command: str, interrupt: Interrupt) -> None:
         failed = [trial for trial in study.trials if "error" in trial.user_attrs]
         reason = f" The first failed: {failed[0].user_attrs['error']}" if failed else ""
         raise UserError(f"No trial was completed, so there is nothing to refit.{reason}")
+    refit = None
     if options.refit:
         # several commands that share a study end at the same time: only one refits
         finished = [t for t in study.get_trials(deepcopy=False) if t.datetime_complete is not None and is_counted(t)]
@@ -257,14 +262,16 @@ def tune(run: SearchCLI, command: str, interrupt: Interrupt) -> None:
         if pool is not None and last not in pool.names:
             print(f"Refit: left to the command of {last}, which finished the last trial. Run this one again to do it.")
         else:
-            _refit(*chosen, run.logs, options)
+            refit = _refit(*chosen, run.logs, options)
+    return study, refit
 
 
 def _make_search(run: SearchCLI) -> Search:
     """Return what the workers share, after checking that all values of the space are valid."""
     base = {key: value for key, value in run.plain_config().items() if key in ("name", "origin", *RUN_KEYS)}
-    base = spread(base, run.config.search_space or {})
-    space = make_space(run.config.search_space, base)
+    given = full_names(run.config.search_space or {}, base)
+    base = spread(base, given)
+    space = make_space(given, base)
     check_values(space, base, run.parser)
     options = Namespace(**{field.name: run.config[field.name] for field in fields(SearchOptions)})
     folder = run.logs / options.study_name
@@ -482,8 +489,8 @@ def _print_results(study: Study, limits: dict[str, float]) -> None:
         print(f"Importance (fANOVA): {shown}")
 
 
-def _refit(path: Path, config: dict[str, Any], logs: Path, options: Namespace) -> None:
-    """Train a config as an ordinary run, unless that run exists, and print it next to the baseline."""
+def _refit(path: Path, config: dict[str, Any], logs: Path, options: Namespace) -> Path:
+    """Train a config as an ordinary run, unless it exists, and print it next to the baseline; return its folder."""
     epochs = config["trainer"]["max_epochs"]
     if run := _find_run(logs / config["name"], config):
         print(f"Refit: already done, {run}")
@@ -491,13 +498,17 @@ def _refit(path: Path, config: dict[str, Any], logs: Path, options: Namespace) -
         if epochs != options.refit_epochs:
             print(f"\ntrainer.max_epochs was searched: {epochs}. --refit_epochs {options.refit_epochs} is not used.")
         print(f"\nRefit: {command_line('fit', '--config', path)}")
-        FitCLI("fit", ["--config", str(path)]).run()
+        command = FitCLI("fit", ["--config", str(path)])
+        command.run()
+        run = command.run_dir
     models = _compare([logs / "baseline", logs / config["name"]])
     if len(models) == 2:
         storage = ["--storage", options.storage] if options.storage else []
         print(f"\nCompare them: {command_line('report', *models, '--study_name', options.study_name, *storage)}")
     else:
         print(f"\nTrain the notebook's baseline, to compare: {PROG} fit")
+    assert run is not None
+    return run
 
 
 def _find_run(folder: Path, config: dict[str, Any]) -> Path | None:

@@ -15,7 +15,7 @@ from torch.nn import Module
 from mnist_lightning.commands.parsing import Parser, shorten
 from mnist_lightning.system.console import PROG
 from mnist_lightning.system.errors import UserError
-from mnist_lightning.system.nested import get_value
+from mnist_lightning.system.nested import flatten, get_value
 
 
 class SearchSpace(dict[str, BaseDistribution]):
@@ -69,7 +69,7 @@ _OPTIMIZER = _distribution(
     choices=[f"mnist_lightning.optimizers.Keras{name}" for name in ("Adam", "SGD", "RMSprop")],
 )
 
-NOTEBOOK_SPACE: dict[str, dict[str, Any]] = {
+NOTEBOOK_SPACE: dict[str, dict[str, Any] | list[dict[str, Any]]] = {
     "model.network.init_args.units.0": _UNITS,
     "model.network.init_args.l2.0": _L2,
     "model.network.init_args.dropout.0": _DROPOUT,
@@ -87,6 +87,43 @@ def instantiate(base_class: type, config: Any) -> Any:
     parser = ArgumentParser(exit_on_error=False)
     parser.add_argument("--value", type=base_class)
     return parser.instantiate(parser.parse_object({"value": config})).value
+
+
+def full_names(config: Mapping[str, Any], base: dict[str, Any]) -> dict[str, Any]:
+    """Return the config of a search space with the full keys of the base config.
+
+    Args:
+        config: From each key to its distribution. A key may be short: the end of a full key, without ``init_args`` and
+            ``class_path``, such as ``units.0``, ``lr`` or ``optimizer``. A list of distributions is for the items of a
+            list.
+        base: Config of a run.
+
+    Raises:
+        UserError: If a short key could mean several keys.
+    """
+    known: dict[str, list[str]] = {}
+    for key in flatten({group: base[group] for group in ("trainer", "model", "data")}):
+        parts = key.replace(".init_args", "").removesuffix(".class_path").split(".")
+        for start in range(1, len(parts)):
+            known.setdefault(".".join(parts[start:]), []).append(key)
+
+    def full(key: str) -> str:
+        name, _, item = key.rpartition(".") if re.search(r"\.(\d+|length)$", key) else (key, "", "")
+        found = known.get(name, [name])
+        if len(found) > 1:
+            raise UserError(f"search_space: {key} may be {' or '.join(found)}: give the longer key.")
+        return ".".join(filter(None, (found[0], item)))
+
+    named: dict[str, Any] = {}
+    for key, distribution in config.items():
+        if isinstance(distribution, list):
+            named |= {f"{full(key)}.{index}": each for index, each in enumerate(distribution)}
+        else:
+            named[full(key)] = distribution
+    for key, distribution in named.items():
+        if isinstance(distribution, dict) and isinstance(conditions := distribution.get("when"), dict):
+            named[key] = {**distribution, "when": {full(parent): values for parent, values in conditions.items()}}
+    return named
 
 
 def make_space(config: dict[str, Any] | None, base: dict[str, Any]) -> SearchSpace:

@@ -35,6 +35,7 @@ from mnist_lightning.search.sampler import draw, make_sampler
 from mnist_lightning.search.space import SearchSpace, config_with, instantiate, max_epochs
 from mnist_lightning.search.study import best_trial, has_room, is_time_up, limited_values
 from mnist_lightning.system.errors import UserError
+from mnist_lightning.system.files import write_csv
 from mnist_lightning.training.checkpoints import RunCheckpoint
 
 REPEATS = 3
@@ -286,6 +287,7 @@ class Objective:
                 checkpoint.dirpath = str(folder / "checkpoints")
                 callbacks.append(checkpoint)
             run.trainer.fit(run.model, datamodule=run.datamodule)
+            write_csv(folder / "metrics.csv", progress.history)
         finally:
             for logger in loggers:
                 if isinstance(logger, WandbLogger):  # otherwise the next execution would log to the same run
@@ -382,6 +384,7 @@ class Progress(Checkpoint):
         executions: The trial's finished executions.
 
     Attributes:
+        history: The metrics of each epoch.
         pruned: Whether the pruner ended the trial.
     """
 
@@ -392,6 +395,7 @@ class Progress(Checkpoint):
         self._is_validated = False
         self._metrics = objective.search.metrics
         self._epochs: dict[int, dict[str, float]] = {}
+        self.history: list[dict[str, float]] = []
         self.pruned = False
 
     def result(self) -> dict[str, Any]:
@@ -420,6 +424,8 @@ class Progress(Checkpoint):
         for name, metric in trainer.callback_metrics.items():
             if not math.isfinite(metric):
                 raise ArithmeticError(f"{name} is {metric.item()} after epoch {trainer.current_epoch + 1}")
+        metrics = {name: metric.item() for name, metric in trainer.callback_metrics.items()}
+        self.history.append({"epoch": trainer.current_epoch, "step": trainer.global_step - 1, **metrics})
         names = [metric.name for metric in (*self._metrics, *self._objective.search.limited)]
         self._epochs[trainer.current_epoch] = {name: self._value(name, trainer, pl_module) for name in names}
         curve = {epoch: values[names[0]] for epoch, values in self._epochs.items()}

@@ -12,6 +12,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from multiprocessing.connection import Connection
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 import psutil
@@ -55,6 +56,17 @@ def _ctrl_c_blocked() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
+@contextmanager
+def _main_left_out() -> Iterator[None]:
+    """Keep a new process from running the script or notebook again that started the search."""
+    main = sys.modules["__main__"]
+    sys.modules["__main__"] = ModuleType("__main__")
+    try:
+        yield
+    finally:
+        sys.modules["__main__"] = main
+
+
 class Worker:
     """A process that runs trials until none is left to start.
 
@@ -74,7 +86,7 @@ class Worker:
         self.device = device
         self._connection, of_worker = multiprocessing.Pipe()
         self.process = _CONTEXT.Process(target=_work, args=(search, device, of_worker), daemon=True)
-        with _ctrl_c_blocked():
+        with _ctrl_c_blocked(), _main_left_out():
             self.process.start()
         of_worker.close()
         self.name = process_name(self.process.pid)
