@@ -1,3 +1,48 @@
 """MNIST classifiers with PyTorch Lightning and Optuna: a Keras notebook, rebuilt and taken further."""
 
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from mnist_lightning.classifier import Classifier
+    from mnist_lightning.data import ImageDataModule, MNISTDataModule
+    from mnist_lightning.functions import fit, report, tune
+    from mnist_lightning.networks import CNN, MLP
+    from mnist_lightning.predictor import Predictor
+    from mnist_lightning.run import Run, runs
+
 __version__ = "0.2.0"
+__all__ = [
+    "CNN",
+    "MLP",
+    "Classifier",
+    "ImageDataModule",
+    "MNISTDataModule",
+    "Predictor",
+    "Run",
+    "fit",
+    "report",
+    "runs",
+    "tune",
+]
+
+_MODULES = {
+    "classifier": ["Classifier"],
+    "data": ["ImageDataModule", "MNISTDataModule"],
+    "functions": ["fit", "report", "tune"],
+    "networks": ["CNN", "MLP"],
+    "predictor": ["Predictor"],
+    "run": ["Run", "runs"],
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Import a public name when it is first used: torch and Lightning take seconds."""
+    for module, names in _MODULES.items():
+        if name in names:
+            return getattr(importlib.import_module(f"{__name__}.{module}"), name)
+    raise AttributeError(f"module {__name__} has no attribute {name}")
+
+
+def __dir__() -> list[str]:
+    return [*globals(), *__all__]

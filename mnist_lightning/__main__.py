@@ -19,6 +19,7 @@ COMMANDS = {
     "predict": "Classify your own images, or the test images, into a CSV file.",
     "tune": "Search hyper-parameters with an Optuna study and refit the best.",
     "report": "Compare models, by default baseline and tuned, on one page.",
+    "runs": "List all runs: networks, epochs, accuracies, times.",
     "export": "Write a network as ONNX, or as a page to draw on.",
 }
 MODULES = {
@@ -28,6 +29,7 @@ MODULES = {
     "predict": "commands.predict",
     "tune": "search",
     "report": "comparison.command",
+    "runs": "commands.runs",
     "export": "deployment.command",
 }
 """The module whose ``main`` runs a command."""

@@ -86,6 +86,9 @@ class MLP(nn.Sequential):
         normalization: ``batch`` (Ioffe and Szegedy 2015) or ``layer`` (Ba et al. 2016), before each activation.
         input_dropout: Share of an image's values dropped in training.
 
+    Attributes:
+        hparams: The arguments, by name.
+
     Raises:
         ValueError: If the length of ``dropout`` or ``l2`` differs from that of ``units``, or a value is invalid.
     """
@@ -101,7 +104,9 @@ class MLP(nn.Sequential):
         normalization: Literal["batch", "layer"] | None = None,
         input_dropout: float = 0.0,
     ) -> None:
+        arguments = _arguments(locals())
         super().__init__()
+        self.hparams = arguments
         if min(units, default=1) < 1:
             raise ValueError(f"units {list(units)}: a hidden layer needs at least one unit")
         make_activation = _activation(activation)
@@ -143,6 +148,9 @@ class CNN(nn.Sequential):
         in_channels: Channels of an image.
         num_classes: Number of logits.
 
+    Attributes:
+        hparams: The arguments, by name.
+
     Raises:
         ValueError: If the length of a list differs from that of ``channels``, or a value is invalid.
     """
@@ -159,7 +167,9 @@ class CNN(nn.Sequential):
         in_channels: int = 1,
         num_classes: int = 10,
     ) -> None:
+        arguments = _arguments(locals())
         super().__init__()
+        self.hparams = arguments
         given = {"convolutions": convolutions, "kernel_size": kernel_size, "dropout": dropout, "l2": l2}
         per_stage = {
             name: _per_layer(name, values, len(channels), "stages (channels)") for name, values in given.items()
@@ -219,6 +229,9 @@ class TorchvisionModel(nn.Module):
             channels.
         num_classes: Number of logits.
 
+    Attributes:
+        hparams: The arguments, by name.
+
     Raises:
         ValueError: If the model or the weights do not exist, or the model does not begin with a convolution.
     """
@@ -231,9 +244,11 @@ class TorchvisionModel(nn.Module):
         in_channels: int = 1,
         num_classes: int = 10,
     ) -> None:
+        arguments = _arguments(locals())
         from torchvision import models  # takes a second, and only this class needs it
 
         super().__init__()
+        self.hparams = arguments
         if model not in (names := models.list_models(module=models)):
             close = difflib.get_close_matches(model, names) or ["resnet18", "mobilenet_v3_small", "vit_b_16"]
             raise ValueError(f"model {model!r} is not a classifier in torchvision.models; try {', '.join(close)}")
@@ -263,6 +278,11 @@ class TorchvisionModel(nn.Module):
         output = self.model(images.to(memory_format=torch.channels_last))
         logits: Tensor = output if isinstance(output, Tensor) else output[0]  # without the auxiliary heads
         return logits
+
+
+def _arguments(variables: dict[str, Any]) -> dict[str, Any]:
+    """Return the arguments among the local variables of a constructor."""
+    return {name: value for name, value in variables.items() if name not in ("self", "__class__")}
 
 
 def _per_layer(name: str, values: Any, count: int, what: str) -> Sequence[Any]:

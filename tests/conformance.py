@@ -623,7 +623,8 @@ def check(row: Row, folder: Path, data: Path) -> str:
             fail(f"differs: {difference}", "fit", f"--config={config}", where="again")
     last = where / "checkpoints/last.ckpt"
     if "evaluated" not in row.without and last.is_file():
-        for name, (path, index) in {"test": ("test.csv", 0), "validate": ("metrics.csv", -1)}.items():
+        tables = {"test": ("test.csv", 0), "validate": ("metrics.csv", -1)}
+        for name, (path, index) in [*tables.items()][: 2 if row.kind == "callbacks" else 1]:  # callbacks may average
             table = read(where / path)
             expected = (
                 {k: float(v) for k, v in table[index].items() if v and k.startswith(("test/", "val/"))} if table else {}

@@ -27,7 +27,7 @@ from lightning.pytorch.cli import LightningArgumentParser
 
 from mnist_lightning.classifier import TOTAL_STEPS
 from mnist_lightning.data import ImageDataModule
-from mnist_lightning.system.errors import UserError
+from mnist_lightning.system.errors import OptionError, UserError
 from mnist_lightning.training.runs import LOGS
 
 MAX_NODES = 10_000
@@ -157,11 +157,10 @@ class Parser(LightningArgumentParser):
         return config
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        """Print a message and exit with code 2."""
+        """Raise an OptionError with a message in one line."""
         if not self.exit_on_error:
             super().error(message, ex)
-        print(f"error: {shorten(message)}\nOptions: add --help", file=sys.stderr)
-        self.exit(2)
+        raise OptionError(shorten(message)) from ex
 
 
 def fill_sizes(config: Namespace, data: ImageDataModule, typed: Collection[str] | None = ()) -> list[str]:
@@ -329,6 +328,7 @@ def patched_jsonargparse() -> Iterator[None]:
     """Make jsonargparse resolve, exchange and call classes as this package documents."""
     corrections: dict[str, Callable[[Callable[..., Any]], Callable[..., Any]]] = {
         "resolve_class_path_by_name": _prefer_own,
+        "get_import_path": _full_path,
         "discard_init_args_on_class_path_change": _discard_defaults,
         "adapt_partial_callable_class": _require_class,
         "sort_subtypes_for_union": _whole_numbers_first,
@@ -369,6 +369,16 @@ def _as_number(value: Any) -> Any:
 def _keep_names(original: Callable[..., Any]) -> Callable[..., Any]:
     """Keep a name as text where a function or its name is allowed, as in ModelPruning."""
     return lambda value: value if isinstance(value, str) else original(value)
+
+
+def _full_path(original: Callable[[Any], str | None]) -> Callable[[Any], str | None]:
+    """Name a class of this package by its module: the shortest path may be ``mnist_lightning.MLP``."""
+
+    def path(value: Any) -> str | None:
+        is_own = isinstance(value, type) and value.__module__.startswith("mnist_lightning.")
+        return f"{value.__module__}.{value.__qualname__}" if is_own else original(value)
+
+    return path
 
 
 def _prefer_own(original: Callable[..., str]) -> Callable[..., str]:

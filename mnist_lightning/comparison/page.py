@@ -22,8 +22,8 @@ from mnist_lightning.system.errors import UserError
 
 def write(
     models: Sequence[str], weights: str, study: str | None, storage: str | None, logs: Path, output: Path | None
-) -> None:
-    """Write the report.
+) -> Report:
+    """Write the report, print its table, and return it.
 
     Args:
         models: Any number of NAME or NAME=PATH,PATH,..., where a path may be a pattern; empty for only the study.
@@ -49,6 +49,8 @@ def write(
     if loaded:
         print(f"{report.quantities.rename_axis(None).to_string()}\n")
     print("\n".join(report.lines) + f"\n\nReport: {output / 'report.html'}")
+    report.path = (output / "report.html").absolute()
+    return report
 
 
 def render(report: Report, sections: Sequence[Section]) -> str:

@@ -1,9 +1,11 @@
 """The verdict, the table and ``report.json``."""
 
+import html
 import statistics
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import optuna
@@ -25,10 +27,16 @@ class Report:
         models: Any number of models, or none; the others are compared with the first. Where only one run of each can
             be compared or shown, it is the first.
         study: The study, or None if there is none with a complete trial.
+
+    Attributes:
+        path: Path of the page, once it is written.
+        quantities: A table of the models: a row for each quantity, as text.
+        trials: A table of the study's complete trials; None without a study.
     """
 
     def __init__(self, models: Sequence[Model], study: optuna.Study | None) -> None:
         self.models, self.study = models, study
+        self.path: Path | None = None
         self.edges = describe_edges(study) if study and len(study.directions) == 1 else ""
         self.trials = results(study, list(searched(study))).set_index("trial") if study else None
         self.comparisons: dict[str, Comparison] = {}
@@ -46,6 +54,11 @@ class Report:
         self.verdict = " ".join(lines)
         self.lines = [*lines, *filter(None, [self.edges])]
         self.quantities = quantities(models, self.comparisons)
+
+    def _repr_html_(self) -> str:
+        """Show the page in a cell of a notebook."""
+        page = self.path.read_text(encoding="utf-8") if self.path else ""
+        return f'<iframe srcdoc="{html.escape(page)}" style="width: 100%; height: 800px; border: 0"></iframe>'
 
     @property
     def title(self) -> str:

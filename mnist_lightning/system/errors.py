@@ -18,6 +18,10 @@ class UserError(Exception):
     """A mistake in the user's input, or in files that the input names; the message is one line."""
 
 
+class OptionError(UserError):
+    """A mistake in the options of a command."""
+
+
 def is_for_users(error: BaseException) -> bool:
     """Return whether users can act on an error: this package's, Lightning's and system errors, and missing modules."""
     from lightning.pytorch.utilities.exceptions import MisconfigurationException  # slow to import
@@ -42,6 +46,9 @@ def user_errors() -> Iterator[None]:
     except Exception as error:
         if not is_for_users(error):
             raise
+        if isinstance(error, OptionError):
+            print(f"error: {error}\nOptions: add --help", file=sys.stderr)
+            sys.exit(2)
         sys.exit(f"error: {describe_os_error(error) if isinstance(error, OSError) else one_line(error)}")
 
 

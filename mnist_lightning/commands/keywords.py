@@ -1,0 +1,166 @@
+"""Options from Python: keywords and objects as the words of a command line."""
+
+import difflib
+import functools
+import inspect
+import json
+import sys
+import warnings
+from collections.abc import Mapping
+from datetime import timedelta
+from enum import Enum
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import numpy as np
+import torch
+from lightning.pytorch.utilities.seed import isolate_rng
+from torch import nn
+
+from mnist_lightning.classifier import Classifier
+from mnist_lightning.system.errors import UserError, one_line
+from mnist_lightning.training.runs import RUN_KEYS
+
+GROUPS = {"trainer": pl.Trainer, "model": Classifier}
+"""The groups of options whose names can be given without the group."""
+OPTIONS = ("config", "name", "origin", "ckpt_path", *RUN_KEYS)
+"""Options without a group that commands share."""
+
+
+def words(own: Mapping[str, Any], options: Mapping[str, Any]) -> tuple[list[str], dict[str, Any]]:
+    """Turn keyword arguments into the words of a command line.
+
+    Args:
+        own: Options of the command, by name; None leaves out an option.
+        options: Any other options, by their dotted keys; the names of the arguments of ``Trainer`` and ``Classifier``
+            need no dots.
+
+    Returns:
+        The words; and the trainer's arguments that are objects, which words cannot describe.
+
+    Raises:
+        UserError: If an option does not exist, or an object cannot be described.
+    """
+    found, objects = [], {}
+    given = {name: value for name, value in own.items() if value is not None} | {
+        full_name(name, own): value for name, value in options.items()
+    }
+    for name, value in given.items():
+        group, _, argument = name.partition(".")
+        if group == "trainer":
+            values = value if isinstance(value, list | tuple) else [value]
+            if instances := [each for each in values if _is_object(each)]:
+                objects[argument] = value if argument != "callbacks" else instances
+                values = [each for each in values if not _is_object(each)] if argument == "callbacks" else []
+                if not values:
+                    continue
+                value = values
+        text = _spec(value, name)
+        found.append(f"--{name}={text if isinstance(text, str) else json.dumps(text)}")
+    return found, objects
+
+
+def full_name(name: str, own: Mapping[str, Any]) -> str:
+    """Return the dotted key of an option.
+
+    Raises:
+        UserError: If there is no such option.
+    """
+    if "." in name or name in own or name in OPTIONS:
+        return name
+    arguments = {group: inspect.signature(made).parameters for group, made in GROUPS.items()}
+    for group, names in arguments.items():
+        if name in names:
+            return f"{group}.{name}"
+    known = [*own, *(each for names in arguments.values() for each in names)]
+    close = difflib.get_close_matches(name, known)
+    hint = f"did you mean {', '.join(close)}?" if close else "other options have dots, as in **{'data.batch_size': 32}."
+    raise UserError(f"There is no option {name}: {hint}")
+
+
+def _is_object(value: Any) -> bool:
+    """Return whether a value is an object of a library, such as a callback."""
+    plain = (str, int, float, type(None), Mapping, list, tuple, Path, timedelta, type, functools.partial)
+    return not isinstance(value, plain)
+
+
+def _spec(value: Any, name: str) -> Any:
+    """Describe a value in types that JSON can hold: an object as its class path and arguments."""
+    if isinstance(value, str | int | float | bool | None):
+        return value
+    if isinstance(value, Path | torch.device | timedelta):
+        return str(value)
+    if isinstance(value, Enum):
+        return value.name
+    if isinstance(value, np.generic | np.ndarray | torch.Tensor):
+        return value.tolist()
+    if isinstance(value, Mapping):
+        return {key: _spec(each, f"{name}.{key}") for key, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [_spec(each, name) for each in value]
+    if isinstance(value, type):
+        return _class_path(value)
+    if isinstance(value, functools.partial):
+        bound = inspect.signature(value.func).bind_partial(*value.args, **value.keywords)
+        return {"class_path": _class_path(value.func), "init_args": _spec(bound.arguments, name)}
+    arguments = _arguments(value, name)
+    if isinstance(value, nn.Module):
+        _check_unchanged(value, arguments, name)
+    return {"class_path": _class_path(type(value)), "init_args": _spec(arguments, name)}
+
+
+def _class_path(made: Any) -> str:
+    """Return the path of a class: for another library, the shortest, since a longer one may be private."""
+    parts = made.__module__.split(".")
+    shorter = [".".join(parts[:count]) for count in range(1, len(parts))] if parts[0] != "mnist_lightning" else []
+    modules = [name for name in shorter if getattr(sys.modules.get(name), made.__qualname__, None) is made]
+    return f"{[*modules, made.__module__][0]}.{made.__qualname__}"
+
+
+def _arguments(value: Any, name: str) -> dict[str, Any]:
+    """Return the arguments that an object was made with: its attributes of the same names, or its ``hparams``.
+
+    Raises:
+        UserError: If an argument is not among them.
+    """
+    made = type(value)
+    known = {**getattr(value, "hparams", {}), **vars(value)}
+    arguments = {}
+    for parameter in inspect.signature(made).parameters.values():
+        if parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
+            continue
+        if parameter.name not in known and not hasattr(value, parameter.name):
+            raise UserError(
+                f"{name}: {made.__name__} does not keep its argument {parameter.name}. Give the class and its "
+                f"arguments instead, functools.partial({made.__name__}, ...), or keep it as self.{parameter.name}."
+            )
+        arguments[parameter.name] = known.get(parameter.name, getattr(value, parameter.name, None))
+    return arguments
+
+
+def _check_unchanged(value: nn.Module, arguments: Mapping[str, Any], name: str) -> None:
+    """Check that a module is as its arguments make it: a run makes it anew from these, after setting the seed.
+
+    Raises:
+        UserError: If it has been trained or changed since it was made.
+    """
+    made = type(value).__name__
+    try:
+        with isolate_rng(), warnings.catch_warnings(action="ignore"):
+            fresh = type(value)(**arguments)
+    except Exception as error:
+        raise UserError(
+            f"{name}: {made} does not keep its arguments as attributes of the same names ({one_line(error)}). Give the "
+            f"class and its arguments instead: functools.partial({made}, ...)."
+        ) from error
+    # torch counts how often a tensor has been changed in place: by its initialization, and later by training
+    states = [
+        (str(each), [(key, tensor.shape, tensor._version) for key, tensor in each.state_dict(keep_vars=True).items()])
+        for each in (fresh, value)
+    ]
+    if states[0] != states[1]:
+        raise UserError(
+            f"{name}: a run makes a new {made} from its arguments, and this one differs from that: it has been trained "
+            f"or changed. Give functools.partial({made}, ...), or to continue a run, its checkpoint: ckpt_path."
+        )
