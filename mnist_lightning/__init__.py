@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from mnist_lightning.networks import CNN, MLP
     from mnist_lightning.predictor import Predictor
     from mnist_lightning.run import Run, runs
+    from mnist_lightning.search.pruning import PruningCallback
 
 __version__ = "0.2.0"
 __all__ = [
@@ -19,6 +20,7 @@ __all__ = [
     "ImageDataModule",
     "MNISTDataModule",
     "Predictor",
+    "PruningCallback",
     "Run",
     "fit",
     "report",
@@ -33,6 +35,7 @@ _MODULES = {
     "networks": ["CNN", "MLP"],
     "predictor": ["Predictor"],
     "run": ["Run", "runs"],
+    "search.pruning": ["PruningCallback"],
 }
 
 

@@ -1,6 +1,7 @@
 """The commands as functions: ``fit``, ``tune`` and ``report`` from Python and Jupyter."""
 
 import gc
+import logging
 import re
 import signal
 import threading
@@ -38,20 +39,29 @@ def as_function() -> Iterator[None]:
 
     Raises:
         UserError: If the command would end with a message.
+        TrialPruned: If a callback prunes a trial.
         KeyboardInterrupt: If the command was stopped.
     """
     threads, handler = torch.get_num_threads(), signal.getsignal(signal.SIGINT)
+    loggers = [logging.getLogger(name) for name in ("lightning.pytorch", "lightning.fabric")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.WARNING)  # a cell need not say which devices there are not
     quieten_lightning()
     try:
         with patched_jsonargparse():
             yield
     except SystemExit as end:
         cause = end.__context__
+        if isinstance(cause, optuna.TrialPruned):  # for an objective of the user's own
+            raise cause from None
         if isinstance(cause, KeyboardInterrupt) or end.code == 130:
             raise KeyboardInterrupt from None
         raise UserError(str(end.code).removeprefix("error: ")) from cause
     finally:
         torch.set_num_threads(threads)
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGINT, handler)  # Lightning makes a process that was stopped ignore Ctrl-C
         gc.collect()  # trainer, data and parser of a command are in reference cycles

@@ -1,5 +1,6 @@
 """A run of ``fit`` from Python: its metrics, its network, its predictions; and the list of all runs."""
 
+import html
 from collections.abc import Iterator
 from contextlib import suppress
 from datetime import datetime
@@ -39,13 +40,16 @@ class Run:
             raise UserError(f"{path} is not the folder of a run: it has no config.yaml.")
 
     def __repr__(self) -> str:
-        return f"Run({str(self.path)!r})"
+        here = Path.cwd()
+        path = self.path.relative_to(here) if self.path.is_relative_to(here) else self.path
+        return f"Run({path.as_posix()!r})"
 
     def _repr_html_(self) -> str:
-        tables = [self.history.tail(3)]
-        with suppress(UserError):  # the run was stopped before its test
-            tables.append(self.test)
-        return f"<p><b>{self.name}</b>, {self.path}</p>" + "".join(table.to_html(na_rep="") for table in tables)
+        tables = []
+        for make in (lambda: self.history.tail(3), lambda: self.test):
+            with suppress(UserError):  # the run was stopped
+                tables.append(make().to_html(na_rep=""))
+        return f"<p>{html.escape(repr(self))}</p>{''.join(tables)}"
 
     @property
     def name(self) -> str:

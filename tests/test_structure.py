@@ -4,10 +4,13 @@ import ast
 import re
 import textwrap
 from pathlib import Path
+from typing import Any
 
 import pytest
 from helpers.commands import ROOT
 from PIL import Image
+
+from mnist_lightning import MNISTDataModule, Run
 
 PACKAGE = ROOT / "mnist_lightning"
 
@@ -41,12 +44,32 @@ def test_imports_go_down_the_map_of_modules():
             assert modules.index(module) > modules.index(name), f"{name} imports {module}"
 
 
+def python_of(file: str, title: str) -> str:
+    """Return the Python code of a section."""
+    section = (ROOT / file).read_text(encoding="utf-8").partition(f"## {title}\n")[2].partition("\n## ")[0]
+    return textwrap.dedent("".join(re.findall(r"^(?:    .*|)\n", section, re.MULTILINE)))
+
+
+@pytest.mark.slow
+def test_the_objective_in_the_docs_prunes(data_dir, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    code = python_of("docs/python.md", "An objective of your own").replace(
+        "max_epochs=4", f'max_epochs=4, data=MNISTDataModule(data_dir="{data_dir}")'
+    )
+    names: dict[str, Any] = {"MNISTDataModule": MNISTDataModule}
+    exec(compile(code.replace("n_trials=4", "n_trials=8"), "python.md", "exec"), names)
+    trials = names["study"].trials
+    assert {trial.state.name for trial in trials} == {"COMPLETE", "PRUNED"}
+    for trial in trials:
+        history = Run(f"lightning_logs/trial_{trial.number}/version_0").history
+        assert trial.intermediate_values == dict(enumerate(history["val/accuracy"]))
+
+
 @pytest.mark.slow
 def test_the_readme_s_python_works(capfd, tmp_path, monkeypatch, mnist):
     monkeypatch.chdir(tmp_path)
     Image.fromarray(mnist.test.images[0, 0].numpy()).resize((280, 280)).save("scan.png")
-    section = (ROOT / "README.md").read_text().partition("## From Python")[2]
-    code = textwrap.dedent("".join(re.findall(r"^(?:    .*|)\n", section.partition("\n## ")[0], re.MULTILINE)))
+    code = python_of("README.md", "From Python")
     assert 5 < len(code.strip().splitlines()) < 10
     exec(compile(code, "README.md", "exec"), {})
     output = capfd.readouterr().out

@@ -115,7 +115,7 @@ def full_names(config: Mapping[str, Any], base: dict[str, Any]) -> dict[str, Any
         return ".".join(filter(None, (found[0], item)))
 
     named: dict[str, Any] = {}
-    for key, distribution in config.items():
+    for key, distribution in ((str(key), each) for key, each in config.items()):
         if isinstance(distribution, list):
             named |= {f"{full(key)}.{index}": each for index, each in enumerate(distribution)}
         else:

@@ -141,7 +141,7 @@ def test_no_step_reads_a_value_from_the_device(fit, monkeypatch, optimizer):
 def test_the_progress_bar_sees_each_batch(fit, monkeypatch):
     bar = EpochProgressBar()
     moved = []
-    monkeypatch.setattr("mnist_lightning.training.callbacks.tqdm.update", lambda _, count: moved.append(count))
+    monkeypatch.setattr("mnist_lightning.training.progress.tqdm.update", lambda _, count: moved.append(count))
     _, taken = fit("bar", callbacks=[bar], enable_progress_bar=True)
     assert taken == 30
     assert moved == [1] * 32
