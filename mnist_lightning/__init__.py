@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from mnist_lightning.classifier import Classifier
     from mnist_lightning.data import ImageDataModule, MNISTDataModule
-    from mnist_lightning.functions import fit, report, tune
+    from mnist_lightning.functions import export, fit, report, tune
     from mnist_lightning.networks import CNN, MLP
     from mnist_lightning.predictor import Predictor
     from mnist_lightning.run import Run, runs
@@ -22,6 +22,7 @@ __all__ = [
     "Predictor",
     "PruningCallback",
     "Run",
+    "export",
     "fit",
     "report",
     "runs",
@@ -31,7 +32,7 @@ __all__ = [
 _MODULES = {
     "classifier": ["Classifier"],
     "data": ["ImageDataModule", "MNISTDataModule"],
-    "functions": ["fit", "report", "tune"],
+    "functions": ["export", "fit", "report", "tune"],
     "networks": ["CNN", "MLP"],
     "predictor": ["Predictor"],
     "run": ["Run", "runs"],

@@ -1,4 +1,4 @@
-"""The commands as functions: ``fit``, ``tune`` and ``report`` from Python and Jupyter."""
+"""The commands as functions: ``fit``, ``tune``, ``report`` and ``export`` from Python and Jupyter."""
 
 import gc
 import logging
@@ -20,6 +20,7 @@ from mnist_lightning.commands.keywords import words
 from mnist_lightning.commands.parsing import patched_jsonargparse
 from mnist_lightning.comparison.page import write
 from mnist_lightning.comparison.summary import Report
+from mnist_lightning.deployment.command import ExportCLI
 from mnist_lightning.run import Run
 from mnist_lightning.search.command import SearchCLI, SearchOptions
 from mnist_lightning.search.command import tune as search
@@ -217,6 +218,28 @@ def report(
     given = given or ([] if study_name else ["baseline", "tuned"])
     with as_function():
         return write(given, ckpt_path, study_name, storage, Path(logs), None if output is None else Path(output))
+
+
+def export(run: Run | str | Path, output: str | Path, **options: Any) -> Path:
+    """Write the network of a run, as ``python -m mnist_lightning export`` does.
+
+    Args:
+        run: A run, whose last epoch is taken, or a checkpoint.
+        output: The file to write: ``.onnx``, ``.pt2`` (``torch.export.load``), or ``.html``, a page to draw on.
+        **options: Other options of the command, as for :func:`fit`.
+
+    Returns:
+        The path of the file.
+
+    Raises:
+        UserError: If the run has no checkpoint, or the file exists or cannot predict what the checkpoint predicts.
+    """
+    path = Path(output)
+    kind = "page" if path.suffix == ".html" else "output"
+    own = {"ckpt_path": run.saved().path if isinstance(run, Run) else run, kind: path}
+    with as_function():
+        ExportCLI("export", words(own, options)[0]).run()
+    return path
 
 
 def _label(run: Run, models: Any) -> str:

@@ -11,6 +11,7 @@ import pandas as pd
 import pytest
 import torch
 import yaml
+from helpers.commands import ROUNDING
 from lightning.pytorch.callbacks import EarlyStopping, LambdaCallback
 from lightning.pytorch.callbacks.early_stopping import EarlyStoppingReason
 from optuna.distributions import FloatDistribution, IntDistribution
@@ -18,7 +19,7 @@ from torch import nn
 from torchvision.transforms import v2
 
 import mnist_lightning
-from mnist_lightning import CNN, MLP, MNISTDataModule, Run, augmentation, fit, report, runs, tune
+from mnist_lightning import CNN, MLP, MNISTDataModule, Run, augmentation, export, fit, report, runs, tune
 from mnist_lightning.commands.keywords import words
 from mnist_lightning.networks import TorchvisionModel
 from mnist_lightning.search.space import NOTEBOOK_SPACE, full_names
@@ -115,13 +116,21 @@ def test_a_run_knows_what_it_has(small, tmp_path, mnist):
     assert row["parameters"] == 785 * 128 + 129 * 64 + 65 * 10
     assert row["val/accuracy"] == run.history["val/accuracy"].max()
     assert row["seconds"] > 0
+    program = torch.export.load(export(run, "digit.pt2")).module()
+    probabilities = program(images[:9] / 255).detach().numpy()
+    assert abs(probabilities - table[:9].to_numpy()).max() < ROUNDING
+    with pytest.raises(UserError, match="exists and is not overwritten"):
+        export(run.saved().path, "digit.pt2")
     (run.path / "checkpoints/last.ckpt").write_bytes(b"damaged")
+    (run.path / "checkpoints/best.ckpt").unlink()
     (run.path / "test.csv").unlink()
     (row,) = runs().to_dict("records")
     assert pd.isna(row["parameters"])
     assert pd.isna(row["test/accuracy"])
     with pytest.raises(UserError, match="the run was stopped before it was written"):
         run.test  # noqa: B018
+    with pytest.raises(UserError, match="has no checkpoint best"):
+        run.saved("best")
     with pytest.raises(UserError, match="is not the folder of a run"):
         Run(tmp_path)
     assert runs(tmp_path / "none").empty
@@ -137,6 +146,7 @@ def test_objects_are_used_but_not_in_the_config(small, capsys):
     assert callback["init_args"]["monitor"] == "val/accuracy"
 
 
+@pytest.mark.slow
 def test_a_stopped_training_keeps_its_epochs_and_the_process_goes_on(small, capsys):
     def stop(trainer, _):
         if trainer.current_epoch == 2:
@@ -227,6 +237,7 @@ def test_short_names_of_a_search_space():
         full_names({"lr": 1}, config)
 
 
+@pytest.mark.slow
 def test_tune_gives_the_study_and_its_runs(small, tmp_path):
     space = {"units": [IntDistribution(8, 16)] * 2, "lr": FloatDistribution(1e-3, 1e-2, log=True)}
     sampler = functools.partial(mnist_lightning.functions.optuna.samplers.TPESampler, multivariate=True)

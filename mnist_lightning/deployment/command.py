@@ -10,14 +10,11 @@ from lightning.pytorch.cli import LightningArgumentParser
 from torch import Tensor
 
 from mnist_lightning.commands.cli import RunCLI
-from mnist_lightning.commands.parsing import patched_jsonargparse as patched_jsonargparse
 from mnist_lightning.deployment import formats
 from mnist_lightning.deployment.page import write_page
 from mnist_lightning.system.console import rank_zero_print
 from mnist_lightning.system.errors import UserError
-from mnist_lightning.system.errors import user_errors as user_errors
 from mnist_lightning.system.files import place
-from mnist_lightning.system.signals import leave_as_usual as leave_as_usual
 from mnist_lightning.training.runs import newest_result
 from mnist_lightning.training.saved_run import check_finite, outputs
 
