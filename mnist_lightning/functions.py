@@ -182,6 +182,7 @@ def tune(
     if found := re.search(r"__main__\.([\w.]+)", " ".join(arguments)):
         raise UserError(f"{found[1]}: workers cannot import a class of a script or a cell. Move it to a module.")
     start_server()
+    optuna.logging.set_verbosity(optuna.logging.WARNING)  # tune prints its trials itself
     with as_function(), interruptible() as interrupt:
         command = SearchCLI("tune", arguments)
         study, _ = search(command, command_line("tune", *arguments), interrupt)
