@@ -35,4 +35,4 @@ def test_the_outputs_are_those_of_the_commands():
 @pytest.mark.slow
 def test_a_short_version_runs(tmp_path):
     cells = notebook.executed(tmp_path, is_short=True).cells
-    assert text_of(cells).count("Run: lightning_logs/") == 5  # two fits and two refits, and the CNN
+    assert text_of(cells).count("Run: lightning_logs/") == 4  # the baseline, the CNN and two refits
