@@ -185,7 +185,7 @@ def tune(
     optuna.logging.set_verbosity(optuna.logging.WARNING)  # tune prints its trials itself
     with as_function(), interruptible() as interrupt:
         command = SearchCLI("tune", arguments)
-        study, _ = search(command, command_line("tune", *arguments), interrupt)
+        study = search(command, command_line("tune", *arguments), interrupt)
         source = command.config.storage or str(command.logs / study.study_name / "journal.log")
     return Study(study.study_name, open_storage(source), command.logs)
 

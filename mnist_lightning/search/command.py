@@ -216,7 +216,7 @@ def show(run: SearchCLI) -> None:
     _print_results(study, run.config.limits)
 
 
-def tune(run: SearchCLI, command: str, interrupt: Interrupt) -> tuple[Study, Path | None]:
+def tune(run: SearchCLI, command: str, interrupt: Interrupt) -> Study:
     """Search, print the results, refit the best.
 
     Args:
@@ -225,7 +225,7 @@ def tune(run: SearchCLI, command: str, interrupt: Interrupt) -> tuple[Study, Pat
         interrupt: The process's interrupt.
 
     Returns:
-        The study, and the folder of the refit run; None if there is no refit.
+        The study.
     """
     options = run.config
     timeout = None if options.timeout is None else _seconds(options.timeout)
@@ -254,7 +254,6 @@ def tune(run: SearchCLI, command: str, interrupt: Interrupt) -> tuple[Study, Pat
         failed = [trial for trial in study.trials if "error" in trial.user_attrs]
         reason = f" The first failed: {failed[0].user_attrs['error']}" if failed else ""
         raise UserError(f"No trial was completed, so there is nothing to refit.{reason}")
-    refit = None
     if options.refit:
         # several commands that share a study end at the same time: only one refits
         finished = [t for t in study.get_trials(deepcopy=False) if t.datetime_complete is not None and is_counted(t)]
@@ -262,8 +261,8 @@ def tune(run: SearchCLI, command: str, interrupt: Interrupt) -> tuple[Study, Pat
         if pool is not None and last not in pool.names:
             print(f"Refit: left to the command of {last}, which finished the last trial. Run this one again to do it.")
         else:
-            refit = _refit(*chosen, run.logs, options)
-    return study, refit
+            _refit(*chosen, run.logs, options)
+    return study
 
 
 def _make_search(run: SearchCLI) -> Search:
@@ -489,8 +488,8 @@ def _print_results(study: Study, limits: dict[str, float]) -> None:
         print(f"Importance (fANOVA): {shown}")
 
 
-def _refit(path: Path, config: dict[str, Any], logs: Path, options: Namespace) -> Path:
-    """Train a config as an ordinary run, unless it exists, and print it next to the baseline; return its folder."""
+def _refit(path: Path, config: dict[str, Any], logs: Path, options: Namespace) -> None:
+    """Train a config as an ordinary run, unless that run exists, and print it next to the baseline."""
     epochs = config["trainer"]["max_epochs"]
     if run := _find_run(logs / config["name"], config):
         print(f"Refit: already done, {run}")
@@ -498,17 +497,13 @@ def _refit(path: Path, config: dict[str, Any], logs: Path, options: Namespace) -
         if epochs != options.refit_epochs:
             print(f"\ntrainer.max_epochs was searched: {epochs}. --refit_epochs {options.refit_epochs} is not used.")
         print(f"\nRefit: {command_line('fit', '--config', path)}")
-        command = FitCLI("fit", ["--config", str(path)])
-        command.run()
-        run = command.run_dir
+        FitCLI("fit", ["--config", str(path)]).run()
     models = _compare([logs / "baseline", logs / config["name"]])
     if len(models) == 2:
         storage = ["--storage", options.storage] if options.storage else []
         print(f"\nCompare them: {command_line('report', *models, '--study_name', options.study_name, *storage)}")
     else:
         print(f"\nTrain the notebook's baseline, to compare: {PROG} fit")
-    assert run is not None
-    return run
 
 
 def _find_run(folder: Path, config: dict[str, Any]) -> Path | None:
