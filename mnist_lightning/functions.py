@@ -26,7 +26,7 @@ from mnist_lightning.search.command import SearchCLI, SearchOptions
 from mnist_lightning.search.command import tune as search
 from mnist_lightning.search.record import TrialRecord, metrics_of
 from mnist_lightning.search.storage import open_storage
-from mnist_lightning.search.study import best_trial, results
+from mnist_lightning.search.study import best_trial, results, source_of
 from mnist_lightning.search.worker import start_server
 from mnist_lightning.system.console import command_line
 from mnist_lightning.system.errors import UserError
@@ -186,7 +186,7 @@ def tune(
     with as_function(), interruptible() as interrupt:
         command = SearchCLI("tune", arguments)
         study = search(command, command_line("tune", *arguments), interrupt)
-        source = command.config.storage or str(command.logs / study.study_name / "journal.log")
+        source = source_of(study.study_name, command.config.storage, command.logs)
     return Study(study.study_name, open_storage(source), command.logs)
 
 

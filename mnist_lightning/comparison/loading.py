@@ -11,7 +11,7 @@ from optuna.trial import TrialState
 
 from mnist_lightning.comparison.evaluation import COLORS, Model, have_same, load_run
 from mnist_lightning.search.storage import hide_password
-from mnist_lightning.search.study import find_study
+from mnist_lightning.search.study import find_study, source_of
 from mnist_lightning.system.errors import UserError
 from mnist_lightning.training.runs import newest_complete_run
 
@@ -72,7 +72,7 @@ def load_study(name: str | None, storage: str | None, logs: Path, models: Sequen
     if name is None and not origins:
         return None
     found = name or [*origins][-1]
-    source = storage or str(logs / found / "journal.log")
+    source = source_of(found, storage, logs)
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     study = find_study(found, source)
     if study is None:

@@ -58,6 +58,7 @@ from mnist_lightning.search.study import (
     pareto_front,
     renew_deadline,
     results,
+    source_of,
 )
 from mnist_lightning.search.trial import Search, kept_weights
 from mnist_lightning.system.console import PROG, command_line, format_table
@@ -207,7 +208,7 @@ def show(run: SearchCLI) -> None:
         UserError: If the study does not exist or was not made by ``tune``.
     """
     name = run.config.study_name
-    source = run.config.storage or str(run.logs / name / "journal.log")
+    source = source_of(name, run.config.storage, run.logs)
     study = find_study(name, source)
     if study is None:
         raise UserError(f"There is no study {name} in {hide_password(source)}.")
@@ -273,8 +274,8 @@ def _make_search(run: SearchCLI) -> Search:
     space = make_space(given, base)
     check_values(space, base, run.parser)
     options = Namespace(**{field.name: run.config[field.name] for field in fields(SearchOptions)})
-    folder = run.logs / options.study_name
-    return Search(options, run.metrics, base, space, options.storage or str(folder / "journal.log"), folder)
+    source = source_of(options.study_name, options.storage, run.logs)
+    return Search(options, run.metrics, base, space, source, run.logs / options.study_name)
 
 
 def _print_space(space: SearchSpace) -> None:
@@ -363,7 +364,7 @@ def _first_trials(run: SearchCLI, space: SearchSpace, base: dict[str, Any]) -> l
 
 def _best_of(name: str, run: SearchCLI, space: SearchSpace) -> dict[str, Any]:
     """Return those values of another study's best trial that this space has."""
-    source = run.config.storage or str(run.logs / name / "journal.log")
+    source = source_of(name, run.config.storage, run.logs)
     study = find_study(name, source)
     if study is None:
         raise UserError(f"like: there is no study {name} in {hide_password(source)}.")

@@ -105,6 +105,11 @@ def open_study(
     return study
 
 
+def source_of(name: str, storage: str | None, logs: Path) -> str:
+    """Return a study's journal or URL: the given storage, or else the journal in the study's folder."""
+    return storage or str(logs / name / "journal.log")
+
+
 def find_study(name: str, source: str) -> Study | None:
     """Load a study from a journal's path or a storage's URL; return None, and create nothing, if it does not exist.
 
