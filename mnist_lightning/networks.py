@@ -280,6 +280,11 @@ class TorchvisionModel(nn.Module):
         return logits
 
 
+def count_parameters(network: nn.Module) -> int:
+    """Return the number of trainable parameters."""
+    return sum(parameter.numel() for parameter in network.parameters() if parameter.requires_grad)
+
+
 def _arguments(variables: dict[str, Any]) -> dict[str, Any]:
     """Return the arguments among the local variables of a constructor."""
     return {name: value for name, value in variables.items() if name not in ("self", "__class__")}

@@ -15,6 +15,7 @@ from PIL import Image
 from torch import Tensor
 
 from mnist_lightning.classifier import Classifier
+from mnist_lightning.networks import count_parameters
 from mnist_lightning.predictor import Predictor
 from mnist_lightning.system.errors import UserError
 from mnist_lightning.training.runs import LOGS
@@ -157,7 +158,7 @@ def _describe(folder: Path) -> dict[str, Any]:
     with suppress(UserError, OSError):
         saved = run.saved()
         row["seconds"] = round(saved.seconds, 1)
-        row["parameters"] = sum(each.numel() for each in saved.classifier.parameters() if each.requires_grad)
+        row["parameters"] = count_parameters(saved.classifier)
     return row
 
 

@@ -15,6 +15,7 @@ from torch.nn import functional as F
 from mnist_lightning.classifier import Classifier
 from mnist_lightning.comparison.significance import calibration_error
 from mnist_lightning.data import ImageDataModule, Split
+from mnist_lightning.networks import count_parameters
 from mnist_lightning.system.errors import UserError
 from mnist_lightning.training.saved_run import SavedRun
 
@@ -179,7 +180,7 @@ def load_run(path: Path) -> Run:
         for name, split in (("val", data.val), ("test", data.test))
     }
     classifiers = {weights: run.classifier for weights, run in saved.items()}
-    parameters = sum(parameter.numel() for parameter in classifiers["last"].parameters() if parameter.requires_grad)
+    parameters = count_parameters(classifiers["last"])
     return Run(path, config, history, seconds, parameters, evaluations, classifiers, data)
 
 

@@ -29,6 +29,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from mnist_lightning.commands.fit import TrainingCLI
 from mnist_lightning.data import ImageDataModule
+from mnist_lightning.networks import count_parameters
 from mnist_lightning.search.record import Metric, TrialRecord, is_counted, ordinal
 from mnist_lightning.search.recovery import ATTEMPTS, process_name
 from mnist_lightning.search.sampler import draw, make_sampler
@@ -436,7 +437,7 @@ class Progress(Checkpoint):
     def _value(self, name: str, trainer: Trainer, module: LightningModule) -> float:
         """Return the value of a metric at the end of an epoch."""
         if name == "parameters":
-            return sum(parameter.numel() for parameter in module.parameters() if parameter.requires_grad)
+            return count_parameters(module)
         if name == "seconds":
             return round(time.perf_counter() - self._start, 2)
         if name == "flops":
