@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import pandas as pd
-import yaml
 from numpy.typing import ArrayLike
 from PIL import Image
 from torch import Tensor
@@ -18,7 +17,7 @@ from mnist_lightning.classifier import Classifier
 from mnist_lightning.networks import count_parameters
 from mnist_lightning.predictor import Predictor
 from mnist_lightning.system.errors import UserError
-from mnist_lightning.training.runs import LOGS
+from mnist_lightning.training.runs import LOGS, read_config
 from mnist_lightning.training.saved_run import SavedRun
 
 
@@ -64,10 +63,7 @@ class Run:
         Raises:
             UserError: If the file is damaged.
         """
-        try:
-            return dict(yaml.safe_load((self.path / "config.yaml").read_text(encoding="utf-8")))
-        except (yaml.YAMLError, TypeError, ValueError) as error:
-            raise UserError(f"{self.path / 'config.yaml'} is damaged: {' '.join(str(error).split())}") from error
+        return read_config(self.path)
 
     @property
     def history(self) -> pd.DataFrame:

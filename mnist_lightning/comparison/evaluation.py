@@ -7,7 +7,6 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
-import yaml
 from numpy.typing import NDArray
 from sklearn.metrics import confusion_matrix, precision_recall_fscore_support
 from torch.nn import functional as F
@@ -17,6 +16,7 @@ from mnist_lightning.comparison.significance import calibration_error
 from mnist_lightning.data import ImageDataModule, Split
 from mnist_lightning.networks import count_parameters
 from mnist_lightning.system.errors import UserError
+from mnist_lightning.training.runs import read_config
 from mnist_lightning.training.saved_run import SavedRun
 
 WEIGHTS = ("last", "best")
@@ -167,11 +167,8 @@ def load_run(path: Path) -> Run:
     history, seconds, data = last.history, last.seconds, last.datamodule
     for stage in ("fit", "test"):
         data.setup(stage)
-    config_file = files["last"].absolute().parent.parent / "config.yaml"
-    try:
-        config = dict(yaml.safe_load(config_file.read_text(encoding="utf-8"))) if config_file.is_file() else {}
-    except (yaml.YAMLError, TypeError, ValueError) as error:
-        raise UserError(f"{config_file} is damaged: {' '.join(str(error).split())}") from error
+    folder = files["last"].absolute().parent.parent
+    config = read_config(folder) if (folder / "config.yaml").is_file() else {}
     assert data.val is not None
     assert data.test is not None
     evaluations = {

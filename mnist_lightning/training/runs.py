@@ -2,7 +2,9 @@
 
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
+import yaml
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 from mnist_lightning.system.console import PROG, command_line
@@ -68,6 +70,20 @@ def newest_result(logs: Path) -> Path:
         f"No run tuned or baseline in {logs} is complete. Train one with `{PROG} fit`, "
         "or name another with --name or --ckpt_path."
     )
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """Return the config in a run folder.
+
+    Raises:
+        UserError: If the file is damaged.
+        OSError: If the file cannot be read.
+    """
+    path = folder / "config.yaml"
+    try:
+        return dict(yaml.safe_load(path.read_text(encoding="utf-8")))
+    except (yaml.YAMLError, TypeError, ValueError) as error:
+        raise UserError(f"{path} is damaged: {' '.join(str(error).split())}") from error
 
 
 def new_version(folder: Path) -> int:
