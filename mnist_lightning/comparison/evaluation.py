@@ -77,8 +77,8 @@ class Evaluation:
 
 
 @dataclass
-class Run:
-    """A trained run.
+class EvaluatedRun:
+    """A trained run with its predictions.
 
     Attributes:
         path: The run folder, or the checkpoint given instead.
@@ -121,7 +121,7 @@ class Model:
     name: str
     slug: str
     color: str
-    runs: list[Run]
+    runs: list[EvaluatedRun]
     weights: str
 
     @property
@@ -149,7 +149,7 @@ class Model:
         }
 
 
-def load_run(path: Path) -> Run:
+def load_run(path: Path) -> EvaluatedRun:
     """Read a run from its folder or one of its checkpoints, and evaluate it.
 
     Raises:
@@ -178,7 +178,7 @@ def load_run(path: Path) -> Run:
     }
     classifiers = {weights: run.classifier for weights, run in saved.items()}
     parameters = count_parameters(classifiers["last"])
-    return Run(path, config, history, seconds, parameters, evaluations, classifiers, data)
+    return EvaluatedRun(path, config, history, seconds, parameters, evaluations, classifiers, data)
 
 
 @torch.no_grad()
@@ -190,7 +190,7 @@ def evaluate(run: SavedRun, data: ImageDataModule, split: Split) -> Evaluation:
     return Evaluation(split, logits.softmax(dim=1).numpy(), data.names(logits.shape[1]), means)
 
 
-def have_same(name: str, first: Run, other: Run) -> bool:
+def have_same(name: str, first: EvaluatedRun, other: EvaluatedRun) -> bool:
     """Return whether two runs have the same images in a split, ``val`` or ``test``."""
     one, two = (run.evaluations["last", name].split for run in (first, other))
     return torch.equal(one.labels, two.labels) and torch.equal(one.images, two.images)
