@@ -41,7 +41,7 @@ from mnist_lightning.system.signals import leave_as_usual
 from mnist_lightning.training.checkpoints import INSTANTIATOR, CheckpointConnector, CheckpointIO, FitLoop
 from mnist_lightning.training.fast import speed_up
 from mnist_lightning.training.precision import Trainer, choose_precision, has_bf16
-from mnist_lightning.training.progress import progress_bar
+from mnist_lightning.training.progress import CellProgressBar, EpochProgressBar, is_in_cell
 from mnist_lightning.training.runs import LOGS, newest_checkpoint
 from mnist_lightning.training.saved_run import SavedRun
 
@@ -353,7 +353,7 @@ class RunCLI(LightningCLI):
         elif options.enable_progress_bar is not False and not (
             _has(options.callbacks, ProgressBar) or _has(self.objects.get("callbacks"), ProgressBar)
         ):
-            return [progress_bar()]
+            return [CellProgressBar() if is_in_cell() else EpochProgressBar()]
         return []
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:

@@ -68,12 +68,18 @@ class EpochProgressBar(ProgressBar):
     def _print_line(self, trainer: Trainer) -> None:
         # printed one hook late: callbacks see the metrics of an epoch only after its end
         if self._line and self._enabled:
-            for stage in ("train", "val") if self._is_validated else ("train",):
-                values = {name: v for name, v in trainer.callback_metrics.items() if name.startswith(f"{stage}/")}
+            for stage, values in self._metrics(trainer).items():
                 shown = "".join(f" {name.partition('/')[2]} {value:.4f}" for name, value in values.items())
                 self._line += f"  {stage}:{shown}" if shown else ""
             print(self._line, flush=True)
         self._line, self._is_validated = "", False
+
+    def _metrics(self, trainer: Trainer) -> dict[str, dict[str, Any]]:
+        """Return the metrics of the epoch by stage; those of ``val`` only if the epoch was validated."""
+        return {
+            stage: {name: value for name, value in trainer.callback_metrics.items() if name.startswith(f"{stage}/")}
+            for stage in (("train", "val") if self._is_validated else ("train",))
+        }
 
 
 class CellProgressBar(EpochProgressBar):
@@ -89,8 +95,7 @@ class CellProgressBar(EpochProgressBar):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Take the place of the trainer's own bar."""
         super().setup(trainer, pl_module, stage)
-        callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
-        for other in callbacks:
+        for other in trainer.callbacks:  # type: ignore[attr-defined]
             if isinstance(other, ProgressBar) and other is not self:
                 other.disable()
 
@@ -127,8 +132,7 @@ class CellProgressBar(EpochProgressBar):
 
     def _complete_row(self, trainer: Trainer) -> None:
         if self._rows:
-            for stage in ("train", "val") if self._is_validated else ("train",):
-                values = {name: v for name, v in trainer.callback_metrics.items() if name.startswith(f"{stage}/")}
+            for values in self._metrics(trainer).values():
                 self._rows[-1] |= {name: f"{value:.4f}" for name, value in values.items()}
         self._is_validated = False
 
@@ -168,8 +172,3 @@ def is_in_cell() -> bool:
     """Return whether this process runs the cells of a notebook."""
     ipython = sys.modules.get("IPython")
     return ipython is not None and getattr(ipython.get_ipython(), "kernel", None) is not None
-
-
-def progress_bar() -> ProgressBar:
-    """Return the progress bar for where this process runs: in a cell or in a terminal."""
-    return CellProgressBar() if is_in_cell() else EpochProgressBar()
