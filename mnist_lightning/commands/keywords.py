@@ -48,14 +48,13 @@ def words(own: Mapping[str, Any], options: Mapping[str, Any]) -> tuple[list[str]
     }
     for name, value in given.items():
         group, _, argument = name.partition(".")
-        if group == "trainer":
-            values = value if isinstance(value, list | tuple) else [value]
-            if instances := [each for each in values if _is_object(each)]:
-                objects[argument] = value if argument != "callbacks" else instances
-                values = [each for each in values if not _is_object(each)] if argument == "callbacks" else []
-                if not values:
-                    continue
-                value = values
+        values = value if isinstance(value, list | tuple) else [value]
+        if group == "trainer" and any(map(_is_object, values)):
+            is_split = argument == "callbacks"  # the config holds those that can be described
+            objects[argument] = [each for each in values if _is_object(each)] if is_split else value
+            value = [each for each in values if is_split and not _is_object(each)]
+            if not value:
+                continue
         text = _spec(value, name)
         found.append(f"--{name}={text if isinstance(text, str) else json.dumps(text)}")
     return found, objects
