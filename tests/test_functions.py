@@ -7,6 +7,8 @@ import subprocess
 import sys
 import textwrap
 
+import numpy as np
+import optuna
 import pandas as pd
 import pytest
 import torch
@@ -80,7 +82,7 @@ def test_fit_is_the_command(small, quick, tmp_path):
             augmentation=[augmentation.Distortion(degrees=3.0), functools.partial(v2.RandomErasing, p=0.4)],
         ),
         optimizer=functools.partial(torch.optim.AdamW, lr=2e-3),
-        max_epochs=1,
+        max_epochs=np.int64(1),
         **{"trainer.limit_val_batches": 2},
     )
     options = ["--model.network.units=[16]", "--model.network.dropout=0.1", "--data.batch_size=50"]
@@ -240,7 +242,7 @@ def test_short_names_of_a_search_space():
 @pytest.mark.slow
 def test_tune_gives_the_study_and_its_runs(small, tmp_path):
     space = {"units": [IntDistribution(8, 16)] * 2, "lr": FloatDistribution(1e-3, 1e-2, log=True)}
-    sampler = functools.partial(mnist_lightning.functions.optuna.samplers.TPESampler, multivariate=True)
+    sampler = functools.partial(optuna.samplers.TPESampler, multivariate=True)
     options = {"n_trials": 3, "max_epochs": 2, "refit_epochs": 1, "sampler": sampler, "workers": 1}
     study = tune(space, data=small(), metric=["val/loss", "parameters"], **options)
     assert len(study.best_trials) >= 1
@@ -257,7 +259,7 @@ def test_tune_gives_the_study_and_its_runs(small, tmp_path):
     assert page.quantities.columns.tolist()[:3] == ["baseline", "tuned", "again"]
     assert "Misclassified" in page._repr_html_()
     with pytest.raises(UserError, match=r"pruner.*functools.partial|MedianPruner does not keep"):
-        tune(space, data=small(), pruner=mnist_lightning.functions.optuna.pruners.MedianPruner(), **options)
+        tune(space, data=small(), pruner=optuna.pruners.MedianPruner(), **options)
 
 
 @pytest.mark.slow

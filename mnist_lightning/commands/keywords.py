@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from datetime import timedelta
 from enum import Enum
 from pathlib import Path
+from types import NoneType
 from typing import Any
 
 import lightning.pytorch as pl
@@ -26,6 +27,9 @@ GROUPS = {"trainer": pl.Trainer, "model": Classifier}
 """The groups of options whose names can be given without the group."""
 OPTIONS = ("config", "name", "origin", "ckpt_path", *RUN_KEYS)
 """Options without a group that commands share."""
+AS_TEXT = (Path, torch.device, timedelta)
+AS_NUMBERS = (np.generic, np.ndarray, torch.Tensor)
+"""Types whose values have a text, or are one or several numbers, that a config can hold."""
 
 
 def words(own: Mapping[str, Any], options: Mapping[str, Any]) -> tuple[list[str], dict[str, Any]]:
@@ -79,20 +83,20 @@ def full_name(name: str, own: Mapping[str, Any]) -> str:
 
 
 def _is_object(value: Any) -> bool:
-    """Return whether a value is an object of a library, such as a callback."""
-    plain = (str, int, float, type(None), Mapping, list, tuple, Path, timedelta, type, functools.partial)
-    return not isinstance(value, plain)
+    """Return whether a value is an object, such as a callback, that :func:`_spec` would describe by its class."""
+    plain = (str, int, float, NoneType, Mapping, list, tuple, type, functools.partial)
+    return not isinstance(value, (*plain, *AS_TEXT, *AS_NUMBERS, Enum))
 
 
 def _spec(value: Any, name: str) -> Any:
     """Describe a value in types that JSON can hold: an object as its class path and arguments."""
     if isinstance(value, str | int | float | bool | None):
         return value
-    if isinstance(value, Path | torch.device | timedelta):
+    if isinstance(value, AS_TEXT):
         return str(value)
     if isinstance(value, Enum):
         return value.name
-    if isinstance(value, np.generic | np.ndarray | torch.Tensor):
+    if isinstance(value, AS_NUMBERS):
         return value.tolist()
     if isinstance(value, Mapping):
         return {key: _spec(each, f"{name}.{key}") for key, each in value.items()}
