@@ -5,7 +5,7 @@ import logging
 import re
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import fields
 from pathlib import Path
@@ -26,7 +26,7 @@ from mnist_lightning.search.command import SearchCLI, SearchOptions
 from mnist_lightning.search.command import tune as search
 from mnist_lightning.search.record import TrialRecord, metrics_of
 from mnist_lightning.search.storage import open_storage
-from mnist_lightning.search.study import best_trial, results, source_of
+from mnist_lightning.search.study import best_trial, ranked_trials, results, source_of
 from mnist_lightning.search.worker import start_server
 from mnist_lightning.system.console import command_line
 from mnist_lightning.system.errors import UserError
@@ -137,10 +137,8 @@ class Study(optuna.Study):
         Args:
             top: How many trials; all by default.
         """
-        metric = metrics_of(self)[0]
-        trials = self.get_trials(deepcopy=False, states=(optuna.trial.TrialState.COMPLETE,))
-        found = []
-        for trial in sorted(trials, key=lambda trial: -metric.sign * trial.values[0])[:top]:
+        metric, found = metrics_of(self)[0], []
+        for trial in ranked_trials(self)[:top]:
             executions = TrialRecord.of(trial).executions
             score = metric.best(execution["score"] for execution in executions)
             best = next(execution for execution in executions if execution["score"] == score)
@@ -243,7 +241,7 @@ def export(run: Run | str | Path, output: str | Path, **options: Any) -> Path:
     return path
 
 
-def _label(run: Run, models: Any) -> str:
+def _label(run: Run, models: Sequence[Run | str | Path]) -> str:
     """Return the name of a run, with its version where another run has the same name."""
     name = run.path.parent.name
     others = [each for each in models if isinstance(each, Run) and each is not run]

@@ -274,6 +274,12 @@ def limited_values(executions: Iterable[Mapping[str, Any]], limits: Iterable[str
     }
 
 
+def ranked_trials(study: Study) -> list[FrozenTrial]:
+    """Return the completed trials, those with the best first metric first; limits are ignored."""
+    trials, metric = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,)), metrics_of(study)[0]
+    return sorted(trials, key=lambda trial: -metric.sign * trial.values[0])
+
+
 def format_value(value: float) -> str:
     """Format a metric's value: whole numbers in full, others with four decimals."""
     return f"{value:,.0f}" if value == int(value) and abs(value) > 1 else f"{value:.4f}"
@@ -283,9 +289,8 @@ def results(study: Study, keys: Sequence[str]) -> "pd.DataFrame":
     """Return a table of texts, best trial first: number, values, scores of the executions, values of ``keys``."""
     import pandas as pd  # slow to import
 
-    trials = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
     metrics, rows = metrics_of(study), []
-    for trial in sorted(trials, key=lambda trial: -metrics[0].sign * trial.values[0]):
+    for trial in ranked_trials(study):
         scores = " ".join(f"{execution['score']:.4f}" for execution in TrialRecord.of(trial).executions)
         params = [short_value(trial.params.get(key, "-")) for key in keys]
         rows.append([str(trial.number), *map(format_value, trial.values), scores, *params])
