@@ -44,11 +44,13 @@ def as_function() -> Iterator[None]:
         KeyboardInterrupt: If the command was stopped.
     """
     threads, handler = torch.get_num_threads(), signal.getsignal(signal.SIGINT)
+    verbosity = optuna.logging.get_verbosity()
     loggers = [logging.getLogger(name) for name in ("lightning.pytorch", "lightning.fabric")]
     levels = [logger.level for logger in loggers]
     for logger in loggers:
         logger.setLevel(logging.WARNING)  # a cell need not say which devices there are not
     quieten_lightning()
+    optuna.logging.set_verbosity(optuna.logging.WARNING)  # tune prints its trials itself
     try:
         with patched_jsonargparse():
             yield
@@ -61,6 +63,7 @@ def as_function() -> Iterator[None]:
         raise UserError(str(end.code).removeprefix("error: ")) from cause
     finally:
         torch.set_num_threads(threads)
+        optuna.logging.set_verbosity(verbosity)
         for logger, level in zip(loggers, levels, strict=True):
             logger.setLevel(level)
         if threading.current_thread() is threading.main_thread():
@@ -180,7 +183,6 @@ def tune(
     if found := re.search(r"__main__\.([\w.]+)", " ".join(arguments)):
         raise UserError(f"{found[1]}: workers cannot import a class of a script or a cell. Move it to a module.")
     start_server()
-    optuna.logging.set_verbosity(optuna.logging.WARNING)  # tune prints its trials itself
     with as_function(), interruptible() as interrupt:
         command = SearchCLI("tune", arguments)
         study = search(command, command_line("tune", *arguments), interrupt)
