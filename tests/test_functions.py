@@ -103,6 +103,10 @@ def test_fit_is_the_command(small, quick, tmp_path):
 def test_a_run_knows_what_it_has(small, tmp_path, mnist):
     run = fit(data=small(), max_epochs=2)
     assert run.history.index.tolist() == [1, 2]
+    state = torch.get_rng_state()
+    assert not run.classifier.training
+    assert len(runs()) == 1
+    assert torch.equal(torch.get_rng_state(), state)
     assert run.test.index.tolist()[0] == "last epoch (2)"
     images = mnist.test.images[:300]
     table = run.predict(images)
@@ -244,7 +248,9 @@ def test_tune_gives_the_study_and_its_runs(small, tmp_path):
     space = {"units": [IntDistribution(8, 16)] * 2, "lr": FloatDistribution(1e-3, 1e-2, log=True)}
     sampler = functools.partial(optuna.samplers.TPESampler, multivariate=True)
     options = {"n_trials": 3, "max_epochs": 2, "refit_epochs": 1, "sampler": sampler, "workers": 1}
+    verbosity = optuna.logging.get_verbosity()
     study = tune(space, data=small(), metric=["val/loss", "parameters"], **options)
+    assert optuna.logging.get_verbosity() == verbosity
     assert len(study.best_trials) >= 1
     assert study.best_run.name == "tuned/version_0"
     first, second = study.runs(top=2)
@@ -255,7 +261,10 @@ def test_tune_gives_the_study_and_its_runs(small, tmp_path):
     assert arguments["units"] == [params[f"model.network.init_args.units.{index}"] for index in (0, 1)]
     assert "<table" in study._repr_html_()
     fit(data=small(), max_epochs=1)
+    optuna.logging.set_verbosity(verbosity - 10)
     page = report(Run("lightning_logs/baseline/version_0"), study.best_run, "again=lightning_logs/baseline/version_0")
+    assert optuna.logging.get_verbosity() == verbosity - 10
+    optuna.logging.set_verbosity(verbosity)
     assert page.quantities.columns.tolist()[:3] == ["baseline", "tuned", "again"]
     assert "Misclassified" in page._repr_html_()
     with pytest.raises(UserError, match=r"pruner.*functools.partial|MedianPruner does not keep"):

@@ -14,6 +14,7 @@ from lightning.fabric import Fabric
 from lightning.pytorch import Callback
 from lightning.pytorch.cli import instantiate_module
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor
 
 from mnist_lightning.classifier import Classifier
@@ -103,7 +104,8 @@ class SavedRun:
         with checkpoint_errors(self.path):
             # other keys of Lightning could name another class, whose module would be imported
             arguments = {key: value for key, value in self.model.items() if not key.startswith("_")}
-            classifier: Classifier = instantiate_module(Classifier, arguments).eval()
+            with isolate_rng():  # its first weights are drawn, and to look at a run must not change what comes next
+                classifier: Classifier = instantiate_module(Classifier, arguments).eval()
             self.restore(classifier)
         return classifier
 
