@@ -96,7 +96,7 @@ class Run:
         """Return what the checkpoint of the last or the best epoch holds.
 
         Raises:
-            UserError: If there is no such checkpoint, or it cannot be used.
+            UserError: If the run does not have the checkpoint, or it cannot be used.
         """
         path = self.path / f"checkpoints/{weights}.ckpt"
         if not path.is_file():

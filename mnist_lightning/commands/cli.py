@@ -476,13 +476,13 @@ def _has(callbacks: Any, kind: type) -> bool:
     return any(isinstance(callback, kind) for callback in given)
 
 
-def _is_no_tip(record: logging.LogRecord) -> bool:
+def _is_useful(record: logging.LogRecord) -> bool:
     return "Tip:" not in record.msg
 
 
 def quieten_lightning() -> None:
     """Silence Lightning's tips, and its warnings about intended behavior."""
-    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(_is_no_tip)
+    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(_is_useful)
     for message in (
         ".*does not have many workers",  # the data is in memory
         ".*smaller than the logging interval",  # metrics are logged once an epoch

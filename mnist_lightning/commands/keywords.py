@@ -68,7 +68,7 @@ def full_name(name: str, own: Mapping[str, Any]) -> str:
     """Return the dotted key of an option.
 
     Raises:
-        UserError: If there is no such option.
+        UserError: If the option does not exist.
     """
     if "." in name or name in own or name in OPTIONS:
         return name
