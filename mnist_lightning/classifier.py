@@ -17,8 +17,10 @@ from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim import lr_scheduler as schedulers
+from torchmetrics import Metric
 
 from mnist_lightning.data import Batch
+from mnist_lightning.metrics import EpochMetrics
 from mnist_lightning.optimizers import KerasAdam, KerasRMSprop
 from mnist_lightning.system.console import rank_zero_print
 from mnist_lightning.system.errors import UserError
@@ -76,6 +78,14 @@ class Classifier(LightningModule):
         label_smoothing: Share of a label that is spread evenly over all classes (Szegedy et al. 2016) in the loss that
             the optimizer minimizes. The logged ``loss`` is computed without smoothing, so that runs can be compared.
         compile: Whether a trainer compiles the network with ``torch.compile``: True, or one of its modes.
+        class_weights: Weight of each class in the loss that the optimizer minimizes, for unbalanced data, or
+            ``balanced``: see :func:`balanced_weights`. As in Keras, the weighted losses of a batch are summed and
+            divided by the number of its images. No logged metric is weighted.
+        metrics: More metrics for ``val`` and ``test``, computed once an epoch from all images: classes of torchmetrics,
+            or the words ``f1``, ``top3_accuracy``, ``top5_accuracy``, ... (see :class:`EpochMetrics`).
+
+    Raises:
+        UserError: If a class weight is negative or not finite, or a metric cannot be used.
     """
 
     def __init__(
@@ -87,6 +97,8 @@ class Classifier(LightningModule):
         lr_frequency: PositiveInt | None = None,
         label_smoothing: ClosedUnitInterval = 0.0,
         compile: bool | Literal["reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"] = False,
+        class_weights: Literal["balanced"] | list[float] | None = None,
+        metrics: list[Metric | str] | str | None = None,
     ) -> None:
         super().__init__()
         self.network = network
@@ -96,6 +108,9 @@ class Classifier(LightningModule):
         self.lr_frequency = lr_frequency
         self.label_smoothing = label_smoothing
         self.compile_mode = compile
+        self.class_weights = class_weights
+        self.loss_weights = checked_weights(class_weights) if isinstance(class_weights, list | tuple) else None
+        self.epoch_metrics = EpochMetrics(metrics)
         self.penalized: list[Any] = [layer for layer in network.modules() if getattr(layer, "l2", 0)]
         self.penalty_in_loss = False
         self.totals: dict[str, dict[str, Tensor]] = {}
@@ -129,7 +144,7 @@ class Classifier(LightningModule):
         devices, each draws its own dropout masks.
 
         Raises:
-            UserError: If torch cannot compile on this machine.
+            UserError: If torch cannot compile on this machine, or classes without training images cannot be balanced.
         """
         torch.set_flush_denormal(True)
         if isinstance(self.trainer.precision_plugin, DoublePrecision):
@@ -143,16 +158,31 @@ class Classifier(LightningModule):
             check_compiler(self.trainer.strategy.root_device)
             # in place, so the names of the weights do not change; copies, such as averages, are not compiled
             self.network.compile(mode=None if self.compile_mode is True else self.compile_mode)
+        if stage == "fit":
+            self.balance(getattr(self.trainer, "datamodule", None))
+
+    def balance(self, data: Any) -> None:
+        """Compute the class weights from the training images of a data module, if they are ``balanced``.
+
+        Raises:
+            UserError: If there is no data module, or a class has no training images.
+        """
+        if self.class_weights != "balanced":
+            return
+        if getattr(data, "train", None) is None:
+            raise UserError("class_weights balanced needs a data module with training images: give a list of weights.")
+        self.loss_weights = balanced_weights(data.train.labels, data.classes)
 
     def check_images(self, shape: Sequence[int], classes: int) -> None:
-        """Check that the network takes images of a shape and has an output for each class; set the layer table's input.
+        """Check that the network takes images of a shape and fits the classes; set the layer table's input.
 
         Args:
             shape: Channels, height and width.
             classes: Number of classes.
 
         Raises:
-            UserError: If the network refuses the images or has too few outputs.
+            UserError: If the network refuses the images or has too few outputs, or if the class weights or a metric are
+                for another number of outputs.
         """
         self.example_input_array = torch.zeros(1, *shape)
         is_training = self.network.training
@@ -175,6 +205,8 @@ class Classifier(LightningModule):
                 f"For {classes} classes, {type(self.network).__name__} must return logits of shape (batch, {classes}), "
                 f"but it returns {found} for one image."
             )
+        self._check_weights(logits.shape[1])
+        self.epoch_metrics.check(logits.shape[1])
 
     @property
     def kernels(self) -> dict[Tensor, float]:
@@ -292,8 +324,8 @@ class Classifier(LightningModule):
     def training_step(self, batch: Batch) -> Tensor:
         """Return the loss of a batch that the optimizer minimizes."""
         loss, logits = self._step(batch, "train")
-        if self.label_smoothing:
-            loss = F.cross_entropy(logits, batch[1], label_smoothing=self.label_smoothing)
+        if self.label_smoothing or self.class_weights is not None:
+            loss = self._objective(logits, batch[1])
         return loss + self._penalty_weight() * self.penalty() if self.penalty_in_loss else loss
 
     def validation_step(self, batch: Batch) -> Tensor:
@@ -373,6 +405,7 @@ class Classifier(LightningModule):
             group.update({key: other[key] for key in SCHEDULED if key in other})
 
     def on_train_epoch_start(self) -> None:
+        self._start("train")
         self.log("lr", self.trainer.optimizers[0].param_groups[0]["lr"])
 
     def on_train_epoch_end(self) -> None:
@@ -383,8 +416,14 @@ class Classifier(LightningModule):
         if self.trainer.state.fn == TrainerFn.FITTING and not self.trainer.sanity_checking:
             self._update_averages()
 
+    def on_validation_epoch_start(self) -> None:
+        self._start("val")
+
     def on_validation_epoch_end(self) -> None:
         self._log("val")
+
+    def on_test_epoch_start(self) -> None:
+        self._start("test")
 
     def on_test_epoch_end(self) -> None:
         self._log("test")
@@ -415,6 +454,34 @@ class Classifier(LightningModule):
         batches, batch = self.trainer.num_training_batches, self.trainer.fit_loop.batch_idx
         return accumulated / min(accumulated, batches - batch // accumulated * accumulated)
 
+    def _objective(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """Return the smoothed and weighted cross-entropy of a batch."""
+        if self.class_weights is None:
+            return F.cross_entropy(logits, labels, label_smoothing=self.label_smoothing)
+        self._check_weights(logits.shape[1])
+        assert self.loss_weights is not None, "call balance() first"
+        self.loss_weights = self.loss_weights.to(logits)
+        # torch's mean would divide by the sum of the weights, but by the number of images if labels are shares
+        total = F.cross_entropy(
+            logits, labels, self.loss_weights, reduction="sum", label_smoothing=self.label_smoothing
+        )
+        return total / len(labels)
+
+    def _check_weights(self, outputs: int) -> None:
+        """Check that each output of the network has a class weight; outputs without a class get the weight 1.
+
+        Raises:
+            UserError: If the number of given weights differs from the number of outputs.
+        """
+        if self.loss_weights is None or len(self.loss_weights) == outputs:
+            return
+        if self.class_weights != "balanced":
+            raise UserError(
+                f"class_weights has {len(self.loss_weights)} weights, but the network has {outputs} outputs: give one "
+                "weight for each."
+            )
+        self.loss_weights = F.pad(self.loss_weights, (0, outputs - len(self.loss_weights)), value=1.0)
+
     def _step(self, batch: Batch, stage: str) -> tuple[Tensor, Tensor]:
         images, labels = batch
         logits = _at_least_float32(self.network(images))
@@ -432,7 +499,14 @@ class Classifier(LightningModule):
             for name, value in values.items():
                 totals[name].add_(value.sum()) if value.dim() else totals[name].add_(value, alpha=len(labels))
             totals["images"].add_(len(labels))
+            if self.epoch_metrics.names and stage != "train":
+                self.epoch_metrics.update(stage, logits, labels)
         return loss, logits
+
+    def _start(self, stage: str) -> None:
+        """Forget the images of an epoch that was stopped, as with a notebook's stop button."""
+        self.totals.pop(stage, None)
+        self.epoch_metrics.reset(stage)
 
     def _log(self, stage: str) -> None:
         names = list(self.totals[stage])
@@ -440,9 +514,9 @@ class Classifier(LightningModule):
         if totals.device.type != "mps":  # mps does not have float64
             totals = totals.double()
         *sums, images = self.trainer.strategy.reduce(totals, reduce_op="sum")  # over the processes
-        self.log_dict(
-            {f"{stage}/{name}": total / images for name, total in zip(names, sums, strict=False)}, sync_dist=True
-        )
+        values = {name: total / images for name, total in zip(names, sums, strict=False)}
+        values |= self.epoch_metrics.compute(stage)
+        self.log_dict({f"{stage}/{name}": value for name, value in values.items()}, sync_dist=True)
 
 
 def check_compiler(device: torch.device) -> None:
@@ -459,6 +533,38 @@ def check_compiler(device: torch.device) -> None:
             f"torch.compile does not work here: {reason}. Install a C++ compiler (for a GPU, Triton), or set compile "
             "to false."
         ) from error
+
+
+def checked_weights(weights: Sequence[float]) -> Tensor:
+    """Return class weights as a tensor.
+
+    Raises:
+        UserError: If a weight is negative or not finite.
+    """
+    if not all(0 <= weight < math.inf for weight in weights):
+        raise UserError(f"class_weights {list(weights)}: each weight must be a finite number that is not negative.")
+    return torch.tensor([float(weight) for weight in weights])
+
+
+def balanced_weights(labels: Tensor, classes: Sequence[str]) -> Tensor:
+    """Return n / (number of classes * count of the class) for each class, where n is the number of labels.
+
+    This is the formula of scikit-learn's ``compute_class_weight("balanced", ...)`` (King and Zeng 2001). The classes
+    get the same total weight, and the mean weight of an image is 1.
+
+    Args:
+        labels: True classes, of shape (n,).
+        classes: Names of the classes.
+
+    Raises:
+        UserError: If a class has no images.
+    """
+    counts = labels.cpu().bincount(minlength=len(classes))
+    if missing := [name for name, count in zip(classes, counts, strict=True) if not count]:
+        raise UserError(
+            f"class_weights balanced: class {missing[0]} has no training images. Add some, or give a list of weights."
+        )
+    return len(labels) / (len(classes) * counts)
 
 
 def _at_least_float32(tensor: Tensor) -> Tensor:

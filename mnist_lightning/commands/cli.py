@@ -84,7 +84,7 @@ class RunCLI(LightningCLI):
 
     trains = False
     default_checkpoint: str | None = None
-    kept: Sequence[str] = ()
+    kept: Sequence[str] = ("metrics",)
 
     def __init__(
         self,
@@ -335,6 +335,7 @@ class RunCLI(LightningCLI):
         logits = torch.zeros(1, len(self.datamodule.classes))  # running the network would draw its dropout
         values = self.model.metrics(logits, torch.zeros(1, dtype=torch.long), torch.zeros(()))
         known = ["lr", *(f"{stage}/{name}" for stage in ("train", "val") for name in values)]
+        known += [f"val/{name}" for name in self.model.epoch_metrics.names]
         monitored = [(type(follower).__name__, getattr(follower, "monitor", None)) for follower in followers]
         if isinstance(optimizers, dict):
             monitored.append(("lr_scheduler", optimizers["lr_scheduler"]["monitor"]))

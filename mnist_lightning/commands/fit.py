@@ -45,7 +45,7 @@ class FitCLI(RunCLI):
     """
 
     trains = True
-    kept = SCHEDULE
+    kept = ("metrics", *SCHEDULE)
     checkpoint: RunCheckpoint | None = None
     job: SlurmJob | None = None
     run_dir: Path | None = None

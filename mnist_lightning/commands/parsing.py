@@ -60,7 +60,7 @@ HELP = {
 """Help texts that are shorter than Lightning's."""
 
 SIZE_ARGUMENTS = ("in_features", "in_channels", "num_classes")
-"""Arguments of networks and augmentation that the data determines: numbers per image, channels, classes."""
+"""Arguments of networks, augmentation and metrics that the data determines: numbers per image, channels, classes."""
 
 UNKNOWN_SIZE = 1
 """Placeholder for an argument in :data:`SIZE_ARGUMENTS` without a default, until the data determines it."""
@@ -164,10 +164,10 @@ class Parser(LightningArgumentParser):
 
 
 def fill_sizes(config: Namespace, data: ImageDataModule, typed: Collection[str] | None = ()) -> list[str]:
-    """Set the size of the images and the number of classes in the config's network and augmentation.
+    """Set the size of the images and the number of classes in the config's network, augmentation and metrics.
 
-    A network may have more outputs than there are classes: a larger ``num_classes`` in the config is kept, and the
-    augmentation uses it too. A value that equals the class's default cannot be told from a missing value.
+    A network may have more outputs than there are classes: a larger ``num_classes`` in the config is kept, and
+    augmentation and metrics use it too. A value that equals the class's default cannot be told from a missing value.
 
     Args:
         config: The config to change.
@@ -198,6 +198,11 @@ def fill_sizes(config: Namespace, data: ImageDataModule, typed: Collection[str] 
     for spec in config.data.init_args.get("augmentation") or []:
         for name in _sizes_of(spec):
             spec.init_args[name] = sizes[name]
+    metrics = config.model.get("metrics")
+    for spec in metrics if isinstance(metrics, list) else []:
+        for name in _sizes_of(spec) if isinstance(spec, Namespace) else []:
+            if typed is not None or spec.init_args.get(name) == UNKNOWN_SIZE:  # a checkpoint's are known
+                spec.init_args[name] = sizes[name]
     return remarks
 
 
@@ -278,6 +283,10 @@ def shorten(message: str) -> str:
         reason = re.split(r" - (?:Not a valid|Expected a|Import path|Does not)|\.? Got value: | Given value", reason)[0]
         key = ".".join(re.findall(r'Parser key "([^"]*)"', keys))
         return f"{key}: {name.rpartition('.')[2]}: {reason}".removeprefix(": ")
+    inner = re.match(r"(?:\w+\.)*(\w+)': (Parser key .*?(?:Given|Got) value: \S+)", problem)
+    if inner and "Errors: - Does not validate" in keys:  # an argument of a class in a list that may also hold words
+        key = ".".join(re.findall(r'Parser key "([^"]*)"', keys))
+        return f"{key}: {inner[1]}: {shorten(inner[2])}"
     text = re.sub(r"- Expected a path but (?:\S+ )?either not accessible or invalid - ", "", text)
     union = "Does not validate against any of the Union subtypes Subtypes: "
     of_class = r"(?:Problem with given class_path '[^']*'|Type \S.*? expects a function or a callable class): "

@@ -32,7 +32,7 @@ class Evaluation:
     Attributes:
         probabilities: float32 of shape (n, classes).
         classes: Names of the classes.
-        metrics: The means of :meth:`Classifier.metrics`, by name.
+        metrics: The means of :meth:`Classifier.metrics`, and the classifier's metrics of a whole epoch, by name.
         mistakes: Indices of the misclassified images.
         confidence: Probability of the predicted class, of shape (n,); 0 where it is NaN.
         has_diverged: Whether a probability is not finite, as after a diverged training.
@@ -136,12 +136,12 @@ class Model:
 
     @property
     def metrics(self) -> dict[str, list[float]]:
-        """The values by metric, split and checkpoint, leaving out runs without the checkpoint."""
+        """The values by metric, split and checkpoint, leaving out runs without the checkpoint or the metric."""
         return {
             f"{split}/{metric} ({weights} epoch)": [
                 run.evaluations[weights, split].metrics[metric]
                 for run in self.runs
-                if (weights, split) in run.evaluations
+                if (weights, split) in run.evaluations and metric in run.evaluations[weights, split].metrics
             ]
             for weights in WEIGHTS
             for split in ("test", "val")
@@ -187,6 +187,9 @@ def evaluate(run: SavedRun, data: ImageDataModule, split: Split) -> Evaluation:
     logits = run.predict(split)
     metrics = run.classifier.metrics(logits, split.labels, F.cross_entropy(logits, split.labels))
     means = {name: values.float().mean().item() for name, values in metrics.items()}
+    chosen = run.classifier.epoch_metrics
+    chosen.update("report", logits, split.labels)
+    means |= {name: value.item() for name, value in chosen.compute("report").items()}
     return Evaluation(split, logits.softmax(dim=1).numpy(), data.names(logits.shape[1]), means)
 
 

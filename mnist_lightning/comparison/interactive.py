@@ -25,8 +25,10 @@ EXPLAINED, SIDE = 1500, 14
 
 
 def metrics(models: Sequence[Model]) -> list[str]:
-    """Return the metrics that were also logged in training."""
-    return [name for name in models[0].test.metrics if f"train/{name}" in models[0].runs[0].history[-1]]
+    """Return the metrics that any model has logged during its training."""
+    logged = [(model, {key for row in model.runs[0].history for key in row}) for model in models]
+    names = [name for model, keys in logged for name in model.test.metrics if {f"train/{name}", f"val/{name}"} & keys]
+    return list(dict.fromkeys(names))
 
 
 def content(models: Sequence[Model]) -> dict[str, Any]:

@@ -15,6 +15,9 @@ TIME = "training time, s"
 def quantities(models: Sequence[Model], comparisons: dict[str, Comparison]) -> pd.DataFrame:
     """Return the comparison as text: a column for each model, and one for its difference from the first."""
     values = [_quantities(model) for model in models]
+    metrics = {name for model in models for name in model.metrics}
+    names = sorted(dict.fromkeys(name for own in values for name in own), key=lambda name: name not in metrics)
+    values = [{name: own.get(name, []) for name in names} for own in values]  # models may have different metrics
     table = {
         model.name: {name: _format(name, numbers) for name, numbers in own.items()}
         for model, own in zip(models, values, strict=True)

@@ -5,7 +5,7 @@ import math
 import re
 import shlex
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -152,19 +152,36 @@ class SearchCLI(RunCLI):
                 self.config[option.name] = defaults[option.name]
             elif isinstance(value, int) and not isinstance(value, bool):
                 self.config[option.name] = int(value)  # the workers do not know this parser's types
-        self.metrics = _metrics(self.config.metric, self.config.direction)
         if not self.config.show:  # the study holds its own limits
             check_limits(self.config.limits)
-        if len(self.metrics) > 1 and not self.config.pruner.class_path.endswith("NopPruner"):
-            raise UserError("A pruner supports only one metric: leave out --pruner, or give one --metric.")
         for key in ("sampler", "pruner"):
             arguments = self.config[key].get("init_args", {})
             for name, value in arguments.items():  # where both are allowed, a number is read as text: max_resource
                 arguments[name] = int(value) if isinstance(value, str) and value.isdecimal() else value
 
+    def instantiate_classes(self) -> None:
+        super().instantiate_classes()
+        self.metrics = _metrics(self.config.metric, self.config.direction, self.known_direction)
+        if len(self.metrics) > 1 and not self.config.pruner.class_path.endswith("NopPruner"):
+            raise UserError("A pruner supports only one metric: leave out --pruner, or give one --metric.")
 
-def _metrics(names: str | list[str], directions: Direction | list[Direction] | None) -> list[Metric]:
+    def known_direction(self, name: str) -> Direction | None:
+        """Return the direction of a metric that the model knows, such as one of torchmetrics; None for any other."""
+        is_high = self.model.epoch_metrics.higher_is_better(name.rpartition("/")[2])
+        return None if is_high is None else "maximize" if is_high else "minimize"
+
+
+def _metrics(
+    names: str | list[str],
+    directions: Direction | list[Direction] | None,
+    known: Callable[[str], Direction | None],
+) -> list[Metric]:
     """Return the metrics that a search optimizes.
+
+    Args:
+        names: Names of the metrics.
+        directions: Their directions, if given.
+        known: Returns the direction of a name, or None for :class:`Metric`'s own rule.
 
     Raises:
         UserError: If names and directions do not match.
@@ -179,7 +196,7 @@ def _metrics(names: str | list[str], directions: Direction | list[Direction] | N
         )
     if names[0] in COMPUTED:
         raise UserError(f"The first metric determines the best epoch, which {names[0]} cannot: give it later.")
-    return [Metric(name, direction) for name, direction in zip(names, given, strict=True)]
+    return [Metric(name, direction or known(name)) for name, direction in zip(names, given, strict=True)]
 
 
 def main(command: str, description: str, arguments: Sequence[str]) -> None:
@@ -275,7 +292,8 @@ def _make_search(run: SearchCLI) -> Search:
     check_values(space, base, run.parser)
     options = Namespace(**{field.name: run.config[field.name] for field in fields(SearchOptions)})
     source = source_of(options.study_name, options.storage, run.logs)
-    return Search(options, run.metrics, base, space, source, run.logs / options.study_name)
+    directions = {name: direction for name in options.limits if (direction := run.known_direction(name))}
+    return Search(options, run.metrics, base, space, source, run.logs / options.study_name, directions)
 
 
 def _print_space(space: SearchSpace) -> None:
@@ -294,6 +312,7 @@ def _open(run: SearchCLI, search: Search) -> tuple[Study, Any]:
     settings["executions_per_trial"] = search.options.executions_per_trial
     study = open_study(storage, search.options.study_name, search.metrics, settings, search.space, defaults)
     study.set_user_attr("limits", dict(search.options.limits))  # for reports
+    study.set_user_attr("directions", dict(search.directions))
     study.pruner = run.config_init.pruner
     return study, storage
 
@@ -424,6 +443,7 @@ def _check_training(run: SearchCLI, search: Search) -> None:
             "--workers N for another number of workers."
         )
     run.datamodule.setup("fit")
+    run.model.balance(run.datamodule)
     run.trainer.limit_val_batches = 1
     (logged,) = run.trainer.validate(run.model, datamodule=run.datamodule, verbose=False)
     for metric in (*search.metrics, *search.limited):

@@ -140,6 +140,7 @@ def check_study(study: Study, space: SearchSpace | None = None) -> None:
     with _damage(f"The{of_study[3:]}"):
         check_finite(study.user_attrs.get("limits", {}).values())
         check_finite([study.user_attrs.get("deadline") or 0])
+        dict(study.user_attrs.get("directions", {}))
         if not study.directions:
             raise ValueError("it has no direction")
     for trial in study.get_trials(deepcopy=False):
@@ -227,7 +228,10 @@ def best_trial(study: Study, limits: Mapping[str, float] | None = None) -> Froze
     check_limits(limits)
     trials = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
     if limits:
-        trials = [trial for trial in trials if _is_within(trial, metrics, limits)]
+        directions = study.user_attrs.get("directions", {})
+        known = {name: Metric(name, directions.get(name)) for name in limits}
+        known |= {metric.name: metric for metric in metrics}
+        trials = [trial for trial in trials if _is_within(trial, metrics, limits, known)]
     if not trials:
         raise UserError(
             f"No completed trial is within {', '.join(f'{name} {limit:g}' for name, limit in limits.items())}: "
@@ -252,16 +256,14 @@ def pareto_front(study: Study) -> list[FrozenTrial]:
     return [trial for trial, own in zip(trials, values, strict=True) if not is_bettered(own)]
 
 
-def _is_within(trial: FrozenTrial, metrics: Sequence[Metric], limits: Mapping[str, float]) -> bool:
+def _is_within(
+    trial: FrozenTrial, metrics: Sequence[Metric], limits: Mapping[str, float], known: Mapping[str, Metric]
+) -> bool:
     values = limited_values(TrialRecord.of(trial).executions, limits) | dict(
         zip([metric.name for metric in metrics], trial.values, strict=True)
     )
-    known = {metric.name: metric for metric in metrics}
     # a trial that is older than a limit has no value for it
-    return all(
-        name in values and known.get(name, Metric(name)).excess(values[name], limit) <= 0
-        for name, limit in limits.items()
-    )
+    return all(name in values and known[name].excess(values[name], limit) <= 0 for name, limit in limits.items())
 
 
 def limited_values(executions: Iterable[Mapping[str, Any]], limits: Iterable[str]) -> dict[str, float]:

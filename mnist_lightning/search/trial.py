@@ -7,7 +7,7 @@ import shutil
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -30,7 +30,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from mnist_lightning.commands.fit import TrainingCLI
 from mnist_lightning.data import ImageDataModule
 from mnist_lightning.networks import count_parameters
-from mnist_lightning.search.record import Metric, TrialRecord, is_counted, ordinal
+from mnist_lightning.search.record import Direction, Metric, TrialRecord, is_counted, ordinal
 from mnist_lightning.search.recovery import ATTEMPTS, process_name
 from mnist_lightning.search.sampler import draw, make_sampler
 from mnist_lightning.search.space import SearchSpace, config_with, instantiate, max_epochs
@@ -65,6 +65,7 @@ class Search:
         space: The search space.
         storage: Path or URL of the study's storage.
         folder: The study's folder, for the logs of the executions.
+        directions: The directions of metrics that have limits, where the model knows them.
     """
 
     options: Namespace
@@ -73,6 +74,7 @@ class Search:
     space: SearchSpace
     storage: str
     folder: Path
+    directions: Mapping[str, Direction] = field(default_factory=dict)
 
     @property
     def epochs(self) -> int:
@@ -93,7 +95,7 @@ class Search:
     def limited(self) -> list[Metric]:
         """The metrics that have limits, whether the study optimizes them or not."""
         known = {metric.name: metric for metric in self.metrics}
-        return [known.get(name, Metric(name)) for name in self.options.limits]
+        return [known.get(name, Metric(name, self.directions.get(name))) for name in self.options.limits]
 
 
 class Objective:
