@@ -167,6 +167,7 @@ def test_a_stopped_training_keeps_its_epochs_and_the_process_goes_on(small, caps
     torch.set_num_threads(1)
     run = Run("lightning_logs/baseline/version_0")
     assert run.history.index.tolist() == [1, 2]
+    assert {path.stem for path in run.path.glob("figures/*.png")} == {"samples", "accuracy", "loss"}
     assert f"--ckpt_path {run.path.relative_to(run.path.parents[2])}" in capsys.readouterr().out
     rest = fit(ckpt_path=run.saved().path, **{"data.data_dir": str(small().data_dir)})
     whole = fit(data=small(), max_epochs=5)

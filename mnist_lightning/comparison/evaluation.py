@@ -21,8 +21,6 @@ from mnist_lightning.training.saved_run import SavedRun
 
 WEIGHTS = ("last", "best")
 """The checkpoints of a run: the last epoch, and the epoch with the best validation accuracy."""
-COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00")
-"""Colors of Okabe and Ito, which color-blind people can tell apart; the lightest on white come last."""
 
 
 @dataclass

@@ -80,7 +80,8 @@ def save(report: Report, sections: Sequence[Section], output: Path) -> None:
             report.trials.to_csv(new / "trials.csv")
         (new / "report.html").write_text(render(report, sections), encoding="utf-8")
         with SummaryWriter(str(new)) as tensorboard:
-            for picture in (picture for section in sections for picture in section.pictures if picture.png):
+            pictures = [picture for section in sections for picture in (*section.pictures, *section.files)]
+            for picture in filter(lambda picture: picture.png, pictures):
                 (new / f"figures/{picture.name}.png").write_bytes(picture.png)
                 # add_image would compress it again
                 image = Summary.Image(encoded_image_string=picture.png, height=picture.height, width=picture.width)

@@ -2,18 +2,18 @@
 
 import base64
 import io
-import warnings
 from collections.abc import Sequence
 from typing import Any
 
-import matplotlib
 import numpy as np
 import optuna
+import pandas as pd
+import seaborn as sns
 from matplotlib.axes import Axes
+from matplotlib.collections import LineCollection
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 from numpy.typing import NDArray
-from optuna.distributions import BaseDistribution, CategoricalDistribution
 from optuna.trial import TrialState
 from PIL import Image
 
@@ -23,9 +23,12 @@ from mnist_lightning.search.record import metrics_of
 from mnist_lightning.search.space import short_value
 from mnist_lightning.search.study import best_trial
 from mnist_lightning.training import figures
+from mnist_lightning.training.figures import themed
 
 SAMPLES = 10
 """The number of images in a picture of predictions."""
+STUDY = figures.COLORS[2]
+"""Color of trials: the first two are those of the baseline and of the tuned model."""
 
 
 class Picture:
@@ -43,7 +46,8 @@ class Picture:
         self.is_photo = is_photo
         self.name, self.alt, self.caption, self.png = name, alt, caption, b""
         if figure is not None:
-            figure.set_dpi(200)  # sharp on a high-density screen, as it is shown at half the width
+            # sharp on a high-density screen, as it is shown at half the width; a matrix of many classes is large enough
+            figure.set_dpi(min(200, 4000 / figure.get_figheight()))
             pixels, file = figures.render(figure), io.BytesIO()
             # the default method takes three times as long, and its colors are less exact
             image = Image.fromarray(pixels).quantize(128, Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE)
@@ -96,52 +100,78 @@ def _predictions(name: str, models: Sequence[Model], indices: NDArray[np.intp], 
     return Picture(name, figure, f"{alt}; true classes: {', '.join(names)}", caption, is_photo=images.ndim == 4)
 
 
+def curves(models: Sequence[Model], metrics: Sequence[str]) -> Picture:
+    """Draw metrics over the epochs, with a band from the lowest to the highest run of a model."""
+    table = figures.tidy({model.name: [run.history for run in model.runs] for model in models})
+    figure = figures.curves(table, metrics, {model.name: model.color for model in models})
+    return Picture("curves", figure, f"{', '.join(metrics)} of {_names(models)} over the epochs")
+
+
+def confusion_matrix(model: Model) -> Picture:
+    """Draw the confusion matrix of a model's first run."""
+    title = f"{model.name}: {len(model.test.mistakes):,} mistakes"
+    figure = figures.confusion_matrix(model.test.confusion_matrix, title, model.test.classes, model.color)
+    return Picture(f"confusion_matrix_{model.slug}", figure, f"confusion matrix of {model.name}")
+
+
+@themed
 def reliability_diagram(models: Sequence[Model]) -> Picture:
     """Plot accuracy against confidence; the size of each bin's point is its share of the images."""
-    figure = Figure(figsize=(5, 4.5), layout="constrained")
-    axes = figure.add_subplot(xlabel="confidence", ylabel="accuracy")
+    figure, axes = _plot("accuracy of images by confidence", "confidence", "accuracy", size=(6, 5.2))
     axes.plot([0, 1], [0, 1], color="gray", linestyle=":", label="perfectly calibrated")
     calibrated = [model for model in models if not model.test.has_diverged]
     for model in calibrated:
         confidence, accuracy, share = reliability(model.test.probabilities, model.test.labels)
-        axes.plot(confidence, accuracy, color=model.color, label=model.name)
+        sns.lineplot(x=confidence, y=accuracy, color=model.color, label=model.name, estimator=None, ax=axes)
         axes.scatter(confidence, accuracy, 10 + 400 * share, color=model.color, alpha=0.6)
-    _add_grid_and_legend(axes)
+    axes.legend()
     errors = ", ".join(f"{model.name} {model.test.calibration_error:.4f}" for model in calibrated)
     return Picture("reliability", figure, f"reliability diagram; calibration error: {errors}")
 
 
+@themed
 def costs(models: Sequence[Model]) -> Picture:
     """Plot test accuracy against the number of parameters and against the training time."""
-    figure = Figure(figsize=(8, 3.8), layout="constrained")
-    left, right = figure.subplots(1, 2, sharey=True)
-    for model in models:
-        style = {"color": model.color, "label": model.name}
-        left.scatter([run.parameters for run in model.runs], model.accuracies, **style)
-        right.scatter([run.seconds for run in model.runs], model.accuracies, **style)
-    left.set(xlabel="parameters", ylabel="test accuracy", xscale="log")
-    right.set(xlabel="training time in seconds")
-    _add_grid_and_legend(left)
-    _add_grid_and_legend(right)
+    runs = pd.DataFrame(
+        [(model.name, run.parameters, run.seconds, accuracy)
+         for model in models for run, accuracy in zip(model.runs, model.accuracies, strict=True)],
+        columns=["model", "parameters", "training time in seconds", "test accuracy"],
+    )  # fmt: skip
+    figure = Figure(figsize=(9, 4.5), layout="constrained")
+    colors = {model.name: model.color for model in models}
+    for axes, cost in zip(figure.subplots(1, 2, sharey=True), runs.columns[1:3], strict=True):
+        sns.scatterplot(
+            runs, x=cost, y="test accuracy", hue="model", palette=colors, s=80, legend=cost == "parameters", ax=axes
+        )
+        axes.set(title=f"test accuracy by {cost.split(' in')[0]}")
+    _make_log(figure.axes[0], runs["parameters"])
     return Picture("costs", figure, f"test accuracy of {_names(models)} against parameters and training time")
 
 
+@themed
 def execution_scores(study: optuna.Study) -> Picture:
     """Plot the scores of the executions of each trial, and their mean."""
-    figure = Figure(figsize=(8, 4), layout="constrained")
-    axes = figure.add_subplot(xlabel="trial", ylabel=metrics_of(study)[0].name)
+    metric = metrics_of(study)[0].name
     trials = study.get_trials(states=(TrialState.COMPLETE,))
-    for trial in trials:
-        scores = [execution["score"] for execution in trial.user_attrs.get("executions", [])]
-        axes.plot([trial.number] * len(scores), scores, color="tab:green", marker="o", alpha=0.5)
-    means: Any = [trial.values[0] for trial in trials]
-    axes.scatter([trial.number for trial in trials], means, color="black", marker="_", s=120)
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    axes.grid(alpha=0.3)
+    scores = pd.DataFrame(
+        [
+            (trial.number, execution["score"])
+            for trial in trials
+            for execution in trial.user_attrs.get("executions", [])
+        ],
+        columns=["trial", metric],
+    )
+    means = pd.DataFrame({"trial": [trial.number for trial in trials], metric: [trial.values[0] for trial in trials]})
+    figure, axes = _plot("executions of each trial, and their mean", "trial", metric)
+    if len(scores):  # a study that tune did not make has none
+        sns.lineplot(scores, x="trial", y=metric, units="trial", estimator=None, color=STUDY, marker="o", ax=axes)
+    sns.scatterplot(means, x="trial", y=metric, color="black", marker="_", s=150, linewidth=2, ax=axes)
+    figures.integer_axis(axes)
     alt = f"scores of the executions of each trial of study {study.study_name}"
     return Picture("study_executions", figure, alt)
 
 
+@themed
 def pareto_fronts(study: optuna.Study) -> list[Picture]:
     """Plot the first metric of all trials against each other metric, with the Pareto front of the two."""
     first, *others = metrics_of(study)
@@ -153,66 +183,146 @@ def pareto_fronts(study: optuna.Study) -> list[Picture]:
         for x, y in sorted(points, key=lambda point: (-metric.sign * point[0], -first.sign * point[1])):
             if not front or first.sign * y > first.sign * front[-1][1]:
                 front.append((x, y))
-        figure = Figure(figsize=(8, 4.5), layout="constrained")
-        axes = figure.add_subplot(xlabel=metric.name, ylabel=first.name)
-        axes.scatter(*zip(*points, strict=True), color="tab:gray", alpha=0.6, label="trials")
-        axes.step(*zip(*front, strict=True), where="post", color="tab:green", marker="o", label="Pareto front")
-        _add_grid_and_legend(axes)
+        figure, axes = _plot(f"{first.name} against {metric.name}", metric.name, first.name)
+        sns.scatterplot(x=[x for x, _ in points], y=[y for _, y in points], color="gray", s=60, label="trials", ax=axes)
+        axes.step(*zip(*front, strict=True), where="post", color=STUDY, marker="o", label="Pareto front")
+        axes.legend()
         alt = f"{first.name} of the trials of {study.study_name} against {metric.name}; {len(front)} are on the front"
         pictures.append(Picture(f"study_front_{metric.name.replace('/', '_')}", figure, alt))
     return pictures
 
 
 def study_plots(study: optuna.Study, names: dict[str, str]) -> list[Picture]:
-    """Draw Optuna's own plots of a study, for its first metric.
+    """Draw the history of a study, the importance of its parameters and their values, for its first metric.
 
     Args:
         study: A study whose complete trials have different values.
         names: The name to show for each parameter.
     """
-    matplotlib.use("agg")
-    from matplotlib import pyplot
-    from optuna.visualization import matplotlib as optuna_plots
-
-    # a copy with short names: long ones leave no room for anything else
-    short = optuna.create_study(direction=study.directions[0])
-    for trial in study.get_trials(states=(TrialState.COMPLETE,)):
-        distributions: dict[str, BaseDistribution] = {}
-        for key, distribution in trial.distributions.items():
-            if isinstance(distribution, CategoricalDistribution):
-                distribution = CategoricalDistribution([_shorten(choice) for choice in distribution.choices])
-            distributions[names[key]] = distribution
-        params = {names[key]: _shorten(value) for key, value in trial.params.items()}
-        short.add_trial(optuna.create_trial(value=trial.values[0], params=params, distributions=distributions))
-    best, evaluator = best_trial(study), optuna.importance.FanovaImportanceEvaluator(seed=0)
-    history = f"values of the trials of {study.study_name}; the best is {best.values[0]:.4f}, of trial {best.number}"
-    parallel = "parameters of the trials as lines, colored by value"
-    # these functions warn that they are experimental, and set a global style
-    with warnings.catch_warnings(action="ignore"), pyplot.style.context("default"):
-        importances = optuna_plots.plot_param_importances(short, evaluator=evaluator)
-        plots: list[tuple[str, str, Any]] = [
-            ("optimization_history", history, optuna_plots.plot_optimization_history(short)),
-            ("param_importances", "importance of each parameter", importances),
-            ("parallel_coordinate", parallel, optuna_plots.plot_parallel_coordinate(short)),
-        ]
-        for name in names.values():
-            axes = optuna_plots.plot_slice(short, params=[name])
-            plots.append((f"slice_{name}", f"values of the trials against {name}", axes))
-        for name, _, axes in plots:
-            axes.figure.set_size_inches((4.5, 3.5) if name.startswith("slice") else (8, 4.5))
-            axes.figure.tight_layout()
-            pyplot.close(axes.figure)
-    return [Picture(f"study_{name}", axes.figure, alt) for name, alt, axes in plots]
+    metric = metrics_of(study)[0]
+    trials = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
+    rows = [
+        {"trial": trial.number, metric.name: trial.values[0]}
+        | {
+            names[key]: value if isinstance(value, int | float) else short_value(value)
+            for key, value in trial.params.items()
+        }
+        for trial in trials
+    ]
+    # a metric of an infinite trial cannot be placed
+    table = pd.DataFrame(rows).replace([np.inf, -np.inf], np.nan).dropna(subset=[metric.name])
+    logs = {
+        names[key] for trial in trials for key, space in trial.distributions.items() if getattr(space, "log", False)
+    }
+    return [
+        history(study, table),
+        importances(study, names),
+        parallel_coordinates(table, metric.name, [*names.values()], logs),
+        *(slice_of(table, metric.name, name, name in logs) for name in names.values()),
+    ]
 
 
-def _shorten(value: Any) -> Any:
-    return short_value(value) if isinstance(value, str) else value
+@themed
+def history(study: optuna.Study, table: pd.DataFrame) -> Picture:
+    """Plot the value of each trial, and the best so far."""
+    metric, best = metrics_of(study)[0], best_trial(study)
+    figure, axes = _plot("history of the study", "trial", metric.name)
+    sns.scatterplot(table, x="trial", y=metric.name, color=STUDY, s=60, label="trials", ax=axes)
+    so_far = table[metric.name].cummax() if metric.sign == 1 else table[metric.name].cummin()
+    axes.step(table["trial"], so_far, where="post", color="black", label="best so far")
+    axes.legend()
+    figures.integer_axis(axes)
+    alt = f"values of the trials of {study.study_name}; the best is {best.values[0]:.4f}, of trial {best.number}"
+    return Picture("study_optimization_history", figure, alt)
+
+
+@themed
+def importances(study: optuna.Study, names: dict[str, str]) -> Picture:
+    """Plot the importance of each parameter that all trials have."""
+    evaluator = optuna.importance.FanovaImportanceEvaluator(seed=0)
+    found = optuna.importance.get_param_importances(study, evaluator=evaluator, target=lambda trial: trial.values[0])
+    figure, axes = _plot(f"importance for {metrics_of(study)[0].name}", size=(8, 1.5 + 0.35 * len(found)))
+    sns.barplot(x=[*found.values()], y=[names[key] for key in found], color=STUDY, ax=axes)
+    for bars in axes.containers:
+        axes.bar_label(bars, fmt="%.2f", padding=4)  # type: ignore[arg-type]
+    axes.set(
+        xlabel="share of the variance that the parameter explains",
+        ylabel="",
+        xlim=(0, 1.1 * max(found.values(), default=1)),
+    )
+    return Picture("study_param_importances", figure, "importance of each parameter")
+
+
+@themed
+def slice_of(table: pd.DataFrame, metric: str, name: str, is_log: bool) -> Picture:
+    """Plot the trials' values against one parameter."""
+    figure, axes = _plot(f"{metric} by {name}", name, metric, size=(5.5, 4.2))
+    values = table.dropna(subset=[name])
+    if not _is_number(values[name]):
+        values = values.assign(**{name: values[name].map(str)}).sort_values(name)
+    sns.scatterplot(values, x=name, y=metric, color=STUDY, s=60, alpha=0.7, ax=axes)
+    if is_log:
+        _make_log(axes, values[name])
+    return Picture(f"study_slice_{name}", figure, f"values of the trials against {name}")
+
+
+@themed
+def parallel_coordinates(table: pd.DataFrame, metric: str, names: Sequence[str], logs: set[str]) -> Picture:
+    """Draw each trial as a line through its value and its parameters, colored by value."""
+    figure, axes = _plot("parameters of the trials, colored by value", size=(max(9, 1.3 * len(names)), 5))
+    columns = [metric, *names]
+    lines = np.empty((len(table), len(columns), 2))
+    for index, name in enumerate(columns):
+        places, labels = _spread(table[name], name in logs)
+        lines[:, index] = [(index, place) for place in places]
+        for text, place in labels.items():  # outside of the lines where possible
+            side = -1 if place == 0 else 1 if place == 1 else 0
+            axes.annotate(
+                text, (index, place), (0, 6 * side), textcoords="offset points", ha="center", fontsize=10, zorder=3,
+                va=["center", "bottom", "top"][side], bbox={"facecolor": "white", "edgecolor": "none", "pad": 1},
+            )  # fmt: skip
+    collection = LineCollection(
+        [*lines], array=table[metric], cmap="viridis", alpha=0.6
+    )  # seaborn takes ten times as long
+    axes.add_collection(collection)
+    figure.colorbar(collection, ax=axes, label=metric, pad=0.02)
+    axes.set_xticks(range(len(columns)), columns, rotation=30, ha="right", rotation_mode="anchor")
+    axes.set(xlabel="", ylabel="", yticks=[], xlim=(-0.5, len(columns) - 0.5), ylim=(-0.12, 1.12))
+    axes.grid(axis="x", color="#57606a")
+    axes.spines[:].set_visible(False)
+    return Picture("study_parallel_coordinate", figure, "parameters of the trials as lines, colored by value")
+
+
+def _spread(values: "pd.Series[Any]", is_log: bool) -> tuple["pd.Series[float]", dict[str, float]]:
+    """Spread values over 0 to 1; return them with the places of some of their names."""
+    if not _is_number(values):
+        values = values.map(str, na_action="ignore")
+        choices = sorted(values.dropna().unique())
+        places = {choice: index / max(1, len(choices) - 1) for index, choice in enumerate(choices)}
+        return values.map(places), places
+    low, high = values.min(), values.max()
+    scaled = np.log(values) if is_log else values
+    width = scaled.max() - scaled.min()
+    return (scaled - scaled.min()) / (width or 1), {short_value(low): 0.0, short_value(high): float(width > 0)}
+
+
+def _is_number(values: "pd.Series[Any]") -> bool:
+    return pd.api.types.is_numeric_dtype(values) and not pd.api.types.is_bool_dtype(values)
 
 
 def _names(models: Sequence[Model]) -> str:
     return ", ".join(model.name for model in models)
 
 
-def _add_grid_and_legend(axes: Axes) -> None:
-    axes.grid(alpha=0.3)
-    axes.legend()
+def _plot(title: str, x: str = "", y: str = "", size: tuple[float, float] = (8, 4.5)) -> tuple[Figure, Axes]:
+    figure = Figure(figsize=size, layout="constrained")
+    return figure, figure.add_subplot(title=title, xlabel=x, ylabel=y)
+
+
+def _make_log(axes: Axes, values: "pd.Series[Any]") -> None:
+    """Make the horizontal axis logarithmic if its values are more than a power of ten apart; the numbers stay plain."""
+    if values.min() * 10 < values.max():
+        axes.set_xscale("log")
+        axes.xaxis.set_major_locator(LogLocator(subs=(1, 3)))
+        axes.xaxis.set_minor_formatter(NullFormatter())
+    axes.xaxis.set_major_formatter(StrMethodFormatter("{x:,g}"))

@@ -7,6 +7,7 @@ import pandas as pd
 
 from mnist_lightning.comparison import plots
 from mnist_lightning.comparison.evaluation import Model, have_same
+from mnist_lightning.comparison.interactive import metrics
 from mnist_lightning.comparison.loading import origin_of
 from mnist_lightning.comparison.summary import Report, searched
 from mnist_lightning.deployment.page import PadModel, panel
@@ -30,6 +31,7 @@ class Section:
         is_code: Whether the table's cells are code.
         summary: If given, the table is folded below this line.
         widget: A macro of the page that its script makes interactive.
+        files: Pictures of the widget, which are only in the folder.
         fragment: HTML below everything else.
     """
 
@@ -41,6 +43,7 @@ class Section:
     summary: str = ""
     pictures: Sequence[plots.Picture] = ()
     widget: str = ""
+    files: Sequence[plots.Picture] = ()
     fragment: str = ""
 
 
@@ -52,7 +55,13 @@ def model_sections(report: Report) -> list[Section]:
         curves(models),
         Section("Predictions", pictures=[plots.first_images(models)]),
         drawing(models),
-        Section("Confusion matrices", level=3, text=CONFUSION, widget="confusion"),
+        Section(
+            "Confusion matrices",
+            level=3,
+            text=CONFUSION,
+            widget="confusion",
+            files=[plots.confusion_matrix(model) for model in models],
+        ),
         Section("Misclassified images", level=3, widget="gallery"),
         *differences(models),
         classes(models),
@@ -86,7 +95,7 @@ def curves(models: Sequence[Model]) -> Section:
         if (model.runs[0].config.get("data") or {}).get("init_args", {}).get("augmentation")
     ]
     text = f"The training metrics of {', '.join(augmented)} are for augmented images." if augmented else ""
-    return Section("Curves", text=text, widget="curves")
+    return Section("Curves", text=text, widget="curves", files=[plots.curves(models, metrics(models))])
 
 
 def drawing(models: Sequence[Model]) -> Section:

@@ -1,12 +1,15 @@
 """The notebook's pictures, in TensorBoard and in the run's folder."""
 
 import copy
+import time
+from collections.abc import Sequence
+from contextlib import suppress
 from typing import Any
 
 import numpy as np
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.loggers import MLFlowLogger, TensorBoardLogger, WandbLogger
+from lightning.pytorch.loggers import Logger, MLFlowLogger, TensorBoardLogger, WandbLogger
 from lightning.pytorch.utilities.rank_zero import rank_zero_only, rank_zero_warn
 from lightning.pytorch.utilities.seed import isolate_rng
 from matplotlib.figure import Figure
@@ -15,6 +18,7 @@ from PIL import Image
 from torch import Tensor
 
 from mnist_lightning.data import Batch, ImageDataModule
+from mnist_lightning.system.files import atomic_write
 from mnist_lightning.training import figures
 from mnist_lightning.training.checkpoints import RunCheckpoint
 
@@ -33,17 +37,21 @@ class Figures(Callback):
         self._checkpoint = checkpoint
         self._confusion = torch.zeros(0)
         self._layout_logged = False
+        self._loggers: Sequence[Logger] = ()
+        self._drawn_at = time.monotonic()
+        self._is_tested = False
 
     @rank_zero_only
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Show training samples and the network."""
+        self._loggers = trainer.loggers  # fit tests without them
         data: ImageDataModule = trainer.datamodule  # type: ignore[attr-defined]
         assert data.train is not None
         indices = range(min(25, len(data.train)))
         with isolate_rng():  # augmentation draws, and a continued run must not draw more often
             images, _ = data.train.__getitems__(indices)
         names = [data.classes[label] for label in data.train.labels[: len(indices)]]
-        self._show(trainer, "samples", figures.sample_grid(figures.pictures(images), names))
+        self._show(trainer, "samples", figures.sample_grid(figures.pictures(images), names), trainer.loggers)
         for logger in _tensorboards(trainer):
             # evaluation mode does not use the random state
             network: Any = copy.deepcopy(pl_module.network)
@@ -51,6 +59,12 @@ class Figures(Callback):
                 logger.experiment.add_graph(network.eval(), images[:1].to(pl_module.device).type(pl_module.dtype))
             except Exception as error:  # a network that cannot be traced may raise anything
                 rank_zero_warn(f"TensorBoard gets no graph, because the network cannot be traced: {error}")
+
+    @rank_zero_only
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Draw the curves at most once a minute, for a run that is killed."""
+        if time.monotonic() - self._drawn_at > 60:
+            self._draw_curves(trainer)
 
     def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._confusion.zero_()
@@ -78,8 +92,8 @@ class Figures(Callback):
         if trainer.loggers:
             title = f"validation, epoch {trainer.current_epoch + 1}"
             names = trainer.datamodule.names(len(counts))  # type: ignore[attr-defined]
-            figure = figures.confusion_matrix(counts, title, names)
-            _log_image(trainer, "confusion_matrix/val", figures.render(figure), step)
+            figure = figures.confusion_matrix(counts, title, names, is_quick=True)
+            _log_image(trainer.loggers, "confusion_matrix/val", figures.render(figure), step)
         if not self._layout_logged:
             self._layout_logged = True
             metrics = {n: value.item() for n, value in trainer.callback_metrics.items() if n.startswith("val/")}
@@ -93,8 +107,7 @@ class Figures(Callback):
     @torch.no_grad()
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Show the curves and the network's predictions for the first ten test images."""
-        self._show(trainer, "accuracy", figures.curves(self._checkpoint.history, ["accuracy"]))
-        self._show(trainer, "loss", figures.curves(self._checkpoint.history, ["penalized_loss", "loss"]))
+        self._draw_curves(trainer, trainer.loggers)
         data: ImageDataModule = trainer.datamodule  # type: ignore[attr-defined]
         data.setup("test")
         assert data.test is not None
@@ -105,19 +118,53 @@ class Figures(Callback):
         names = data.names(logits.shape[1])
         truths, guesses = ([names[index] for index in classes] for classes in (labels, logits.argmax(dim=1)))
         pictures = figures.pictures(data.test.scaled(indices))
-        self._show(trainer, "predictions", figures.predictions(pictures, truths, guesses))
+        self._show(trainer, "predictions", figures.predictions(pictures, truths, guesses), trainer.loggers)
 
-    def _show(self, trainer: Trainer, name: str, figure: Figure) -> None:
-        folder = self._checkpoint.run_dir / "figures"
-        folder.mkdir(parents=True, exist_ok=True)
+    @rank_zero_only
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Draw the curves of a run that was stopped."""
+        with suppress(OSError):  # the disk may be full
+            self._draw_curves(trainer)
+
+    # fit tests first the weights of the last epoch, then those of the best
+    on_test_epoch_start = on_validation_epoch_start
+    on_test_batch_end = on_validation_batch_end  # type: ignore[assignment]
+
+    def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Show the confusion matrix of the first test, which is of the weights of the last epoch."""
+        counts = trainer.strategy.reduce(self._confusion, reduce_op="sum").cpu().numpy()
+        is_first, self._is_tested = not self._is_tested, True
+        if is_first and trainer.is_global_zero:
+            names = trainer.datamodule.names(len(counts))  # type: ignore[attr-defined]
+            figure = figures.confusion_matrix(counts, f"{self._run}: test images, last epoch", names)
+            self._show(trainer, "confusion_matrix", figure, self._loggers)
+
+    @property
+    def _run(self) -> str:
+        return " ".join(self._checkpoint.run_dir.parts[-2:])
+
+    def _draw_curves(self, trainer: Trainer, loggers: Sequence[Logger] = ()) -> None:
+        """Draw the curves of the epochs so far."""
+        model = self._checkpoint.run_dir.parent.name
+        table = figures.tidy({model: [self._checkpoint.history]})
+        for name, metrics in (("accuracy", ["accuracy"]), ("loss", ["penalized_loss", "loss"])):
+            if logged := [metric for metric in metrics if metric in table["metric"].unique()]:
+                figure = figures.curves(table, logged, {model: figures.COLORS[0]}, self._run)
+                self._show(trainer, name, figure, loggers)
+        self._drawn_at = time.monotonic()
+
+    def _show(self, trainer: Trainer, name: str, figure: Figure, loggers: Sequence[Logger]) -> None:
+        path = self._checkpoint.run_dir / f"figures/{name}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
         pixels = figures.render(figure)
-        Image.fromarray(pixels).save(folder / f"{name}.png")
-        _log_image(trainer, name, pixels, trainer.global_step)
+        with atomic_write(path) as partial:
+            Image.fromarray(pixels).save(partial, "PNG")
+        _log_image(loggers, name, pixels, trainer.global_step)
 
 
-def _log_image(trainer: Trainer, name: str, pixels: NDArray[np.uint8], step: int) -> None:
+def _log_image(loggers: Sequence[Logger], name: str, pixels: NDArray[np.uint8], step: int) -> None:
     """Show a picture in the loggers that take pictures."""
-    for logger in trainer.loggers:
+    for logger in loggers:
         if isinstance(logger, TensorBoardLogger):
             logger.experiment.add_image(name, pixels, step, dataformats="HWC")
         elif isinstance(logger, MLFlowLogger):

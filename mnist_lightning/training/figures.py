@@ -1,13 +1,16 @@
-"""The notebook's pictures, as matplotlib figures without global state."""
+"""The notebook's pictures, as matplotlib figures without global state, and the theme of all pictures."""
 
+import math
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cache
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from matplotlib import rc_context
+from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.colors import to_rgb
+from matplotlib.colors import LinearSegmentedColormap, to_rgb
 from matplotlib.figure import Figure
 from matplotlib.patches import PathPatch
 from matplotlib.path import Path
@@ -16,9 +19,40 @@ from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 from torch import Tensor
 
-DIGIT_WIDTH, DIGIT_HEIGHT = 0.636, 0.73  # of DejaVu Sans, matplotlib's own font, in units of its size
+if TYPE_CHECKING:
+    import pandas as pd
+
+COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00")
+"""Colors of models, by Okabe and Ito, which color-blind people can tell apart; the lightest on white come last."""
+AGAINST, FOR = COLORS[:2]
 RIGHT, WRONG = "#1a7f37", "#cf222e"
-FOR, AGAINST = "#d55e00", "#0072b2"  # Okabe and Ito's colors, which color-blind people can tell apart
+DIGIT_WIDTH, DIGIT_HEIGHT = 0.636, 0.73  # of DejaVu Sans, matplotlib's own font, in units of its size
+GRID = "#d0d7de"
+STAGES = {"val": "validation", "train": "training"}
+
+themed = rc_context(
+    {
+        "figure.dpi": 150,
+        "font.size": 12,
+        "axes.titlesize": 14,
+        "axes.titleweight": "bold",
+        "figure.titlesize": 15,
+        "figure.titleweight": "bold",
+        "axes.axisbelow": True,
+        "axes.edgecolor": "#57606a",
+        "axes.grid": True,
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+        "grid.color": GRID,
+        "legend.edgecolor": "white",
+        "legend.fontsize": 11,
+        "text.parse_math": False,  # dollar signs in a name do not mean mathematics
+    }
+)
+"""Decorator of the functions that draw: matplotlib's global style stays as it is."""
+
+History = Sequence[Mapping[str, float]]
+"""A run's metrics: one row an epoch with ``epoch`` (from 0) and values like ``train/loss`` and ``val/loss``."""
 
 
 def pictures(images: Tensor) -> NDArray[Any]:
@@ -56,8 +90,14 @@ def colored(images: NDArray[Any], saliency: NDArray[Any] | None = None) -> NDArr
     return np.asarray((0.55 + 0.45 * colors) * (1 - share) + hue * share).clip(0, 1)
 
 
+@themed
 def image_grid(
-    images: NDArray[Any], titles: Sequence[str], columns: int, colors: Sequence[str] | None = None, scale: float = 1.2
+    images: NDArray[Any],
+    titles: Sequence[str],
+    columns: int,
+    colors: Sequence[str] | None = None,
+    scale: float = 1.3,
+    title: str = "",
 ) -> Figure:
     """Draw images in rows, each under its title; gray images as ink on white.
 
@@ -67,6 +107,7 @@ def image_grid(
         columns: Number of images in a row; the last row may have fewer.
         colors: Colors of the titles, by default black.
         scale: Width of an image in inches.
+        title: Title above all images.
     """
     rows, lines = -(-len(images) // columns), 1 + titles[0].count("\n")
     size = images.shape[2] / 28  # the text has the same size for any image size
@@ -74,16 +115,17 @@ def image_grid(
     border = [(0, 0), (top, 0), (side, side), (0, 0)][: images.ndim]
     cells = np.pad(images, border, constant_values=images.ndim == 4)
     height, width = cells.shape[1:3]
-    figure = Figure(figsize=(columns * scale, rows * scale * height / width))
-    axes = figure.add_axes((0, 0, 1, 1))  # one image for all: separate axes take ten times as long to draw
+    head, body = 0.4 * bool(title), rows * scale * height / width  # in inches
+    figure = Figure(figsize=(columns * scale, head + body))
+    figure.suptitle(title, y=1 - 0.1 / (head + body))
+    axes = figure.add_axes((0, 0, 1, body / (head + body)))  # one image for all: many axes take ten times as long
     axes.imshow(mosaic(cells, columns), cmap="gray_r", vmin=0, vmax=1)
     axes.set_axis_off()
-    for index, title in enumerate(titles):
+    for index, text in enumerate(titles):
         row, column = divmod(index, columns)
         place = ((column + 0.5) * width, row * height + top - 2 * size)
         color = colors[index] if colors else "black"
-        # dollar signs in a name do not mean mathematics
-        axes.text(*place, title, ha="center", va="bottom", color=color, fontsize=9, parse_math=False)
+        axes.text(*place, text, ha="center", va="bottom", color=color, fontsize=7.5 * scale)
     return figure
 
 
@@ -112,7 +154,7 @@ def sample_grid(images: NDArray[Any], labels: Sequence[str]) -> Figure:
         images: Images from :func:`pictures`.
         labels: Names of their classes.
     """
-    return image_grid(images[:25], labels[:25], columns=5)
+    return image_grid(images[:25], labels[:25], columns=5, title="training images")
 
 
 def predictions(images: NDArray[Any], labels: Sequence[str], predicted: Sequence[str]) -> Figure:
@@ -126,43 +168,67 @@ def predictions(images: NDArray[Any], labels: Sequence[str], predicted: Sequence
     pairs = list(zip(predicted[:10], labels[:10], strict=True))
     titles = [f"predicted {guess}\ntrue {label}" for guess, label in pairs]
     colors = [RIGHT if guess == label else WRONG for guess, label in pairs]
-    return image_grid(images[:10], titles, columns=5, colors=colors, scale=1.6)
+    return image_grid(images[:10], titles, columns=5, colors=colors, scale=1.6, title="the first test images")
 
 
-def confusion_matrix(counts: NDArray[Any], title: str, classes: Sequence[str]) -> Figure:
+@themed
+def confusion_matrix(
+    counts: NDArray[Any], title: str, classes: Sequence[str], color: str = COLORS[0], is_quick: bool = False
+) -> Figure:
     """Draw a confusion matrix, colored by the share of each true class.
 
     Args:
         counts: Counts of shape (classes, classes): rows are true classes, columns predicted classes.
         title: Title above the matrix.
         classes: Names of the classes.
+        color: Color of a class that is always right.
+        is_quick: Whether to draw smaller and without seaborn, in a third of the time. More than 30 classes are always
+            drawn without it, which would take a minute for a hundred.
     """
-    # seaborn.heatmap takes 2 s more in a fit of 20 epochs (3.2 s for 20 pictures and 0.2 s to import, against 1.4 s)
-    shares = counts / counts.sum(axis=1, keepdims=True).clip(min=1)
     text = max(map(len, classes))
-    size, margin = 4.3 * max(1, len(classes) / 10) ** 0.7, 0.4 + 0.09 * text  # in inches, of the matrix and the names
-    width, height = margin + size + 0.15, margin + size + 0.3
-    figure = Figure(figsize=(width, height))
-    box = (margin / width, margin / height, size / width, size / height)
-    axes = figure.add_axes(box, title=title, xlabel="predicted", ylabel="true")
-    axes.set_xticks(range(len(counts)), classes, rotation=90 if text > 2 else 0, parse_math=False)
-    axes.set_yticks(range(len(counts)), classes, parse_math=False)
+    size, margin = 5.5 * max(1, len(classes) / 10) ** 0.7, 0.6 + 0.1 * text  # in inches, of the matrix and the names
+    width, height = margin + size + 0.2, margin + size + 0.4
+    figure = Figure(figsize=(width, height), dpi=80 if is_quick else min(150, 3000 / height))
+    axes = figure.add_axes((margin / width, margin / height, size / width, size / height))
     # the root makes a handful of mistakes visible next to a thousand right answers
-    axes.imshow(np.sqrt(shares), cmap="Blues", vmin=0, vmax=1)
-    for color, cells in (("white", shares > 0.4), ("black", (shares <= 0.4) & (counts > 0))):
-        axes.add_artist(PathPatch(_numbers(counts, cells), color=color, linewidth=0))  # add_patch is slow
+    shares = np.sqrt(counts / counts.sum(axis=1, keepdims=True).clip(min=1))
+    style: Any = {"cmap": LinearSegmentedColormap.from_list("shares", ["white", color]), "vmin": 0, "vmax": 1}
+    digits = len(str(counts.max()))
+    points = min(12, 72 * size / len(classes) / (0.75 * max(3, digits)))  # the longest number fits into its cell
+    if is_quick or len(classes) > 30:
+        _draw_quickly(axes, counts, shares, style, points * len(classes) / size / 72)
+    else:
+        import seaborn as sns  # slow to import
+
+        numbers = np.where(counts > 0, counts.astype(str), "")
+        sns.heatmap(
+            shares, annot=numbers, fmt="", annot_kws={"size": points}, cbar=False, linewidths=0.5, linecolor=GRID,
+            ax=axes, **style,
+        )  # fmt: skip
+    places = np.arange(len(classes)) + 0.5
+    axes.set_xticks(places, classes, rotation=90 if text > 2 else 0)
+    axes.set_yticks(places, classes, rotation=0)
+    axes.set(title=title, xlabel="predicted", ylabel="true")
+    axes.tick_params(length=0)
+    axes.grid(False)
     return figure
 
 
-def _numbers(counts: NDArray[Any], cells: NDArray[np.bool_], size: float = 0.33) -> Path:
-    """Return the numbers in some cells of a matrix as one path: a hundred texts take ten times as long to draw."""
-    paths = []
-    for row, column in zip(*np.nonzero(cells), strict=True):
-        digits = [_digit(character) for character in str(counts[row, column])]
-        for place, digit in enumerate(digits):
-            offset = (column + size * DIGIT_WIDTH * (place - len(digits) / 2), row + size * DIGIT_HEIGHT / 2)
-            paths.append(Path(digit.vertices * (size, -size) + offset, digit.codes))
-    return Path.make_compound_path(*paths)
+def _draw_quickly(axes: Axes, counts: NDArray[Any], shares: NDArray[Any], style: Any, size: float) -> None:
+    """Draw a matrix and its numbers as one image and two paths: a hundred texts take ten times as long to draw."""
+    axes.imshow(shares, extent=(0, len(counts), len(counts), 0), **style)
+    for color, cells in (("white", shares > 0.6), ("black", (shares <= 0.6) & (counts > 0))):
+        paths = []
+        for row, column in zip(*np.nonzero(cells), strict=True):
+            number = str(counts[row, column])
+            for place, character in enumerate(number, start=-len(number)):
+                digit = _digit(character)
+                offset = (
+                    column + 0.5 + size * DIGIT_WIDTH * (place + len(number) / 2),
+                    row + (1 + size * DIGIT_HEIGHT) / 2,
+                )
+                paths.append(Path(digit.vertices * (size, -size) + offset, digit.codes))
+        axes.add_artist(PathPatch(Path.make_compound_path(*paths), color=color, linewidth=0))  # add_patch is slow
 
 
 @cache
@@ -170,26 +236,65 @@ def _digit(character: str) -> TextPath:
     return TextPath((0, 0), character, size=1)
 
 
-def curves(history: Sequence[dict[str, float]], metrics: Sequence[str]) -> Figure:
-    """Draw metrics of training and validation over the epochs.
+def tidy(histories: Mapping[str, Sequence[History]]) -> "pd.DataFrame":
+    """Return a table with a row for each value: model, run, epoch (from 1), stage, metric, value.
 
     Args:
-        history: One row an epoch with ``epoch`` (from 0) and values like ``train/loss`` and ``val/loss``.
-        metrics: Names without their stage; the first is drawn solid, the second dashed.
+        histories: For each model the histories of its runs. A value that is not finite becomes NaN, which is a gap.
     """
-    figure = Figure(figsize=(7, 4.5))
-    axes = figure.add_axes((0.1, 0.11, 0.87, 0.85), xlabel="epoch", ylabel=metrics[0].replace("_", " "))
-    for metric, style in zip(metrics, ("-", "--"), strict=False):
-        for stage, color in (("train", "tab:blue"), ("val", "tab:orange")):
-            points = [(row["epoch"] + 1, row[f"{stage}/{metric}"]) for row in history if f"{stage}/{metric}" in row]
-            if points:
-                axes.plot(*zip(*points, strict=True), style, color=color, marker=".", label=f"{stage}/{metric}")
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    axes.grid(alpha=0.3)
-    axes.legend()
+    import pandas as pd  # slow to import
+
+    rows = [
+        (model, run, int(row["epoch"]) + 1, STAGES[stage], metric, value if math.isfinite(value) else math.nan)
+        for model, histories_of in histories.items()
+        for run, history in enumerate(histories_of)
+        for row in history
+        for key, value in row.items()
+        for stage, _, metric in [key.partition("/")]
+        if stage in STAGES
+    ]
+    return pd.DataFrame(rows, columns=["model", "run", "epoch", "stage", "metric", "value"])
+
+
+@themed
+def curves(table: "pd.DataFrame", metrics: Sequence[str], colors: Mapping[str, str], title: str = "") -> Figure:
+    """Draw metrics over the epochs: a line for each model and stage, with a band from its lowest to its highest run.
+
+    Args:
+        table: A table from :func:`tidy`.
+        metrics: Names without their stage; each has its own panel.
+        colors: Color of each model.
+        title: Title above all panels.
+    """
+    import seaborn as sns  # slow to import
+
+    figure = Figure(figsize=(6.5 * len(metrics), 4.8), layout="constrained")
+    panels = figure.subplots(1, len(metrics), squeeze=False)[0]
+    style: Any = {"marker": "o", "markeredgewidth": 0, "markersize": 5, "style_order": [*STAGES.values()]}
+    if len(colors) > 1:
+        style |= {"hue": "model", "hue_order": [*colors], "palette": colors}
+    else:
+        style |= {"color": next(iter(colors.values()))}
+    for axes, metric in zip(panels, metrics, strict=True):
+        values = table[table["metric"] == metric]
+        style["legend"] = axes is panels[0]
+        # by default, seaborn would draw random numbers for the band
+        sns.lineplot(values, x="epoch", y="value", style="stage", errorbar=("pi", 100), ax=axes, **style)
+        if axes.get_legend():
+            axes.legend(title=None)
+        name = metric.replace("_", " ")
+        axes.set(title=name, xlabel="epoch", ylabel=name)
+        integer_axis(axes)
+    figure.suptitle(title)
     return figure
 
 
+def integer_axis(axes: Axes) -> None:
+    """Label the horizontal axis of an epoch's or a trial's number with integers only."""
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1, steps=[1, 2, 5, 10]))
+
+
+@themed
 def render(figure: Figure) -> NDArray[np.uint8]:
     """Return the pixels of a figure, of shape (height, width, 3)."""
     canvas = FigureCanvasAgg(figure)

@@ -143,7 +143,7 @@ def test_a_run_folder_is_complete(fitted):
     run, _ = fitted
     for name in ("config.yaml", "hparams.yaml", "metrics.csv", "checkpoints/best.ckpt", "checkpoints/last.ckpt"):
         assert (run / name).stat().st_size > 0
-    for name in ("samples", "accuracy", "loss", "predictions"):
+    for name in ("samples", "accuracy", "loss", "predictions", "confusion_matrix"):
         assert (run / f"figures/{name}.png").read_bytes().startswith(b"\x89PNG")
     assert not list(run.rglob("*partial*"))
     table = rows(run)

@@ -196,7 +196,7 @@ def test_the_page_is_one_file_with_everything(made, reported):
     assert {
         "samples", "only_baseline_not_tuned", "only_tuned_not_baseline", "reliability", "costs",
         "study_optimization_history", "study_param_importances", "study_slice_units.0", "study_parallel_coordinate",
-        "study_executions",
+        "study_executions", "curves", "confusion_matrix_baseline", "confusion_matrix_tuned",
     } <= set(files)  # fmt: skip
     for path in (folder / "figures").glob("*.png"):
         assert Image.open(path).size[0] > 200
