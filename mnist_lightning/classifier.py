@@ -1,6 +1,7 @@
 """The LightningModule: cross-entropy and L2, metrics, any optimizer and schedule."""
 
 import copy
+import importlib
 import math
 import warnings
 from collections import defaultdict
@@ -321,11 +322,30 @@ class Classifier(LightningModule):
         """
         return {"loss": loss, "penalized_loss": loss + self.penalty(), "accuracy": logits.argmax(dim=1) == labels}
 
+    def objective(self, logits: Tensor, labels: Tensor, loss: Tensor) -> Tensor:
+        """Return the loss of a training batch that the optimizer minimizes, without the penalty.
+
+        Args:
+            logits: Of shape (batch, classes).
+            labels: True classes, of shape (batch,), or shares of the classes, of shape (batch, classes).
+            loss: Cross-entropy, a scalar, without label smoothing and class weights.
+        """
+        if self.class_weights is None:
+            smoothing = self.label_smoothing
+            return F.cross_entropy(logits, labels, label_smoothing=smoothing) if smoothing else loss
+        self._check_weights(logits.shape[1])
+        assert self.loss_weights is not None, "call balance() first"
+        self.loss_weights = self.loss_weights.to(logits)
+        # torch's mean would divide by the sum of the weights, but by the number of images if labels are shares
+        total = F.cross_entropy(
+            logits, labels, self.loss_weights, reduction="sum", label_smoothing=self.label_smoothing
+        )
+        return total / len(labels)
+
     def training_step(self, batch: Batch) -> Tensor:
         """Return the loss of a batch that the optimizer minimizes."""
         loss, logits = self._step(batch, "train")
-        if self.label_smoothing or self.class_weights is not None:
-            loss = self._objective(logits, batch[1])
+        loss = self.objective(logits, batch[1], loss)
         return loss + self._penalty_weight() * self.penalty() if self.penalty_in_loss else loss
 
     def validation_step(self, batch: Batch) -> Tensor:
@@ -454,19 +474,6 @@ class Classifier(LightningModule):
         batches, batch = self.trainer.num_training_batches, self.trainer.fit_loop.batch_idx
         return accumulated / min(accumulated, batches - batch // accumulated * accumulated)
 
-    def _objective(self, logits: Tensor, labels: Tensor) -> Tensor:
-        """Return the smoothed and weighted cross-entropy of a batch."""
-        if self.class_weights is None:
-            return F.cross_entropy(logits, labels, label_smoothing=self.label_smoothing)
-        self._check_weights(logits.shape[1])
-        assert self.loss_weights is not None, "call balance() first"
-        self.loss_weights = self.loss_weights.to(logits)
-        # torch's mean would divide by the sum of the weights, but by the number of images if labels are shares
-        total = F.cross_entropy(
-            logits, labels, self.loss_weights, reduction="sum", label_smoothing=self.label_smoothing
-        )
-        return total / len(labels)
-
     def _check_weights(self, outputs: int) -> None:
         """Check that each output of the network has a class weight; outputs without a class get the weight 1.
 
@@ -517,6 +524,30 @@ class Classifier(LightningModule):
         values = {name: total / images for name, total in zip(names, sums, strict=False)}
         values |= self.epoch_metrics.compute(stage)
         self.log_dict({f"{stage}/{name}": value for name, value in values.items()}, sync_dist=True)
+
+
+def classifier_class(path: str) -> type[Classifier]:
+    """Return the class of a class path: Classifier or a subclass of it.
+
+    Raises:
+        UserError: If there is no such class, or it is not a Classifier.
+    """
+    if path == "Classifier":
+        return Classifier
+    module, _, name = path.rpartition(".")
+    try:
+        found: Any = getattr(importlib.import_module(module), name, None)
+    except (ImportError, ValueError) as error:
+        reason = f": {error}" if module else ", give its class path: my_module.MyClassifier"
+        raise UserError(f"model: there is no class {path}{reason}.") from error
+    if found is None:
+        raise UserError(f"model: there is no class {path}: {module} has no {name}.")
+    if not isinstance(found, type) or not issubclass(found, Classifier):
+        raise UserError(
+            f"model: {path} is not a subclass of mnist_lightning.Classifier. It lacks the network, metrics and logits "
+            "that the commands use: derive it from Classifier, and override what differs, such as objective."
+        )
+    return found
 
 
 def check_compiler(device: torch.device) -> None:

@@ -145,7 +145,7 @@ def _describe(folder: Path) -> dict[str, Any]:
     row: dict[str, Any] = {"name": folder.parent.name, "version": int(version) if version.isdigit() else None}
     row["when"] = datetime.fromtimestamp((folder / "config.yaml").stat().st_mtime)
     with suppress(UserError, KeyError, TypeError, AttributeError):
-        row["network"] = "".join(_network(run.config["model"]["network"]))
+        row["network"] = "".join(_network(run.config["model"]))
     with suppress(UserError, KeyError):
         history = run.history
         row |= {"epochs": len(history), "val/accuracy": history["val/accuracy"].max()}
@@ -158,8 +158,14 @@ def _describe(folder: Path) -> dict[str, Any]:
     return row
 
 
-def _network(spec: dict[str, Any]) -> Iterator[str]:
-    """Yield the class of a network and its widths."""
+def _network(model: dict[str, Any]) -> Iterator[str]:
+    """Yield the class of a model, unless it is the Classifier; and the class of its network and the widths."""
+    if path := model.get("class_path"):
+        yield str(path).rpartition(".")[2]
+    if "network" not in model:
+        return
+    spec = model["network"]
+    yield ": " if path else ""
     yield str(spec["class_path"]).rpartition(".")[2]
     arguments = spec.get("init_args") or {}
     for name in ("units", "channels", "model"):

@@ -26,7 +26,10 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 import mnist_lightning.augmentation  # noqa: F401 - jsonargparse finds its classes by their short names
 import mnist_lightning.datasets  # noqa: F401
 from mnist_lightning.classifier import Classifier
+from mnist_lightning.commands.model import named_class
 from mnist_lightning.commands.parsing import (
+    SIZE_ARGUMENTS,
+    UNKNOWN_SIZE,
     Parser,
     check_numbers,
     fill_nulls,
@@ -80,6 +83,7 @@ class RunCLI(LightningCLI):
     parser: Parser
     datamodule: ImageDataModule
     model: Classifier
+    model_class: type[Classifier]
     trainer: Trainer
 
     trains = False
@@ -96,8 +100,9 @@ class RunCLI(LightningCLI):
         self.command = command
         self.objects = objects
         self.saved: SavedRun | None = None
+        arguments = arguments if isinstance(arguments, dict) else read_pipes(arguments)
         super().__init__(
-            Classifier,
+            named_class(arguments) or Classifier,
             ImageDataModule,
             trainer_class=Trainer,
             subclass_mode_data=True,
@@ -107,7 +112,7 @@ class RunCLI(LightningCLI):
             save_config_callback=None,  # it would save in the first logger's folder
             auto_configure_optimizers=False,
             run=False,
-            args=arguments if isinstance(arguments, dict) else read_pipes(arguments),
+            args=arguments,
         )
 
     @classmethod
@@ -127,6 +132,13 @@ class RunCLI(LightningCLI):
         """Tell the user something about the options."""
         rank_zero_print(line)
 
+    def add_core_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Add the options of the trainer, the model and the data, and a key for a model's class of the user's own."""
+        if self.model_class is not Classifier:
+            path = f"{self.model_class.__module__}.{self.model_class.__qualname__}"
+            parser.add_argument("--model.class_path", type=str, default=path, help="Class of the model.")
+        super().add_core_arguments_to_parser(parser)
+
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Add the options that do not belong to the trainer, the model or the data."""
         parser.add_argument("--name", type=str, help=f"Folder of the run, in {LOGS}.")
@@ -141,7 +153,10 @@ class RunCLI(LightningCLI):
             type=dict[str, Any] | None,
             help="Study and trial of the config: tune writes it, report reads it.",
         )
-        parser.set_defaults(DEFAULTS)
+        values = DEFAULTS | {f"model.{name}": UNKNOWN_SIZE for name in SIZE_ARGUMENTS}
+        given = parser.get_defaults()  # a model of the user's own may make its network itself, or have a default
+        missing = [key for key in values if not key.startswith("model.") or given.get(key, UNKNOWN_SIZE) is None]
+        parser.set_defaults({key: values[key] for key in missing})
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """Parse the arguments, and take what is missing from the checkpoint."""
@@ -195,6 +210,12 @@ class RunCLI(LightningCLI):
         if not path.is_file():
             raise UserError(f"No checkpoint at {path}; `last` and `best` mean those of the newest run.")
         self.saved = SavedRun.read(path)
+        found, given = self.saved.model_class, named_class(args)
+        if given not in (None, found):
+            raise UserError(f"{path} was trained by {found.__name__}, not {given.__name__}: leave out --model.")
+        if found is not self.model_class:  # the parser has the options of another class
+            self.model_class = self._model_class = found
+            self.setup_parser(False, self.parser_kwargs, {})
         values = {**self.taken(self.saved), "model": self.saved.model, "data": self.saved.data}
         self.parser.exit_on_error = False
         try:
@@ -202,7 +223,7 @@ class RunCLI(LightningCLI):
             self._check_paths(path, paths_in(self.plain_config(config)["trainer"], "trainer"))
             self.normalize(config)
             given = self.plain_config(config)["model"]
-            model = self.saved.model | {name: given[name] for name in self.kept}
+            model = self.saved.model | {name: given[name] for name in self.kept if name in given}
             self.config = self.parser.parse_object({"model": model, "ckpt_path": str(path)}, config)
         except ArgumentError as error:
             raise UserError(
@@ -252,7 +273,7 @@ class RunCLI(LightningCLI):
         for group in ("trainer", "model", "data"):
             if not isinstance(config[group], Namespace):
                 raise UserError(f"{group} must be a mapping of options, not {config[group]}.")
-        for group, made in (("trainer", pl.Trainer), ("model", Classifier)):
+        for group, made in (("trainer", pl.Trainer), ("model", self.model_class)):
             fill_nulls(config[group], made)
         fill_nulls(Namespace(data=config.data), ImageDataModule)
         for group in ("model", "data"):
@@ -300,7 +321,10 @@ class RunCLI(LightningCLI):
             path = self.config.get("ckpt_path")
             raise UserError(f"{path} cannot be used: {reason}" if path else reason) from error
         # only a model that is built from a config has hyper-parameters of plain types
-        self.model.save_hyperparameters({**self.config_dump["model"], "_instantiator": INSTANTIATOR})
+        arguments = {**self.config_dump["model"], "_instantiator": INSTANTIATOR}
+        if "class_path" in arguments:  # under the name by which Lightning finds it
+            arguments["_class_path"] = arguments.pop("class_path")
+        self.model.save_hyperparameters(arguments)
 
     def _make(self) -> None:
         data = self.parser.make_data(self.config)
@@ -321,15 +345,15 @@ class RunCLI(LightningCLI):
         """Check that the model can be trained on the data, if the command trains."""
 
     def _check_monitors(self, optimizers: Any) -> None:
-        """Check that the metrics which callbacks and schedule monitor are logged, unless a user's callback may log.
+        """Check that the metrics which callbacks and schedule monitor are logged, unless the user's code may log.
 
         Raises:
             UserError: If a monitored metric will not be logged.
         """
         followers: list[Any] = [*self.trainer.callbacks]  # type: ignore[attr-defined]
         if any(
-            type(callback).__module__.partition(".")[0] not in ("lightning", "mnist_lightning")
-            for callback in followers
+            type(each).__module__.partition(".")[0] not in ("lightning", "mnist_lightning")
+            for each in (*followers, self.model)
         ):
             return
         logits = torch.zeros(1, len(self.datamodule.classes))  # running the network would draw its dropout

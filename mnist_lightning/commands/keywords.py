@@ -19,7 +19,7 @@ import torch
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import nn
 
-from mnist_lightning.classifier import Classifier
+from mnist_lightning.classifier import Classifier, classifier_class
 from mnist_lightning.system.errors import UserError, one_line
 from mnist_lightning.training.runs import RUN_KEYS
 
@@ -37,8 +37,8 @@ def words(own: Mapping[str, Any], options: Mapping[str, Any]) -> tuple[list[str]
 
     Args:
         own: Options of the command, by name; None leaves out an option.
-        options: Any other options, by their dotted keys; the names of the arguments of ``Trainer`` and ``Classifier``
-            need no dots.
+        options: Any other options, by their dotted keys; the names of the arguments of ``Trainer``, of ``Classifier``
+            and of a ``model`` that is among the options need no dots.
 
     Returns:
         The words; and the trainer's arguments that are objects, which words cannot describe.
@@ -48,7 +48,7 @@ def words(own: Mapping[str, Any], options: Mapping[str, Any]) -> tuple[list[str]
     """
     found, objects = [], {}
     given = {name: value for name, value in own.items() if value is not None} | {
-        full_name(name, own): value for name, value in options.items()
+        full_name(name, own, _model_class(options.get("model"))): value for name, value in options.items()
     }
     for name, value in given.items():
         group, _, argument = name.partition(".")
@@ -64,15 +64,31 @@ def words(own: Mapping[str, Any], options: Mapping[str, Any]) -> tuple[list[str]
     return found, objects
 
 
-def full_name(name: str, own: Mapping[str, Any]) -> str:
+def _model_class(model: Any) -> Any:
+    """Return the class of a model that is given as its class path, the class or a partial; by default Classifier."""
+    if isinstance(model, nn.Module):
+        made = type(model).__name__
+        raise UserError(f"model: give the class {made}, or functools.partial({made}, ...), instead of an object.")
+    if isinstance(model, functools.partial):
+        return model.func
+    return model if isinstance(model, type) else classifier_class(str(model or "Classifier"))
+
+
+def full_name(name: str, own: Mapping[str, Any], model: Any = Classifier) -> str:
     """Return the dotted key of an option.
+
+    Args:
+        name: The option.
+        own: Options of the command.
+        model: The class of the model.
 
     Raises:
         UserError: If the option does not exist.
     """
     if "." in name or name in own or name in OPTIONS:
         return name
-    arguments = {group: inspect.signature(made).parameters for group, made in GROUPS.items()}
+    arguments = {group: [*inspect.signature(made).parameters] for group, made in GROUPS.items()}
+    arguments["model"] += inspect.signature(model).parameters
     for group, names in arguments.items():
         if name in names:
             return f"{group}.{name}"
@@ -105,8 +121,9 @@ def _spec(value: Any, name: str) -> Any:
     if isinstance(value, type):
         return _class_path(value)
     if isinstance(value, functools.partial):
-        bound = inspect.signature(value.func).bind_partial(*value.args, **value.keywords)
-        return {"class_path": _class_path(value.func), "init_args": _spec(bound.arguments, name)}
+        inspect.signature(value.func).bind_partial(*value.args, **value.keywords)  # checks the names
+        given = inspect.signature(value.func).bind_partial(*value.args).arguments | value.keywords
+        return {"class_path": _class_path(value.func), "init_args": _spec(given, name)}
     arguments = _arguments(value, name)
     if isinstance(value, nn.Module):
         _check_unchanged(value, arguments, name)

@@ -25,7 +25,8 @@ from jsonargparse._common import parsing_settings
 from jsonargparse.typing import register_type
 from lightning.pytorch.cli import LightningArgumentParser
 
-from mnist_lightning.classifier import TOTAL_STEPS
+from mnist_lightning.classifier import TOTAL_STEPS, Classifier
+from mnist_lightning.commands.model import flat_config, flat_text, flat_words, grouped, is_config
 from mnist_lightning.data import ImageDataModule
 from mnist_lightning.system.errors import OptionError, UserError
 from mnist_lightning.training.runs import LOGS
@@ -88,7 +89,7 @@ class Parser(LightningArgumentParser):
         if {"-h", "--help"} & {*args} and args[-1] != "all":
             self.print_short_help()
             self.exit(0)
-        args = args[:-1] if [*args[-2:]] == ["--help", "all"] else args
+        args = flat_words(args[:-1] if [*args[-2:]] == ["--help", "all"] else args)
         self.typed = frozenset(word.partition("=")[0].lstrip("-") for word in args if word.startswith("--"))
         typed.update(self.typed)
         try:
@@ -156,6 +157,25 @@ class Parser(LightningArgumentParser):
         config: Namespace = super().parse_path(cfg_path, **kwargs)
         return config
 
+    def parse_string(self, content: str, *args: Any, **kwargs: Any) -> Namespace:
+        """Parse the text of a config; the model's arguments may be in ``init_args``, as Lightning writes them."""
+        config: Namespace = super().parse_string(flat_text(content), *args, **kwargs)
+        return config
+
+    def parse_object(self, config: Any, *args: Any, **kwargs: Any) -> Namespace:
+        """Parse a config, as :meth:`parse_string` does."""
+        flat = flat_config(config) if isinstance(config, dict) else config
+        parsed: Namespace = super().parse_object(flat, *args, **kwargs)
+        return parsed
+
+    def instantiate(self, namespace: Namespace, *args: Any, **kwargs: Any) -> Namespace:
+        """Build the objects of a config."""
+        namespace = namespace.clone()
+        if isinstance(namespace.get("model"), Namespace):
+            namespace.model.pop("class_path", None)  # the parser is for this class
+        made: Namespace = super().instantiate(namespace, *args, **kwargs)
+        return made
+
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Raise an OptionError with a message in one line."""
         if not self.exit_on_error:
@@ -164,7 +184,7 @@ class Parser(LightningArgumentParser):
 
 
 def fill_sizes(config: Namespace, data: ImageDataModule, typed: Collection[str] | None = ()) -> list[str]:
-    """Set the size of the images and the number of classes in the config's network, augmentation and metrics.
+    """Set the size of the images and the number of classes in the config's model, augmentation and metrics.
 
     A network may have more outputs than there are classes: a larger ``num_classes`` in the config is kept, and
     augmentation and metrics use it too. A value that equals the class's default cannot be told from a missing value.
@@ -172,29 +192,35 @@ def fill_sizes(config: Namespace, data: ImageDataModule, typed: Collection[str] 
     Args:
         config: The config to change.
         data: The config's data module.
-        typed: Options whose values are kept; None keeps the whole network, as with a checkpoint.
+        typed: Options whose values are kept; None keeps the whole model, as with a checkpoint.
 
     Returns:
-        A line for each value of the network that was changed, or that differs from the data.
+        A line for each value of the model that was changed, or that differs from the data.
     """
     channels, height, width = data.image_shape
     sizes = dict(zip(SIZE_ARGUMENTS, (channels * height * width, channels, len(data.classes)), strict=True))
     remarks = []
-    network = config.model.network
-    for name in [] if typed is None else _sizes_of(network):
-        found, size = network.init_args.get(name), sizes[name]
-        default = inspect.signature(_typehints.import_object(network.class_path)).parameters[name].default
-        if typed and {f"model.network.{name}", f"model.network.init_args.{name}"} & {*typed}:
+    sized = {"model.network": config.model.get("network")}
+    if "class_path" in config.model:  # a model of the user's own, which may make its network itself
+        sized["model"] = Namespace(class_path=config.model.class_path, init_args=config.model)
+    outputs = []
+    for key, spec in sized.items():
+        if not isinstance(spec, Namespace):
             continue
-        is_given = isinstance(found, int) and found > UNKNOWN_SIZE and found not in (default, size)
-        if is_given and name == "num_classes" and found > size:
-            remarks.append(f"model.network.{name} stays {found}, as in the config: the data has {size} classes")
-            continue
-        if is_given:
-            remarks.append(f"model.network.{name} is {size} to match the data, not {found} as in the config")
-        network.init_args[name] = size
-    outputs = network.get("init_args", Namespace()).get("num_classes")
-    sizes["num_classes"] = max(sizes["num_classes"], outputs if isinstance(outputs, int) else 0)
+        for name in [] if typed is None else _sizes_of(spec):
+            found, size = spec.init_args.get(name), sizes[name]
+            default = inspect.signature(_typehints.import_object(spec.class_path)).parameters[name].default
+            if typed and {f"{key}.{name}", f"{key}.init_args.{name}"} & {*typed}:
+                continue
+            is_given = isinstance(found, int) and found > UNKNOWN_SIZE and found not in (default, size)
+            if is_given and name == "num_classes" and found > size:
+                remarks.append(f"{key}.{name} stays {found}, as in the config: the data has {size} classes")
+                continue
+            if is_given:
+                remarks.append(f"{key}.{name} is {size} to match the data, not {found} as in the config")
+            spec.init_args[name] = size
+        outputs.append(spec.get("init_args", Namespace()).get("num_classes"))
+    sizes["num_classes"] = max([sizes["num_classes"], *(each for each in outputs if isinstance(each, int))])
     for spec in config.data.init_args.get("augmentation") or []:
         for name in _sizes_of(spec):
             spec.init_args[name] = sizes[name]
@@ -243,8 +269,12 @@ def fill_nulls(arguments: Namespace, made: type) -> None:
     jsonargparse accepts null for every type.
     """
     with suppress(NameError, TypeError):  # an annotation cannot be resolved
-        hints = get_type_hints(made.__init__)  # type: ignore[misc]
-        for name, parameter in inspect.signature(made).parameters.items():
+        hints: dict[str, Any] = {}
+        parameters: dict[str, inspect.Parameter] = {}
+        for each in (Classifier, made) if issubclass(made, Classifier) else (made,):  # it may pass **kwargs on
+            hints |= get_type_hints(each.__init__)
+            parameters |= inspect.signature(each).parameters
+        for name, parameter in parameters.items():
             may_be_null = parameter.default in (None, parameter.empty) or hints.get(name, Any) is Any
             if name in arguments and arguments[name] is None and not may_be_null:
                 default = parameter.default
@@ -316,20 +346,16 @@ def shorten(message: str) -> str:
 
 def _order(words: Sequence[str]) -> list[str]:
     """Order options: files first, so that typed options override them; ``--print_config`` last, to print all."""
-    options: list[list[str]] = [[]]
-    for word in words:
-        is_option = word.startswith("--") or word.partition("=")[0] == "-c"
-        options.append([word]) if is_option else options[-1].append(word)
 
     def rank(option: list[str]) -> int:
         name = option[0].partition("=")[0] if option else ""
-        if name == "-c" or ("--config".startswith(name) and len(name) > 2):  # argparse takes abbreviations
+        if is_config(name):
             return 0
         if name in ("--trainer", "--model", "--data"):
             return 1
         return 3 if "--print_config".startswith(name) and len(name) > 2 else 2
 
-    return [word for option in sorted(options, key=rank) for word in option]
+    return [word for option in sorted(grouped(words), key=rank) for word in option]
 
 
 @contextmanager

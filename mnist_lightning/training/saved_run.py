@@ -17,7 +17,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor
 
-from mnist_lightning.classifier import Classifier
+from mnist_lightning.classifier import Classifier, classifier_class
 from mnist_lightning.data import ImageDataModule, Split
 from mnist_lightning.system.errors import UserError, explain
 
@@ -30,7 +30,7 @@ class SavedRun:
         path: Path of the checkpoint.
         weights: State of the classifier.
         epoch: Number of the epoch after which the checkpoint was written, from 0.
-        model: Arguments of the classifier, in plain types.
+        model: Arguments of the classifier, in plain types; with its class path if it is of a subclass.
         data: Class path and arguments of the data module, in plain types.
         data_state: State of the data module: the names of the classes. None if the data module did not store them.
         progress: State of the run's :class:`RunCheckpoint`; empty if the run did not have one.
@@ -59,6 +59,8 @@ class SavedRun:
             class_path = data.pop("_class_path")
             for arguments in (model, data):  # Lightning would call the _instantiator, which could be any function
                 arguments.pop("_instantiator", None)
+            if "_class_path" in model:
+                model = {"class_path": model.pop("_class_path"), **model}
             return cls(
                 path,
                 dict(content["state_dict"]),
@@ -94,6 +96,18 @@ class SavedRun:
         with checkpoint_errors(self.path):
             return float(self.progress["seconds"])
 
+    @property
+    def model_class(self) -> type[Classifier]:
+        """The class of the classifier.
+
+        Raises:
+            UserError: If there is no such class here.
+        """
+        try:
+            return classifier_class(str(self.model.get("class_path", "Classifier")))
+        except UserError as error:
+            raise UserError(f"{self.path} cannot be used: {error}") from error
+
     @cached_property
     def classifier(self) -> Classifier:
         """The classifier, in evaluation mode.
@@ -103,9 +117,9 @@ class SavedRun:
         """
         with checkpoint_errors(self.path):
             # other keys of Lightning could name another class, whose module would be imported
-            arguments = {key: value for key, value in self.model.items() if not key.startswith("_")}
+            arguments = {key: value for key, value in self.model.items() if key[:1] != "_" and key != "class_path"}
             with isolate_rng():  # its first weights are drawn, and to look at a run must not change what comes next
-                classifier: Classifier = instantiate_module(Classifier, arguments).eval()
+                classifier: Classifier = instantiate_module(self.model_class, arguments).eval()
             self.restore(classifier)
         return classifier
 
