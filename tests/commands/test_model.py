@@ -245,7 +245,7 @@ def test_a_model_is_searched_refitted_reported_and_exported(run, folder, capfd):
               "--executions_per_trial=1", "--trainer.max_epochs=2", "--refit_epochs=2", "--workers=2"]  # fmt: skip
     run("tune", *search, "--n_trials=2")
     output = run("tune", *search, "--n_trials=3", "--refit=false")  # continues the study
-    assert re.search(r"trial +val/sure +gamma +units\.0", output)
+    assert re.search(r"trial +val/sure +executions +gamma +units\.0", output)
     best = yaml.safe_load(Path("lightning_logs/tune/best.yaml").read_text(encoding="utf-8"))["model"]
     assert best["class_path"] == "my_models.Focal"
     assert 0 <= best["gamma"] <= 4
