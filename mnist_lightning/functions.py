@@ -80,7 +80,8 @@ def fit(network: Any = None, data: Any = None, *, config: str | Path | None = No
         data: The data module, in one of the same forms.
         config: A config file; options take precedence.
         **options: Any option of the command, by its dotted key, as in ``**{"model.optimizer.lr": 1e-3}``. The names of
-            the arguments of ``Trainer`` and ``Classifier`` need no dots: ``max_epochs=20``, ``optimizer="AdamW"``.
+            the arguments of ``Trainer`` and ``Classifier`` need no dots: ``max_epochs=20``, ``optimizer="AdamW"``. Nor
+            do those of your own ``model``, a subclass of ``Classifier``: ``model=Focal, gamma=1.5``.
             Callbacks and loggers may be objects, but then the run's config does not hold them.
 
     Returns:

@@ -210,9 +210,9 @@ class RunCLI(LightningCLI):
         if not path.is_file():
             raise UserError(f"No checkpoint at {path}; `last` and `best` mean those of the newest run.")
         self.saved = SavedRun.read(path)
-        found, given = self.saved.model_class, named_class(args)
-        if given not in (None, found):
-            raise UserError(f"{path} was trained by {found.__name__}, not {given.__name__}: leave out --model.")
+        found, named = self.saved.model_class, named_class(args)
+        if named is not None and named is not found:
+            raise UserError(f"{path} was trained by {found.__name__}, not {named.__name__}: leave out --model.")
         if found is not self.model_class:  # the parser has the options of another class
             self.model_class = self._model_class = found
             self.setup_parser(False, self.parser_kwargs, {})
@@ -226,9 +226,10 @@ class RunCLI(LightningCLI):
             model = self.saved.model | {name: given[name] for name in self.kept if name in given}
             self.config = self.parser.parse_object({"model": model, "ckpt_path": str(path)}, config)
         except ArgumentError as error:
-            raise UserError(
-                f"{path} cannot be used: its hyper-parameters are invalid. {shorten(str(error))}"
-            ) from error
+            reason = shorten(str(error))
+            if "unrecognized arguments" in reason:  # typed, but its class has no such argument
+                raise UserError(f"{reason}: {path} has a model of the class {found.__name__}.") from error
+            raise UserError(f"{path} cannot be used: its hyper-parameters are invalid. {reason}") from error
         self.parser.exit_on_error = True
         for key, value in model.items():
             if given.get(key, value) != value:

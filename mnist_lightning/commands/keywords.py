@@ -46,9 +46,9 @@ def words(own: Mapping[str, Any], options: Mapping[str, Any]) -> tuple[list[str]
     Raises:
         UserError: If an option does not exist, or an object cannot be described.
     """
-    found, objects = [], {}
+    found, objects, model = [], {}, _model_class(options.get("model"))
     given = {name: value for name, value in own.items() if value is not None} | {
-        full_name(name, own, _model_class(options.get("model"))): value for name, value in options.items()
+        full_name(name, own, model): value for name, value in options.items()
     }
     for name, value in given.items():
         group, _, argument = name.partition(".")
@@ -65,12 +65,17 @@ def words(own: Mapping[str, Any], options: Mapping[str, Any]) -> tuple[list[str]
 
 
 def _model_class(model: Any) -> Any:
-    """Return the class of a model that is given as its class path, the class or a partial; by default Classifier."""
+    """Return the class of a model that is given as its class path, the class or a partial; by default Classifier.
+
+    Raises:
+        UserError: If the model is an object, or there is no such class.
+    """
     if isinstance(model, nn.Module):
         made = type(model).__name__
         raise UserError(f"model: give the class {made}, or functools.partial({made}, ...), instead of an object.")
     if isinstance(model, functools.partial):
         return model.func
+    model = model.get("class_path") if isinstance(model, Mapping) else model
     return model if isinstance(model, type) else classifier_class(str(model or "Classifier"))
 
 

@@ -131,7 +131,7 @@ def test_a_continued_run_ends_as_one_that_was_not_stopped(run):
         assert torch.equal(continued["state_dict"][name], tensor), name
 
 
-def test_a_model_may_make_its_network_from_the_sizes_of_the_data(run, recwarn):
+def test_a_model_may_make_its_network_from_the_sizes_of_the_data(run, capfd, recwarn):
     run("fit", "--model=my_models.Whole", "--model.width=9", "--trainer.max_epochs=1")
     assert {"in_features": 784, "num_classes": 10, "width": 9}.items() <= model_of("baseline").items()
     assert "network" not in model_of("baseline")
@@ -141,6 +141,11 @@ def test_a_model_may_make_its_network_from_the_sizes_of_the_data(run, recwarn):
     loaded = type(found.classifier).load_from_checkpoint(found.saved().path, weights_only=True)  # Lightning's own way
     assert loaded.network.dense_1.weight.equal(found.classifier.network.dense_1.weight)
     assert runs()["network"].tolist() == ["Whole"]
+    code, _, errors = in_process(capfd, "test", "--model.network.units=[3]")
+    assert code == 1
+    assert re.match(
+        r"error: unrecognized arguments: --model.network.units=\[3\]: \S+ has a model of the class Whole", errors
+    )
     assert not [each for each in recwarn if "is an instance of" in str(each.message)]
 
 
@@ -171,6 +176,11 @@ def test_the_class_may_be_written_as_lightning_writes_it(run, folder, config, op
     model = yaml.safe_load(output)["model"]
     assert (model["class_path"], model["sure"], model["gamma"]) == ("my_models.Focal", 0.25, 2.0)
     assert model["network"]["init_args"]["units"] == [5]
+
+
+def test_null_is_the_default_of_an_inherited_argument(run, folder):
+    (folder / "mine.yaml").write_text("model: {class_path: my_models.Focal, compile: null, sure: null}")
+    assert "test sure" in run("fit", "--config=mine.yaml", "--trainer.fast_dev_run=true")
 
 
 def test_naming_the_classifier_changes_nothing(run):
