@@ -3,6 +3,7 @@
 import copy
 import importlib
 import math
+import sys
 import warnings
 from collections import defaultdict
 from collections.abc import Sequence
@@ -535,6 +536,10 @@ def classifier_class(path: str) -> type[Classifier]:
     if path == "Classifier":
         return Classifier
     module, _, name = path.rpartition(".")
+    if (
+        module.partition(".")[0] in sys.stdlib_module_names
+    ):  # a checkpoint may name any module: importing some has effects
+        raise UserError(f"model: there is no class {path} that is a Classifier.")
     try:
         found: Any = getattr(importlib.import_module(module), name, None)
     except (ImportError, ValueError) as error:

@@ -128,6 +128,12 @@ class Model:
         return self.runs[0].evaluations[self.weights, "test"]
 
     @property
+    def origin(self) -> dict[str, Any] | None:
+        """The study and the trial that produced the first run, if any."""
+        origin = self.runs[0].config.get("origin")
+        return origin if isinstance(origin, dict) and {"study_name", "trial"} <= origin.keys() else None
+
+    @property
     def accuracies(self) -> list[float]:
         """The test accuracy of each run."""
         return [run.evaluations[self.weights, "test"].accuracy for run in self.runs]

@@ -4,7 +4,6 @@ import re
 from collections.abc import Sequence
 from glob import glob
 from pathlib import Path
-from typing import Any
 
 import optuna
 from optuna.trial import TrialState
@@ -69,7 +68,7 @@ def find_runs(name: str, pattern: str) -> list[Path]:
 
 def load_study(name: str | None, storage: str | None, logs: Path, models: Sequence[Model]) -> optuna.Study | None:
     """Load the study, or return None if there is none with a complete trial; see :func:`write`."""
-    origins = {origin["study_name"]: model for model in models if (origin := origin_of(model))}
+    origins = {origin["study_name"]: model for model in models if (origin := model.origin)}
     if name is None and not origins:
         return None
     found = name or [*origins][-1]
@@ -85,9 +84,3 @@ def load_study(name: str | None, storage: str | None, logs: Path, models: Sequen
     if not study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,)):
         return None
     return study
-
-
-def origin_of(model: Model) -> dict[str, Any] | None:
-    """Return the study and trial that produced a model's first run, or None."""
-    origin = model.runs[0].config.get("origin")
-    return origin if isinstance(origin, dict) and {"study_name", "trial"} <= origin.keys() else None

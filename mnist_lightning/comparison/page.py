@@ -17,6 +17,8 @@ from mnist_lightning.comparison import interactive
 from mnist_lightning.comparison.loading import load_models, load_study
 from mnist_lightning.comparison.sections import Section, model_sections, study_sections
 from mnist_lightning.comparison.summary import Report
+from mnist_lightning.comparison.table import numbers
+from mnist_lightning.search.study import trial_numbers
 from mnist_lightning.system.errors import UserError
 
 
@@ -48,7 +50,10 @@ def write(
     save(report, sections, output)
     if loaded:
         print(f"{report.quantities.rename_axis(None).to_string()}\n")
-    print("\n".join(report.lines) + f"\n\nReport: {output / 'report.html'}")
+    print("\n".join(report.lines))
+    if report.commands:
+        print("\nTo train three more seeds of each, and to compare all:\n  " + "\n  ".join(report.commands))
+    print(f"\nReport: {output / 'report.html'}")
     report.path = (output / "report.html").absolute()
     return report
 
@@ -75,9 +80,9 @@ def save(report: Report, sections: Sequence[Section], output: Path) -> None:
             json.dumps(_plain(report.to_json()), indent=2, allow_nan=False) + "\n", encoding="utf-8"
         )
         if report.models:
-            report.quantities.to_csv(new / "comparison.csv")
-        if report.trials is not None:
-            report.trials.to_csv(new / "trials.csv")
+            numbers(report.models, report.comparisons).to_csv(new / "comparison.csv", index=False)
+        if report.study:
+            trial_numbers(report.study).to_csv(new / "trials.csv", index=False)
         (new / "report.html").write_text(render(report, sections), encoding="utf-8")
         with SummaryWriter(str(new)) as tensorboard:
             pictures = [picture for section in sections for picture in (*section.pictures, *section.files)]

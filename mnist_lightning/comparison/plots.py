@@ -21,7 +21,7 @@ from mnist_lightning.comparison.evaluation import Model
 from mnist_lightning.comparison.significance import reliability
 from mnist_lightning.search.record import metrics_of
 from mnist_lightning.search.space import short_value
-from mnist_lightning.search.study import best_trial
+from mnist_lightning.search.study import best_trial, importances
 from mnist_lightning.training import figures
 from mnist_lightning.training.figures import themed
 
@@ -193,7 +193,9 @@ def pareto_fronts(study: optuna.Study) -> list[Picture]:
 
 
 def study_plots(study: optuna.Study, names: dict[str, str]) -> list[Picture]:
-    """Draw the history of a study, the importance of its parameters and their values, for its first metric.
+    """Draw the history of a study, the values of its parameters and, of enough trials, their importance.
+
+    All are for the first metric.
 
     Args:
         study: A study whose complete trials have different values.
@@ -216,7 +218,7 @@ def study_plots(study: optuna.Study, names: dict[str, str]) -> list[Picture]:
     }
     return [
         history(study, table),
-        importances(study, names),
+        *([importance_bars(study, found, names)] if (found := importances(study)) else []),
         parallel_coordinates(table, metric.name, [*names.values()], logs),
         *(slice_of(table, metric.name, name, name in logs) for name in names.values()),
     ]
@@ -237,10 +239,8 @@ def history(study: optuna.Study, table: pd.DataFrame) -> Picture:
 
 
 @themed
-def importances(study: optuna.Study, names: dict[str, str]) -> Picture:
-    """Plot the importance of each parameter that all trials have."""
-    evaluator = optuna.importance.FanovaImportanceEvaluator(seed=0)
-    found = optuna.importance.get_param_importances(study, evaluator=evaluator, target=lambda trial: trial.values[0])
+def importance_bars(study: optuna.Study, found: dict[str, float], names: dict[str, str]) -> Picture:
+    """Plot the importance of each parameter."""
     figure, axes = _plot(f"importance for {metrics_of(study)[0].name}", size=(8, 1.5 + 0.35 * len(found)))
     sns.barplot(x=[*found.values()], y=[names[key] for key in found], color=STUDY, ax=axes)
     for bars in axes.containers:

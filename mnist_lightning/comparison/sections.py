@@ -8,12 +8,11 @@ import pandas as pd
 from mnist_lightning.comparison import plots
 from mnist_lightning.comparison.evaluation import Model, have_same
 from mnist_lightning.comparison.interactive import metrics
-from mnist_lightning.comparison.loading import origin_of
 from mnist_lightning.comparison.summary import Report, searched
 from mnist_lightning.deployment.page import PadModel, panel
 from mnist_lightning.search.record import metrics_of
 from mnist_lightning.search.space import short_key
-from mnist_lightning.search.study import pareto_front
+from mnist_lightning.search.study import ENOUGH_TRIALS, pareto_front
 
 CONFUSION = "Rows are true classes, columns predicted classes. Click a number to see its images below."
 TRIALS = 100
@@ -176,12 +175,7 @@ def study_sections(report: Report) -> list[Section]:
             f"{len(front)} trials are on the Pareto front: no other trial beats them in every metric. "
             f"Scores, history and importances are for {metrics_of(study)[0].name}."
         )
-    origins = [(model.name, origin_of(model)) for model in report.models]
-    made = [
-        f"{name} is its trial {origin['trial']}."
-        for name, origin in origins
-        if origin and origin["study_name"] == study.study_name
-    ]
     cut = f"The table has the best {TRIALS} of {len(table)} trials; trials.csv has all." if len(table) > TRIALS else ""
-    text = " ".join(filter(None, [*made, report.edges, several, cut]))
+    few = f"{len(table)} trials are too few to tell which parameters matter." if len(table) < ENOUGH_TRIALS else ""
+    text = " ".join(filter(None, [report.edges, several, few, cut]))
     return [Section(f"The study {study.study_name}", text=text, table=table[:TRIALS], pictures=pictures)]

@@ -1,5 +1,6 @@
 """Statistics of two classifiers: do they differ, and are their probabilities calibrated?"""
 
+import math
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -125,6 +126,28 @@ def compare_seeds(first: Sequence[float], second: Sequence[float], level: float 
     return Seeds(counts, means, deviations, difference, interval, p_value, p_value)
 
 
+def seeds_needed(difference: float, deviation: float, power: float = 0.8) -> int | None:
+    """Return how many runs of each model a t-test at 5 % needs to find a difference.
+
+    The power of the two-sided test of two means is that of the noncentral t-distribution.
+
+    Args:
+        difference: Difference of the mean accuracies.
+        deviation: Standard deviation of the accuracies of a model's runs.
+        power: Probability that the test finds the difference.
+
+    Returns:
+        The number of runs, or None if it is larger than 100.
+    """
+    if deviation == 0:
+        return 2 if difference else None
+    for count in range(2, 101):
+        freedom, shift = 2 * count - 2, abs(difference) / deviation * math.sqrt(count / 2)
+        if stats.nct.sf(stats.t.ppf(0.975, freedom), freedom, shift) >= power:  # the other tail is negligible
+            return count
+    return None
+
+
 def accuracy_interval(correct: NDArray[np.bool_]) -> tuple[float, float]:
     """Return Wilson's 95 % interval of an accuracy.
 
@@ -159,8 +182,17 @@ def reliability(
     return sums[0] / counts[used], sums[1] / counts[used], counts[used] / len(labels)
 
 
-def verdict(name: str, other: str, comparison: Comparison, count: int, models: int = 2) -> str:
+def verdict(
+    name: str,
+    other: str,
+    comparison: Comparison,
+    count: int,
+    models: int = 2,
+    again: dict[str, Comparison] | None = None,
+) -> str:
     """Return the comparison in plain words: over the seeds, if there are several, then on the same images.
+
+    The test on the images compares two trained networks, not two configs: with one run a side, the verdict says so.
 
     Args:
         name: Name of the second classifier.
@@ -168,6 +200,7 @@ def verdict(name: str, other: str, comparison: Comparison, count: int, models: i
         comparison: The comparison to describe.
         count: Number of images.
         models: Number of compared models.
+        again: The comparison with other weights of the same runs, by their description.
     """
     numbers = (
         f"of {count:,} images, {name} corrects {comparison.corrected} that {other} gets wrong and breaks "
@@ -175,7 +208,11 @@ def verdict(name: str, other: str, comparison: Comparison, count: int, models: i
     )
     seeds = comparison.seeds
     if seeds is None:
-        return f"{_judge(name, other, comparison, 'test accuracy', 'chance')}: {numbers}."
+        text = f"{_judge(name, other, comparison, 'test accuracy', 'chance')}: {numbers}."
+        for weights, found in (again or {}).items():
+            word = "no difference" if found.adjusted_p_value >= 0.05 else "better" if found.difference > 0 else "worse"
+            text += f" With {weights}: {word} ({100 * found.difference:+.2f} points, {_format_p(found, models)})."
+        return text
     sides = [
         f"{mean:.4f} ± {deviation:.4f} over {count} seeds"
         for mean, deviation, count in zip(seeds.means, seeds.deviations, seeds.counts, strict=True)
@@ -192,7 +229,8 @@ def _judge(name: str, other: str, found: Comparison | Seeds, what: str, luck: st
         word = "better" if points > 0 else "worse"
         low, high = (low, high) if points > 0 else (-high, -low)
         size = f"{abs(points):.2f} points of {what} (95 % interval {low:.2f} to {high:.2f})"
-        return f"{name} is {word} than {other} by {size}"
+        who = "" if isinstance(found, Seeds) else "In these trainings, "
+        return f"{who}{name} is {word} than {other} by {size}"
     size = f"{points:+.2f} points of {what} (95 % interval {low:+.2f} to {high:+.2f})"
     return f"No difference between {name} and {other} can be told from {luck}: {size}"
 

@@ -1,6 +1,7 @@
 """The verdict, the table and ``report.json``."""
 
 import html
+import os
 import statistics
 from collections import Counter
 from collections.abc import Sequence
@@ -13,11 +14,21 @@ from optuna.distributions import BaseDistribution
 from optuna.trial import TrialState
 
 from mnist_lightning.comparison.evaluation import Model
-from mnist_lightning.comparison.significance import Comparison, accuracy_interval, compare_to_first, verdict
+from mnist_lightning.comparison.significance import (
+    Comparison,
+    accuracy_interval,
+    compare_to_first,
+    seeds_needed,
+    verdict,
+)
 from mnist_lightning.comparison.table import quantities
 from mnist_lightning.search.record import is_counted, metrics_of
 from mnist_lightning.search.space import bounds, short_key, short_value
-from mnist_lightning.search.study import best_trial, pareto_front, results
+from mnist_lightning.search.study import best_trial, pareto_front, ranked_trials, results
+from mnist_lightning.system.console import command_line
+
+DEVIATION = 0.004
+"""Standard deviation of the test accuracies of fifteen trainings of the defaults on MNIST (docs/results.md)."""
 
 
 class Report:
@@ -29,6 +40,8 @@ class Report:
         study: The study, or None if there is none with a complete trial.
 
     Attributes:
+        lines: The verdict, remarks, and advice how to settle it.
+        commands: Commands that train more seeds, if each model has one run.
         path: Path of the page, once it is written.
         quantities: A table of the models: a row for each quantity, as text.
         trials: A table of the study's complete trials; None without a study.
@@ -47,12 +60,17 @@ class Report:
             found = compare_to_first([model.test.correct for model in models], accuracies)
             self.comparisons = {model.name: one for model, one in zip(others, found, strict=True)}
             count = len(first.test.labels)
-            lines = [verdict(name, first.name, one, count, len(models)) for name, one in self.comparisons.items()] or [
-                _describe(first)
-            ]
+            again = _compare_other_weights(models)
+            lines = [
+                verdict(name, first.name, one, count, len(models), again.get(name))
+                for name, one in self.comparisons.items()
+            ] or [_describe(first)]
             lines += filter(None, map(_describe_divergence, models))
         self.verdict = " ".join(lines)
-        self.lines = [*lines, *filter(None, [self.edges])]
+        self.lines = [*lines, *filter(None, _advise(models, self.comparisons))]
+        if study:
+            self.lines += [*_describe_refits(models, study), *filter(None, [self.edges])]
+        self.commands = _more_seeds(models)
         self.quantities = quantities(models, self.comparisons)
 
     def _repr_html_(self) -> str:
@@ -112,6 +130,76 @@ def _describe(model: Model) -> str:
         return text
     means = f"{statistics.mean(model.accuracies):.4f} ± {statistics.stdev(model.accuracies):.4f}"
     return f"{model.name} has a mean test accuracy of {means} over {len(model.runs)} seeds. Its first run: {text}"
+
+
+def _compare_other_weights(models: Sequence[Model]) -> dict[str, dict[str, Comparison]]:
+    """Compare each model with the first with the other weights of the runs, if all have them."""
+    texts = {"last": "the weights of the last epoch", "best": "the weights of the best validation epoch"}
+    (weights,) = texts.keys() - {models[0].weights}
+    others = [model.runs[0].evaluations.get((weights, "test")) for model in models]
+    correct = [other.correct for other in others if other]
+    if len(correct) < len(models):
+        return {}
+    found = compare_to_first(correct, [[0.0]] * len(models))
+    return {model.name: {texts[weights]: one} for model, one in zip(models[1:], found, strict=True)}
+
+
+def _advise(models: Sequence[Model], comparisons: dict[str, Comparison]) -> list[str]:
+    """Say how many runs with other seeds would settle each difference that is not settled."""
+    lines = []
+    for model in models[1:]:
+        found = comparisons[model.name]
+        several = [side.accuracies for side in (models[0], model) if len(side.runs) > 1]
+        if found.seeds and found.seeds.adjusted_p_value < 0.05:
+            continue
+        deviation, source = DEVIATION, "as those of the defaults do over fifteen seeds"
+        if several:
+            deviation, source = max(map(statistics.stdev, several)), "as those of these runs do"
+        difference = (found.seeds or found).difference
+        needed = seeds_needed(difference, deviation)
+        count = "more than 100 seeds" if needed is None else f"{needed} seeds"
+        text = f"With other seeds, {models[0].name} and {model.name} may compare otherwise." if not found.seeds else ""
+        if difference:
+            text += (
+                f" If test accuracies vary {source} (± {100 * deviation:.2f} points), it takes {count} of each model "
+                f"to find a difference of {100 * abs(difference):.2f} points."
+            )
+        lines.append(text.strip())
+    return lines
+
+
+def _more_seeds(models: Sequence[Model]) -> list[str]:
+    """Return commands that train three more seeds of each model and compare all; none if a model has several runs."""
+    commands, given = [], []
+    for model in models:
+        folder, seed = model.runs[0].path, model.runs[0].config.get("seed_everything")
+        if len(model.runs) > 1 or len(models) == 1 or not isinstance(seed, int) or not folder.is_dir():
+            return []
+        name = f"{model.slug}_seeds"
+        command = command_line("fit", "--config", folder / "config.yaml", "--name", name, "--seed_everything")
+        seeds = [str(seed + number) for number in (1, 2, 3)]
+        loop = [f"for seed in {' '.join(seeds)}; do {command} $seed; done"]
+        commands += [f"{command} {seed}" for seed in seeds] if os.name == "nt" else loop
+        given.append(f"{model.name}={folder},{folder.parent.parent / name}/*")
+    return [*commands, command_line("report", *given)]
+
+
+def _describe_refits(models: Sequence[Model], study: optuna.Study) -> list[str]:
+    """Say what the value of a trial came to when its settings were trained anew."""
+    metric, trials = metrics_of(study)[0], {trial.number: trial for trial in study.get_trials(deepcopy=False)}
+    lines = []
+    for model in models:
+        origin = model.origin or {}
+        trial = trials.get(origin.get("trial", -1)) if origin.get("study_name") == study.study_name else None
+        values = [row[metric.name] for row in model.runs[0].history if metric.name in row]
+        if trial is not None and trial.values and values:
+            anew = max(values, key=lambda value: metric.sign * value)
+            lines.append(
+                f"{model.name} is trial {trial.number} of study {study.study_name}: its {metric.name} of "
+                f"{trial.values[0]:.4f} was chosen from {len(ranked_trials(study))} values that vary by chance; its "
+                f"settings, trained anew for {len(values)} epochs, came to {anew:.4f}."
+            )
+    return lines
 
 
 def _describe_divergence(model: Model) -> str:

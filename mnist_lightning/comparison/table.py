@@ -10,6 +10,7 @@ from mnist_lightning.comparison.evaluation import Model, have_same
 from mnist_lightning.comparison.significance import Comparison
 
 TIME = "training time, s"
+COLUMNS = ["quantity", "epoch", "model", "runs", "mean", "deviation", "difference", "low", "high"]
 
 
 def quantities(models: Sequence[Model], comparisons: dict[str, Comparison]) -> pd.DataFrame:
@@ -26,12 +27,51 @@ def quantities(models: Sequence[Model], comparisons: dict[str, Comparison]) -> p
         column = {name: _format_difference(name, values[0][name], numbers) for name, numbers in own.items()}
         if not have_same("val", models[0].runs[0], model.runs[0]):
             column |= {name: "-" for name in own if name.startswith("val/")}
-        found, counts = comparisons[model.name], (len(models[0].runs), len(model.runs))
-        if found.seeds or counts == (1, 1):  # otherwise there is no interval of this difference
-            low, high = (found.seeds or found).interval
-            column[f"test/accuracy ({model.weights} epoch)"] += f" ({low:+.4f} to {high:+.4f})"
+        if found := _interval(models[0], model, comparisons):
+            column[_compared(model)] += f" ({found[0]:+.4f} to {found[1]:+.4f})"
         table[f"{model.name} - {models[0].name}"] = column
     return pd.DataFrame(table).rename_axis("quantity")
+
+
+def numbers(models: Sequence[Model], comparisons: dict[str, Comparison]) -> pd.DataFrame:
+    """Return the comparison as numbers: a row for each quantity, epoch and model.
+
+    The difference is from the first model; ``low`` and ``high`` are its interval, where there is one.
+    """
+    rows = []
+    first = _quantities(models[0])
+    for model in models:
+        has_same_images = have_same("val", models[0].runs[0], model.runs[0])
+        for name, values in _quantities(model).items():
+            if not values:
+                continue
+            quantity, _, epoch = name.removesuffix(" epoch)").partition(" (")
+            row = {"quantity": quantity, "epoch": epoch, "model": model.name, "runs": len(values)}
+            row |= {"mean": statistics.mean(values), "deviation": _deviation(values) if len(values) > 1 else None}
+            if model is not models[0] and first.get(name) and (has_same_images or not name.startswith("val/")):
+                row["difference"] = statistics.mean(values) - statistics.mean(first[name])
+            if name == _compared(model) and (found := _interval(models[0], model, comparisons)):
+                row["low"], row["high"] = found
+            rows.append(row)
+    return pd.DataFrame(rows, columns=COLUMNS)
+
+
+def _compared(model: Model) -> str:
+    """Return the name of the quantity whose difference has an interval."""
+    return f"test/accuracy ({model.weights} epoch)"
+
+
+def _interval(first: Model, model: Model, comparisons: dict[str, Comparison]) -> tuple[float, float] | None:
+    """Return the interval of a model's difference from the first; None if only one of them has several runs."""
+    found = comparisons.get(model.name)
+    if found is None or not (found.seeds or (len(first.runs), len(model.runs)) == (1, 1)):
+        return None
+    return (found.seeds or found).interval
+
+
+def _deviation(values: Sequence[float]) -> float:
+    """Return the standard deviation; NaN if a value is not finite."""
+    return statistics.stdev(values) if all(map(math.isfinite, values)) else math.nan
 
 
 def _quantities(model: Model) -> dict[str, Sequence[float]]:
@@ -54,8 +94,8 @@ def _format(name: str, values: Sequence[float]) -> str:
         return f"{values[0]:,}"
     digits = _digits(name, values)
     spread = ""
-    if len(values) > 1:  # statistics.stdev takes only finite numbers
-        spread = f" ± {statistics.stdev(values) if all(map(math.isfinite, values)) else math.nan:.{digits}f}"
+    if len(values) > 1:
+        spread = f" ± {_deviation(values):.{digits}f}"
     return f"{statistics.mean(values):.{digits}f}{spread}"
 
 

@@ -51,6 +51,7 @@ from mnist_lightning.search.study import (
     find_trial,
     format_value,
     has_trial_with,
+    importances,
     is_complete,
     is_time_up,
     limited_values,
@@ -500,13 +501,8 @@ def _print_results(study: Study, limits: dict[str, float]) -> None:
     print(f"\nBest{f' within {within}' if limits else ''}: trial {best.number}, {values}")
     for key, value in best.params.items():
         print(f"  {key}: {value}")
-    if len({trial.values[0] for trial in complete}) > 1:
-        evaluator = optuna.importance.FanovaImportanceEvaluator(seed=0)
-        importances = optuna.importance.get_param_importances(
-            study, evaluator=evaluator, target=lambda trial: trial.values[0]
-        )
-        shown = ", ".join(f"{short_key(key)} {importance:.2f}" for key, importance in importances.items())
-        print(f"Importance (fANOVA): {shown}")
+    if found := importances(study):
+        print("Importance (fANOVA): " + ", ".join(f"{short_key(key)} {share:.2f}" for key, share in found.items()))
 
 
 def _refit(path: Path, config: dict[str, Any], logs: Path, options: Namespace) -> None:

@@ -37,6 +37,8 @@ if TYPE_CHECKING:
     import pandas as pd
 
 
+ENOUGH_TRIALS = 20
+"""The fewest trials whose importances are shown: those of fewer are mostly chance."""
 OF_TRAINING = (
     *("max_epochs", "min_epochs", "max_steps", "min_steps", "max_time", "precision", "deterministic", "plugins"),
     *("limit_train_batches", "limit_val_batches", "overfit_batches", "fast_dev_run", "accumulate_grad_batches"),
@@ -285,6 +287,32 @@ def ranked_trials(study: Study) -> list[FrozenTrial]:
 def format_value(value: float) -> str:
     """Format a metric's value: whole numbers in full, others with four decimals."""
     return f"{value:,.0f}" if value == int(value) and abs(value) > 1 else f"{value:.4f}"
+
+
+def importances(study: Study) -> dict[str, float]:
+    """Return the importance of each parameter that all trials have (fANOVA) for the first metric, largest first.
+
+    It is empty for fewer than :data:`ENOUGH_TRIALS` completed trials, and if their values are all the same.
+    """
+    trials = ranked_trials(study)
+    if len(trials) < ENOUGH_TRIALS or len({trial.values[0] for trial in trials}) == 1:
+        return {}
+    evaluator = optuna.importance.FanovaImportanceEvaluator(seed=0)
+    return optuna.importance.get_param_importances(study, evaluator=evaluator, target=lambda trial: trial.values[0])
+
+
+def trial_numbers(study: Study) -> "pd.DataFrame":
+    """Return a table of the completed trials, best first: number, values, scores of the executions, parameters."""
+    import pandas as pd  # slow to import
+
+    names = [metric.name for metric in metrics_of(study)]
+    rows = []
+    for trial in ranked_trials(study):
+        scores = [execution["score"] for execution in TrialRecord.of(trial).executions]
+        row = {"trial": trial.number, **dict(zip(names, trial.values, strict=True))}
+        row |= {f"execution {number}": score for number, score in enumerate(scores, start=1)}
+        rows.append(row | {short_key(key): value for key, value in trial.params.items()})
+    return pd.DataFrame(rows)
 
 
 def results(study: Study, keys: Sequence[str]) -> "pd.DataFrame":

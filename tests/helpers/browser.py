@@ -52,7 +52,7 @@ def in_browser(text: str, script: str, width: int = 1280, *flags: str) -> dict[s
     options = ["--headless", "--no-sandbox", "--disable-gpu", "--window-size=1400,900", "--virtual-time-budget=5000"]
     with tempfile.TemporaryDirectory() as folder:
         page = Path(folder, "page.html")
-        page.write_text(f"<title></title>{frame}", encoding="utf-8")
+        page.write_text(f'<meta charset="utf-8"><title></title>{frame}', encoding="utf-8")
         command = [chromium, *options, *flags, "--dump-dom", page.as_uri()]
         result = subprocess.run(command, capture_output=True, text=True, timeout=60)
     found: dict[str, Any] = json.loads(html.unescape(re.search("<title>(.*?)</title>", result.stdout)[1]))
