@@ -39,8 +39,6 @@ from mnist_lightning.system.errors import UserError
 from mnist_lightning.training import fast
 from mnist_lightning.training.saved_run import SavedRun
 
-pytestmark = pytest.mark.numeric
-
 RECALL = ["--model.metrics+=torchmetrics.classification.MulticlassRecall", "--model.metrics.average", "macro"]
 
 
@@ -83,6 +81,7 @@ def refused(capfd, *options):
     return line
 
 
+@pytest.mark.numeric
 def test_values_are_scikit_learn_s_over_the_whole_epoch(fit):
     metrics = ["f1", "top3_accuracy", MulticlassAUROC(10), MulticlassRecall(10)]
     classifier, data, trainer = fit(metrics=metrics)
@@ -203,6 +202,7 @@ def test_metrics_for_other_outputs_are_refused(metrics, message):
         Classifier(MLP(), metrics=metrics).check_images((1, 28, 28), 10)
 
 
+@pytest.mark.numeric
 def test_metrics_change_neither_weights_nor_the_other_metrics(fit):
     plain, _, expected = fit()
     measured, _, trainer = fit(metrics=["f1", MulticlassAUROC(10)])
@@ -400,6 +400,7 @@ class Unbalanced(MNISTDataModule):
             self.train.images, self.train.labels = self.train.images[keeps], labels[keeps]
 
 
+@pytest.mark.numeric
 def test_balanced_weights_are_scikit_learn_s(fit, data_dir):
     classifier, data, _ = fit(data=Unbalanced(str(data_dir)), class_weights="balanced")
     labels = data.train.labels.numpy()
@@ -425,6 +426,7 @@ def test_weights_weigh_the_minimized_loss_and_no_logged_one(mnist, smoothing, is
     torch.testing.assert_close(classifier.totals["train"]["loss"], -(shares * logs).sum().detach())
 
 
+@pytest.mark.numeric
 def test_weighted_fast_and_not_fast_are_the_same_to_the_bit(fit, data_dir):
     options = {"class_weights": "balanced", "metrics": ["f1"]}
     (one, _, trainer), (other, _, expected) = (
