@@ -366,7 +366,7 @@ def _first_trials(run: SearchCLI, space: SearchSpace, base: dict[str, Any]) -> l
     if options.like is not None:
         given.append((f"like {options.like}", _best_of(options.like, run, space)))
     if options.enqueue:
-        given += _read_trials(options.enqueue, space)
+        given += _read_trials(options.enqueue, space, base)
     for source, values in given:
         found, values = {}, spread(values, space)
         for key in space:
@@ -396,8 +396,8 @@ def _best_of(name: str, run: SearchCLI, space: SearchSpace) -> dict[str, Any]:
     return values
 
 
-def _read_trials(path: str, space: SearchSpace) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Read trials from a file: mappings from keys to values, or configs."""
+def _read_trials(path: str, space: SearchSpace, base: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Read trials from a file: mappings from keys, which may be short, to values; or configs."""
     try:
         # jsonargparse's loader, as for configs: YAML 1.1 does not read 1e-5, which json.dump writes, as a number
         items = get_loader("yaml")(Path(path).read_text(encoding="utf-8"))
@@ -408,8 +408,13 @@ def _read_trials(path: str, space: SearchSpace) -> Iterator[tuple[str, dict[str,
         source = f"{path}, trial {number + 1} of {len(items)}"
         if not isinstance(item, dict) or not item:
             raise UserError(f"{source} is not a mapping from keys of the search space to values.")
-        if "model" not in item and (unknown := item.keys() - space.keys()):
-            raise UserError(f"{source}: {', '.join(map(str, unknown))} is not searched.")
+        if "model" not in item:
+            named = full_names(dict.fromkeys(item), base)
+            if len(named) < len(item):
+                raise UserError(f"{source} has two values for one key.")
+            item = dict(zip(named, item.values(), strict=True))
+            if unknown := item.keys() - space.keys():
+                raise UserError(f"{source}: {', '.join(unknown)} is not searched.")
         yield source, item
 
 

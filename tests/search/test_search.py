@@ -198,7 +198,7 @@ def test_the_baseline_can_be_a_trial(tune, tmp_path):
 @pytest.mark.slow
 def test_trials_come_from_a_file_or_another_study_and_the_best_keeps_its_weights(tune, capfd, tmp_path):
     units = "model.network.init_args.units.0"
-    (tmp_path / "first.yaml").write_text(f"- {{{units}: 9}}\n- {{model.optimizer.class_path: KerasSGD}}\n")
+    (tmp_path / "first.yaml").write_text(f"- {{{units}: 9}}\n- {{optimizer: KerasSGD}}\n")
     options = ["--executions_per_trial=1", "--n_trials=3", "--keep_checkpoints=best", "--workers=1"]
     older = tmp_path / "here/lightning_logs/tune/trial_099/execution_0/checkpoints"  # left by a deleted study
     older.mkdir(parents=True)
@@ -238,6 +238,7 @@ def test_trials_come_from_a_file_or_another_study_and_the_best_keeps_its_weights
     [
         ("- {data.batch_size: 4}", "trial 1 of 1: data.batch_size is not searched."),
         ("- {model.network.init_args.units.0: 9}\n- 3", "trial 2 of 2 is not a mapping"),
+        ("- {model.network.init_args.units.0: 9, units.0: 8}", "trial 1 of 1 has two values for one key."),
         ("- {model.network.init_args.units.0: 1}", "units.0 is 1, which is not searched (8 to 32, step 1)"),
         ("{", "is not valid YAML"),
         (None, "No such file"),
