@@ -536,15 +536,14 @@ def classifier_class(path: str) -> type[Classifier]:
     if path == "Classifier":
         return Classifier
     module, _, name = path.rpartition(".")
-    if (
-        module.partition(".")[0] in sys.stdlib_module_names
-    ):  # a checkpoint may name any module: importing some has effects
-        raise UserError(f"model: there is no class {path} that is a Classifier.")
-    try:
-        found: Any = getattr(importlib.import_module(module), name, None)
-    except (ImportError, ValueError) as error:
-        reason = f": {error}" if module else ", give its class path: my_module.MyClassifier"
-        raise UserError(f"model: there is no class {path}{reason}.") from error
+    found: Any = object
+    # a checkpoint may name any module, and importing one has effects: the standard library does not have models
+    if module.partition(".")[0] not in sys.stdlib_module_names:
+        try:
+            found = getattr(importlib.import_module(module), name, None)
+        except (ImportError, ValueError) as error:
+            reason = f": {error}" if module else ", give its class path: my_module.MyClassifier"
+            raise UserError(f"model: there is no class {path}{reason}.") from error
     if found is None:
         raise UserError(f"model: there is no class {path}: {module} has no {name}.")
     if not isinstance(found, type) or not issubclass(found, Classifier):

@@ -98,6 +98,7 @@ class RunCLI(LightningCLI):
         objects: Mapping[str, Any] = MappingProxyType({}),
     ) -> None:
         self.command = command
+        self.words = () if isinstance(arguments, dict) else tuple(arguments)
         self.objects = objects
         self.saved: SavedRun | None = None
         arguments = arguments if isinstance(arguments, dict) else read_pipes(arguments)

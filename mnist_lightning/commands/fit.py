@@ -1,5 +1,6 @@
 """``fit``: train a network and evaluate it."""
 
+import json
 import math
 import shutil
 import tempfile
@@ -30,7 +31,7 @@ from mnist_lightning.system.nested import flatten
 from mnist_lightning.training.callbacks import Figures
 from mnist_lightning.training.checkpoints import RunCheckpoint
 from mnist_lightning.training.precision import Trainer
-from mnist_lightning.training.runs import RUN_KEYS, new_version
+from mnist_lightning.training.runs import RUN_KEYS, environment, new_version
 from mnist_lightning.training.saved_run import SavedRun
 from mnist_lightning.training.slurm import SlurmJob
 
@@ -210,6 +211,8 @@ class FitCLI(RunCLI):
         self.run_dir = self.logs / config.name / f"version_{version}"
         if trainer.is_global_zero:
             (self.run_dir / "config.yaml").write_text(self.parser.dump(config, skip_unset=False), encoding="utf-8")
+            made_by = json.dumps(environment(self.command, *self.words), indent=2)
+            (self.run_dir / "environment.json").write_text(f"{made_by}\n", encoding="utf-8")
         if config.tensorboard:
             own_logger = TensorBoardLogger(self.logs, config.name, version, default_hp_metric=False)
             trainer.loggers = [own_logger, *trainer.loggers]

@@ -16,7 +16,7 @@ from mnist_lightning.comparison.significance import calibration_error
 from mnist_lightning.data import ImageDataModule, Split
 from mnist_lightning.networks import count_parameters
 from mnist_lightning.system.errors import UserError
-from mnist_lightning.training.runs import read_config
+from mnist_lightning.training.runs import read_config, read_environment
 from mnist_lightning.training.saved_run import SavedRun
 
 WEIGHTS = ("last", "best")
@@ -81,6 +81,7 @@ class EvaluatedRun:
     Attributes:
         path: The run folder, or the checkpoint given instead.
         config: The config; empty if its file is missing.
+        environment: What made the run, from ``environment.json``; empty if it is missing.
         history: One row per epoch.
         seconds: Training time.
         parameters: Number of trainable parameters.
@@ -91,6 +92,7 @@ class EvaluatedRun:
 
     path: Path
     config: dict[str, Any]
+    environment: dict[str, Any]
     history: list[dict[str, float]]
     seconds: float
     parameters: int
@@ -182,7 +184,8 @@ def load_run(path: Path) -> EvaluatedRun:
     }
     classifiers = {weights: run.classifier for weights, run in saved.items()}
     parameters = count_parameters(classifiers["last"])
-    return EvaluatedRun(path, config, history, seconds, parameters, evaluations, classifiers, data)
+    environment = read_environment(folder)
+    return EvaluatedRun(path, config, environment, history, seconds, parameters, evaluations, classifiers, data)
 
 
 @torch.no_grad()

@@ -66,6 +66,7 @@ def model_sections(report: Report) -> list[Section]:
         classes(models),
         calibration_and_cost(models),
         *hyperparameters(models),
+        *environments(models),
     ]
 
 
@@ -154,6 +155,13 @@ def hyperparameters(models: Sequence[Model]) -> list[Section]:
         Section(title, text="Keys with different values.", table=different, is_code=True),
         Section("", table=table[is_same], is_code=True, summary=summary),
     ]
+
+
+def environments(models: Sequence[Model]) -> list[Section]:
+    """Return what made the first run of each model: command, versions, machine and commit."""
+    found = {model.name: pd.Series(model.runs[0].environment, dtype=object).map(str) for model in models}
+    table = pd.DataFrame(found).fillna("-").rename_axis("what made the run")
+    return [Section("", table=table, is_code=True, summary="Commands, versions and machines")] if len(table) else []
 
 
 def study_sections(report: Report) -> list[Section]:

@@ -1,12 +1,22 @@
-"""Run folders: find and number them."""
+"""Run folders: find and number them, and note what made a run."""
 
+import importlib.metadata
+import json
+import os
+import platform
+import re
+import subprocess
 from collections.abc import Iterable
+from contextlib import suppress
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
+from mnist_lightning import __version__
 from mnist_lightning.system.console import PROG, command_line
 from mnist_lightning.system.errors import UserError
 
@@ -72,6 +82,13 @@ def newest_result(logs: Path) -> Path:
     )
 
 
+def read_environment(folder: Path) -> dict[str, Any]:
+    """Return the content of ``environment.json`` in a run folder; empty if it is missing or damaged."""
+    with suppress(OSError, ValueError):
+        return dict(json.loads((folder / "environment.json").read_text(encoding="utf-8")))
+    return {}
+
+
 def read_config(folder: Path) -> dict[str, Any]:
     """Return the config in a run folder.
 
@@ -84,6 +101,41 @@ def read_config(folder: Path) -> dict[str, Any]:
         return dict(yaml.safe_load(path.read_text(encoding="utf-8")))
     except (yaml.YAMLError, TypeError, ValueError) as error:
         raise UserError(f"{path} is damaged: {' '.join(str(error).split())}") from error
+
+
+def environment(*words: object) -> dict[str, Any]:
+    """Return what made a run, besides its config: the command, versions, the machine, and the commit of the project.
+
+    Args:
+        *words: Words of the command. Passwords in URLs are hidden.
+    """
+    names = ("torch", "torchvision", "lightning", "numpy")
+    commit = _git("rev-parse", "HEAD")
+    return {
+        "command": re.sub(r"(://[^/@\s]*):[^/@\s]*@", r"\1:***@", command_line(*words)),
+        "started": datetime.now(UTC).isoformat(timespec="seconds"),
+        "python": platform.python_version(),
+        "mnist_lightning": __version__,
+        **{name: importlib.metadata.version(name) for name in names},
+        "system": platform.platform(),
+        "processor": platform.processor() or platform.machine(),
+        "cores": os.cpu_count(),
+        "gpus": [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())],
+        "commit": commit,
+        "has_uncommitted_changes": None
+        if commit is None
+        else bool(_git("--no-optional-locks", "status", "--porcelain", "--untracked-files=no")),
+    }
+
+
+def _git(*words: str) -> str | None:
+    """Return the output of git in the current folder, or None if this is not a repository."""
+    with suppress(OSError, subprocess.SubprocessError):
+        return subprocess.run(
+            ["git", *words],  # noqa: S607 - git is where the user has it
+            capture_output=True, text=True, encoding="utf-8", check=True, timeout=10,
+        ).stdout.strip()  # fmt: skip
+    return None
 
 
 def new_version(folder: Path) -> int:

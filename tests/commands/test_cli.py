@@ -1,10 +1,12 @@
 """The commands, run as a user runs them."""
 
 import csv
-import importlib
+import importlib.metadata
+import json
 import logging
 import math
 import os
+import platform
 import re
 import shutil
 import signal
@@ -146,6 +148,10 @@ def test_a_run_folder_is_complete(fitted):
     for name in ("samples", "accuracy", "loss", "predictions", "confusion_matrix"):
         assert (run / f"figures/{name}.png").read_bytes().startswith(b"\x89PNG")
     assert not list(run.rglob("*partial*"))
+    made_by = json.loads((run / "environment.json").read_text(encoding="utf-8"))
+    assert made_by["command"].startswith("python -m mnist_lightning fit ")
+    assert (made_by["python"], made_by["torch"]) == (platform.python_version(), importlib.metadata.version("torch"))
+    assert made_by["commit"] is made_by["has_uncommitted_changes"] is None  # the folder is not a repository
     table = rows(run)
     assert list(table[0]) == ["epoch", "step", "lr", *METRICS]
     assert [row["epoch"] for row in table] == ["0", "1", "2", "3"]

@@ -6,6 +6,7 @@ import io
 import json
 import math
 import os
+import platform
 import re
 import shutil
 import subprocess
@@ -165,6 +166,7 @@ def test_one_seed_is_said_to_be_one_seed(made, reported):
     )
     text = (cwd / "lightning_logs/report/report.html").read_text()
     assert "3 trials are too few to tell which parameters matter." in text
+    assert f"<td>{platform.platform()}</td>" in text
     assert "for seed in 43 44 45; do python -m mnist_lightning fit --config" in text
 
 
@@ -524,7 +526,9 @@ def test_a_checkpoint_cannot_have_a_module_imported(run):
     checkpoint["hyper_parameters"]["_class_path"] = "this.Classifier"
     torch.save(checkpoint, path)
     message, _ = run()
-    assert "last.ckpt cannot be used: model: there is no class this.Classifier that is a Classifier." in message
+    assert (
+        "last.ckpt cannot be used: model: this.Classifier is not a subclass of mnist_lightning.Classifier." in message
+    )
     assert "this" not in sys.modules
 
 

@@ -1,6 +1,8 @@
 """Runs on disk: numbered, written whole, shown as tables."""
 
 import os
+import shutil
+import subprocess
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -8,7 +10,7 @@ import pytest
 from mnist_lightning.system.console import command_line, format_table
 from mnist_lightning.system.errors import UserError
 from mnist_lightning.system.files import atomic_write
-from mnist_lightning.training.runs import new_version
+from mnist_lightning.training.runs import environment, new_version, read_environment
 
 
 def test_a_version_is_claimed_by_one(tmp_path):
@@ -79,3 +81,27 @@ def test_a_command_can_be_pasted():
     assert command_line("fit", "--name", "a b") == "python -m mnist_lightning fit --name " + (
         '"a b"' if os.name == "nt" else "'a b'"
     )
+
+
+@pytest.mark.skipif(shutil.which("git") is None, reason="this machine does not have git")
+def test_an_environment_names_the_commit_and_hides_passwords(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
+    assert environment()["commit"] is None
+    file = tmp_path / "mine.py"
+    file.write_text("")
+    identity = ["-c", "user.name=me", "-c", "user.email=me@example.com"]
+    for words in (["init", "-q"], ["add", "."], [*identity, "commit", "-q", "-m", "first"]):
+        subprocess.run(["git", *words], check=True)
+    found = environment("tune", "--storage", "postgresql://me:secret@host/db")
+    head = subprocess.run(["git", "rev-parse", "HEAD"], check=True, capture_output=True, text=True).stdout.strip()
+    assert (found["commit"], found["has_uncommitted_changes"]) == (head, False)
+    assert found["command"].endswith("tune --storage postgresql://me:***@host/db")
+    file.write_text("changed")
+    assert environment()["has_uncommitted_changes"]
+
+
+def test_a_missing_or_damaged_environment_is_empty(tmp_path):
+    assert read_environment(tmp_path) == {}
+    (tmp_path / "environment.json").write_text("[1")
+    assert read_environment(tmp_path) == {}
