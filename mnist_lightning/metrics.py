@@ -32,8 +32,7 @@ class EpochMetrics:
 
     def __init__(self, given: Sequence[Metric | str] | Metric | str | None) -> None:
         self._given: dict[str, Metric | str] = {}
-        self._running: dict[str, dict[str, Metric]] = {}
-        self._not_a_number: dict[str, Metric] = {}
+        self._running: dict[str, tuple[Metric, dict[str, Metric]]] = {}  # the number of NaN, and the metrics
         for metric in [given] if isinstance(given, Metric | str) else given or []:
             name = metric if isinstance(metric, str) else _name(metric)
             if isinstance(metric, str) and not _is_word(metric):
@@ -80,20 +79,23 @@ class EpochMetrics:
             labels: True classes, of shape (batch,).
         """
         if stage not in self._running:
-            made = {name: _make(metric, logits.shape[1]) for name, metric in self._given.items()}
-            self._running[stage] = {name: metric.to(logits.device) for name, metric in made.items()}
-            self._not_a_number[stage] = SumMetric().to(logits.device)
+            made = {name: _make(metric, logits.shape[1]).to(logits.device) for name, metric in self._given.items()}
+            self._running[stage] = (SumMetric().to(logits.device), made)
         if logits.device.type != "mps":  # mps does not have float64, in which large logits keep their order
             logits = logits.double()
         probabilities = logits.softmax(dim=1)
-        self._not_a_number[stage].update(probabilities.isnan().sum())
-        for metric in self._running[stage].values():
+        not_a_number, metrics = self._running[stage]
+        not_a_number.update(probabilities.isnan().sum())
+        for metric in metrics.values():
             metric.update(probabilities, labels)
 
     def compute(self, stage: str) -> dict[str, Tensor]:
         """Return the values by name for all images of a stage since the last call, on all devices together."""
-        values = {name: metric.compute() for name, metric in self._running.pop(stage, {}).items()}
-        if values and self._not_a_number.pop(stage).compute():
+        if stage not in self._running:
+            return {}
+        not_a_number, metrics = self._running.pop(stage)
+        values = {name: metric.compute() for name, metric in metrics.items()}
+        if not_a_number.compute():
             return {name: torch.full_like(value, torch.nan, dtype=torch.float32) for name, value in values.items()}
         return values
 

@@ -102,8 +102,9 @@ class RunCLI(LightningCLI):
         self.objects = objects
         self.saved: SavedRun | None = None
         arguments = arguments if isinstance(arguments, dict) else read_pipes(arguments)
+        self.named = named_class(arguments)
         super().__init__(
-            named_class(arguments) or Classifier,
+            self.named or Classifier,
             ImageDataModule,
             trainer_class=Trainer,
             subclass_mode_data=True,
@@ -211,9 +212,9 @@ class RunCLI(LightningCLI):
         if not path.is_file():
             raise UserError(f"No checkpoint at {path}; `last` and `best` mean those of the newest run.")
         self.saved = SavedRun.read(path)
-        found, named = self.saved.model_class, named_class(args)
-        if named is not None and named is not found:
-            raise UserError(f"{path} was trained by {found.__name__}, not {named.__name__}: leave out --model.")
+        found = self.saved.model_class
+        if self.named not in (None, found):
+            raise UserError(f"{path} was trained by {found.__name__}, not {self.named.__name__}: leave out --model.")
         if found is not self.model_class:  # the parser has the options of another class
             self.model_class = self._model_class = found
             self.setup_parser(False, self.parser_kwargs, {})

@@ -9,8 +9,8 @@ import optuna
 from optuna.trial import TrialState
 
 from mnist_lightning.comparison.evaluation import Model, have_same, load_run
-from mnist_lightning.search.storage import hide_password
 from mnist_lightning.search.study import find_study, source_of
+from mnist_lightning.system.console import hide_password
 from mnist_lightning.system.errors import UserError
 from mnist_lightning.training.figures import COLORS
 from mnist_lightning.training.runs import newest_complete_run

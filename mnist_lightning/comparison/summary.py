@@ -67,7 +67,7 @@ class Report:
             ] or [_describe(first)]
             lines += filter(None, map(_describe_divergence, models))
         self.verdict = " ".join(lines)
-        self.lines = [*lines, *filter(None, _advise(models, self.comparisons))]
+        self.lines = [*lines, *_advise(models, self.comparisons)]
         if study:
             self.lines += [*_describe_refits(models, study), *filter(None, [self.edges])]
         self.commands = _more_seeds(models)
@@ -137,10 +137,10 @@ def _compare_other_weights(models: Sequence[Model]) -> dict[str, dict[str, Compa
     texts = {"last": "the weights of the last epoch", "best": "the weights of the best validation epoch"}
     (weights,) = texts.keys() - {models[0].weights}
     others = [model.runs[0].evaluations.get((weights, "test")) for model in models]
-    correct = [other.correct for other in others if other]
-    if len(correct) < len(models):
+    evaluations = [other for other in others if other]
+    if len(evaluations) < len(models):
         return {}
-    found = compare_to_first(correct, [[0.0]] * len(models))
+    found = compare_to_first([one.correct for one in evaluations], [[one.accuracy] for one in evaluations])
     return {model.name: {texts[weights]: one} for model, one in zip(models[1:], found, strict=True)}
 
 
@@ -149,22 +149,24 @@ def _advise(models: Sequence[Model], comparisons: dict[str, Comparison]) -> list
     lines = []
     for model in models[1:]:
         found = comparisons[model.name]
-        several = [side.accuracies for side in (models[0], model) if len(side.runs) > 1]
         if found.seeds and found.seeds.adjusted_p_value < 0.05:
             continue
+        several = [side.accuracies for side in (models[0], model) if len(side.runs) > 1]
         deviation, source = DEVIATION, "as those of the defaults do over fifteen seeds"
         if several:
             deviation, source = max(map(statistics.stdev, several)), "as those of these runs do"
-        difference = (found.seeds or found).difference
-        needed = seeds_needed(difference, deviation)
-        count = "more than 100 seeds" if needed is None else f"{needed} seeds"
-        text = f"With other seeds, {models[0].name} and {model.name} may compare otherwise." if not found.seeds else ""
-        if difference:
-            text += (
-                f" If test accuracies vary {source} (± {100 * deviation:.2f} points), it takes {count} of each model "
-                f"to find a difference of {100 * abs(difference):.2f} points."
+        sentences = []
+        if not found.seeds:
+            sentences.append(f"With other seeds, {models[0].name} and {model.name} may compare otherwise.")
+        if difference := (found.seeds or found).difference:
+            needed = seeds_needed(difference, deviation)
+            sentences.append(
+                f"If test accuracies vary {source} (± {100 * deviation:.2f} points), it takes "
+                f"{needed or 'more than 100'} seeds of each model to find a difference of {100 * abs(difference):.2f} "
+                "points."
             )
-        lines.append(text.strip())
+        if sentences:
+            lines.append(" ".join(sentences))
     return lines
 
 
@@ -193,11 +195,10 @@ def _describe_refits(models: Sequence[Model], study: optuna.Study) -> list[str]:
         trial = trials.get(origin.get("trial", -1)) if origin.get("study_name") == study.study_name else None
         values = [row[metric.name] for row in model.runs[0].history if metric.name in row]
         if trial is not None and trial.values and values:
-            anew = max(values, key=lambda value: metric.sign * value)
             lines.append(
                 f"{model.name} is trial {trial.number} of study {study.study_name}: its {metric.name} of "
                 f"{trial.values[0]:.4f} was chosen from {len(ranked_trials(study))} values that vary by chance; its "
-                f"settings, trained anew for {len(values)} epochs, came to {anew:.4f}."
+                f"settings, trained anew for {len(values)} epochs, came to {metric.best(values):.4f}."
             )
     return lines
 

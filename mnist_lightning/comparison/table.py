@@ -23,10 +23,9 @@ def quantities(models: Sequence[Model], comparisons: dict[str, Comparison]) -> p
         model.name: {name: _format(name, numbers) for name, numbers in own.items()}
         for model, own in zip(models, values, strict=True)
     }
-    for model, own in zip(models[1:], values[1:], strict=True):
-        column = {name: _format_difference(name, values[0][name], numbers) for name, numbers in own.items()}
-        if not have_same("val", models[0].runs[0], model.runs[0]):
-            column |= {name: "-" for name in own if name.startswith("val/")}
+    for model in models[1:]:
+        differences = _differences(models[0], model)
+        column = {name: _format_difference(name, values[0][name], differences.get(name)) for name in names}
         if found := _interval(models[0], model, comparisons):
             column[_compared(model)] += f" ({found[0]:+.4f} to {found[1]:+.4f})"
         table[f"{model.name} - {models[0].name}"] = column
@@ -39,21 +38,30 @@ def numbers(models: Sequence[Model], comparisons: dict[str, Comparison]) -> pd.D
     The difference is from the first model; ``low`` and ``high`` are its interval, where there is one.
     """
     rows = []
-    first = _quantities(models[0])
     for model in models:
-        has_same_images = have_same("val", models[0].runs[0], model.runs[0])
+        differences = _differences(models[0], model) if model is not models[0] else {}
         for name, values in _quantities(model).items():
             if not values:
                 continue
             quantity, _, epoch = name.removesuffix(" epoch)").partition(" (")
             row = {"quantity": quantity, "epoch": epoch, "model": model.name, "runs": len(values)}
             row |= {"mean": statistics.mean(values), "deviation": _deviation(values) if len(values) > 1 else None}
-            if model is not models[0] and first.get(name) and (has_same_images or not name.startswith("val/")):
-                row["difference"] = statistics.mean(values) - statistics.mean(first[name])
+            row["difference"] = differences.get(name)
             if name == _compared(model) and (found := _interval(models[0], model, comparisons)):
                 row["low"], row["high"] = found
             rows.append(row)
     return pd.DataFrame(rows, columns=COLUMNS)
+
+
+def _differences(first: Model, model: Model) -> dict[str, float]:
+    """Return the differences from the first model, of the quantities that both have of the same images."""
+    has_same_images = have_same("val", first.runs[0], model.runs[0])
+    before = _quantities(first)
+    return {
+        name: statistics.mean(values) - statistics.mean(before[name])
+        for name, values in _quantities(model).items()
+        if values and before.get(name) and (has_same_images or not name.startswith("val/"))
+    }
 
 
 def _compared(model: Model) -> str:
@@ -99,11 +107,8 @@ def _format(name: str, values: Sequence[float]) -> str:
     return f"{statistics.mean(values):.{digits}f}{spread}"
 
 
-def _format_difference(name: str, first: Sequence[float], second: Sequence[float]) -> str:
-    if not first or not second:
-        return "-"
-    difference = statistics.mean(second) - statistics.mean(first)
-    if not math.isfinite(difference):
+def _format_difference(name: str, first: Sequence[float], difference: float | None) -> str:
+    if difference is None or not math.isfinite(difference):
         return "-"
     return f"{difference:+,}" if isinstance(difference, int) else f"{difference:+.{_digits(name, first)}f}"
 

@@ -42,7 +42,7 @@ from mnist_lightning.search.space import (
     short_key,
     spread,
 )
-from mnist_lightning.search.storage import hide_password, open_storage
+from mnist_lightning.search.storage import open_storage
 from mnist_lightning.search.study import (
     OF_TRAINING,
     best_trial,
@@ -62,7 +62,7 @@ from mnist_lightning.search.study import (
     source_of,
 )
 from mnist_lightning.search.trial import Search, kept_weights
-from mnist_lightning.system.console import PROG, command_line, format_table
+from mnist_lightning.system.console import PROG, command_line, format_table, hide_password
 from mnist_lightning.system.errors import UserError, user_errors
 from mnist_lightning.system.files import atomic_write
 from mnist_lightning.system.nested import flatten, get_value

@@ -1,7 +1,7 @@
 """Metrics, and what is stored in a trial beside Optuna's own."""
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from operator import index
 from typing import Any, Literal
@@ -45,6 +45,20 @@ class Metric:
     def excess(self, value: float, limit: float) -> float:
         """Return how much worse a value is than a limit; 0 or less if it is within the limit."""
         return self.sign * (limit - value)
+
+
+def limited_metrics(
+    limits: Iterable[str], metrics: Sequence[Metric], directions: Mapping[str, Direction]
+) -> list[Metric]:
+    """Return the metrics that have limits.
+
+    Args:
+        limits: Their names.
+        metrics: The metrics that a study optimizes.
+        directions: Directions of other metrics, where they are known.
+    """
+    known = {metric.name: metric for metric in metrics}
+    return [known.get(name, Metric(name, directions.get(name))) for name in limits]
 
 
 def directions_of(metrics: Sequence[Metric]) -> list[Direction]:

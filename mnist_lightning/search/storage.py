@@ -2,7 +2,6 @@
 
 import json
 import os
-import re
 import sys
 import threading
 import time
@@ -18,6 +17,7 @@ from optuna.storages import BaseStorage, GrpcStorageProxy, JournalStorage
 from optuna.storages.journal import JournalFileBackend, JournalFileOpenLock
 from tqdm import tqdm
 
+from mnist_lightning.system.console import hide_password
 from mnist_lightning.system.errors import UserError
 
 PATIENCE = 600.0
@@ -152,11 +152,6 @@ def _reason(error: Exception) -> str:
     cause: Any = _cause(error)
     text = cause.details() if hasattr(cause, "details") else getattr(cause, "orig", None) or cause
     return (str(text).strip() or repr(error)).partition("\n")[0]
-
-
-def hide_password(storage: str) -> str:
-    """Return a storage's URL without its password, or its path unchanged."""
-    return re.sub(r"(://[^/@]*):[^/@]*@", r"\1:***@", storage)
 
 
 def open_storage(storage: str) -> Any:

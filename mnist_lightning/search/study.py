@@ -20,7 +20,15 @@ from optuna.study import Study
 from optuna.trial import FrozenTrial, TrialState
 
 from mnist_lightning.commands.parsing import shorten
-from mnist_lightning.search.record import Metric, TrialRecord, check_finite, directions_of, is_counted, metrics_of
+from mnist_lightning.search.record import (
+    Metric,
+    TrialRecord,
+    check_finite,
+    directions_of,
+    is_counted,
+    limited_metrics,
+    metrics_of,
+)
 from mnist_lightning.search.space import (
     SearchSpace,
     describe,
@@ -230,10 +238,8 @@ def best_trial(study: Study, limits: Mapping[str, float] | None = None) -> Froze
     check_limits(limits)
     trials = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
     if limits:
-        directions = study.user_attrs.get("directions", {})
-        known = {name: Metric(name, directions.get(name)) for name in limits}
-        known |= {metric.name: metric for metric in metrics}
-        trials = [trial for trial in trials if _is_within(trial, metrics, limits, known)]
+        limited = limited_metrics(limits, metrics, study.user_attrs.get("directions", {}))
+        trials = [trial for trial in trials if _is_within(trial, metrics, limits, limited)]
     if not trials:
         raise UserError(
             f"No completed trial is within {', '.join(f'{name} {limit:g}' for name, limit in limits.items())}: "
@@ -259,13 +265,15 @@ def pareto_front(study: Study) -> list[FrozenTrial]:
 
 
 def _is_within(
-    trial: FrozenTrial, metrics: Sequence[Metric], limits: Mapping[str, float], known: Mapping[str, Metric]
+    trial: FrozenTrial, metrics: Sequence[Metric], limits: Mapping[str, float], limited: Sequence[Metric]
 ) -> bool:
     values = limited_values(TrialRecord.of(trial).executions, limits) | dict(
         zip([metric.name for metric in metrics], trial.values, strict=True)
     )
     # a trial that is older than a limit has no value for it
-    return all(name in values and known[name].excess(values[name], limit) <= 0 for name, limit in limits.items())
+    return all(
+        metric.name in values and metric.excess(values[metric.name], limits[metric.name]) <= 0 for metric in limited
+    )
 
 
 def limited_values(executions: Iterable[Mapping[str, Any]], limits: Iterable[str]) -> dict[str, float]:

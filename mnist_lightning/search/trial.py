@@ -30,7 +30,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from mnist_lightning.commands.fit import TrainingCLI
 from mnist_lightning.data import ImageDataModule
 from mnist_lightning.networks import count_parameters
-from mnist_lightning.search.record import Direction, Metric, TrialRecord, is_counted, ordinal
+from mnist_lightning.search.record import Direction, Metric, TrialRecord, is_counted, limited_metrics, ordinal
 from mnist_lightning.search.recovery import ATTEMPTS, process_name
 from mnist_lightning.search.sampler import draw, make_sampler
 from mnist_lightning.search.space import SearchSpace, config_with, instantiate, max_epochs
@@ -94,8 +94,7 @@ class Search:
     @property
     def limited(self) -> list[Metric]:
         """The metrics that have limits, whether the study optimizes them or not."""
-        known = {metric.name: metric for metric in self.metrics}
-        return [known.get(name, Metric(name, self.directions.get(name))) for name in self.options.limits]
+        return limited_metrics(self.options.limits, self.metrics, self.directions)
 
 
 class Objective:

@@ -1,6 +1,7 @@
 """Print notes, commands to paste and tables."""
 
 import os
+import re
 import shlex
 import subprocess
 from collections.abc import Sequence
@@ -14,6 +15,11 @@ def command_line(*words: object) -> str:
     """Return a command of this package that can be pasted into a terminal."""
     texts = [*PROG.split(), *map(str, words)]
     return subprocess.list2cmdline(texts) if os.name == "nt" else shlex.join(texts)
+
+
+def hide_password(storage: str) -> str:
+    """Return a storage's URL without its password, or any other text unchanged."""
+    return re.sub(r"(://[^/@]*):[^/@]*@", r"\1:***@", storage)
 
 
 @rank_zero_only

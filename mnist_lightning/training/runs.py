@@ -4,7 +4,6 @@ import importlib.metadata
 import json
 import os
 import platform
-import re
 import subprocess
 from collections.abc import Iterable
 from contextlib import suppress
@@ -17,7 +16,7 @@ import yaml
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 from mnist_lightning import __version__
-from mnist_lightning.system.console import PROG, command_line
+from mnist_lightning.system.console import PROG, command_line, hide_password
 from mnist_lightning.system.errors import UserError
 
 LOGS = "lightning_logs"
@@ -112,7 +111,7 @@ def environment(*words: object) -> dict[str, Any]:
     names = ("torch", "torchvision", "lightning", "numpy")
     commit = _git("rev-parse", "HEAD")
     return {
-        "command": re.sub(r"(://[^/@\s]*):[^/@\s]*@", r"\1:***@", command_line(*words)),
+        "command": hide_password(command_line(*words)),
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
         "python": platform.python_version(),
         "mnist_lightning": __version__,
