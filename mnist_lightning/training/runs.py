@@ -119,7 +119,7 @@ def environment(*words: object) -> dict[str, Any]:
         "system": platform.platform(),
         "processor": platform.processor() or platform.machine(),
         "cores": os.cpu_count(),
-        "gpus": [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())],
+        "gpus": torch.cuda.device_count(),  # their names would start CUDA, after which no notebook can start processes
         "commit": commit,
         "has_uncommitted_changes": None
         if commit is None
