@@ -50,7 +50,7 @@ def main() -> None:
             "report": head_of_page(folder / "lightning_logs/report/report.html", folder),
         }
         for title, picture in pictures.items():
-            picture.quantize(64).save(PICTURES / f"{title}.png", optimize=True)
+            picture.save(PICTURES / f"{title}.png", optimize=True)
 
 
 if __name__ == "__main__":
