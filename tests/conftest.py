@@ -12,13 +12,16 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import chdir, redirect_stdout
 from pathlib import Path
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 from helpers.commands import in_process, write_idx
 from helpers.studies import tune_options
 
 from mnist_lightning.__main__ import main
 from mnist_lightning.data import MNISTDataModule
+from mnist_lightning.training import callbacks, figures
 
 Run = Callable[..., subprocess.CompletedProcess[str]]
 
@@ -40,6 +43,22 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def _cache(tmp_path_factory: pytest.TempPathFactory) -> None:
     """Keep the tests out of the user's cache."""
     os.environ["XDG_CACHE_HOME"] = str(tmp_path_factory.mktemp("cache"))
+
+
+BLANK = {name: lambda *_, **__: None for name in ("sample_grid", "predictions", "confusion_matrix", "curves")}
+
+
+@pytest.fixture(autouse=True)
+def _blank_figures(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Leave the figures of `fit` blank, which take 80 % of a short training; `drawn` has them drawn."""
+    if "drawn" not in request.fixturenames:
+        white = {"render": lambda _: np.full((8, 8, 3), 255, np.uint8)}
+        monkeypatch.setattr(callbacks, "figures", SimpleNamespace(**{**vars(figures), **BLANK, **white}))
+
+
+@pytest.fixture
+def drawn() -> None:
+    """Let `fit` draw its figures."""
 
 
 @pytest.fixture(scope="session")

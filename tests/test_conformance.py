@@ -29,7 +29,7 @@ def data(tmp_path_factory):
         for number, row in enumerate(ROWS)
     ],
 )
-def test_a_row_works_or_is_refused_as_expected(row, data, tmp_path):
+def test_a_row_works_or_is_refused_as_expected(drawn, row, data, tmp_path):
     verdict = check(row, tmp_path, data)
     assert is_expected(row, verdict), verdict
 

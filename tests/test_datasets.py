@@ -227,7 +227,7 @@ def test_standardised_images_have_mean_0_and_deviation_1_over_the_training_image
 
 
 @pytest.mark.slow
-def test_a_folder_of_photos_is_trained_predicted_and_reported(monkeypatch, capfd, tmp_path):
+def test_a_folder_of_photos_is_trained_predicted_and_reported(drawn, monkeypatch, capfd, tmp_path):
     write_files(tmp_path / "photos/train", 40)
     write_files(tmp_path / "photos/test", 6)
     monkeypatch.chdir(tmp_path)
