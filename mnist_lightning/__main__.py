@@ -19,7 +19,7 @@ COMMANDS = {
     "predict": "Classify your own images, or the test images, into a CSV file.",
     "tune": "Search hyper-parameters with an Optuna study and refit the best.",
     "report": "Compare models, by default baseline and tuned, on one page.",
-    "runs": "List all runs: networks, epochs, accuracies, times.",
+    "runs": "List all runs; delete or archive some.",
     "export": "Write a network as ONNX, or as a page to draw on.",
 }
 MODULES = {

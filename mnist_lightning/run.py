@@ -129,10 +129,11 @@ def runs(logs: str | Path = LOGS) -> pd.DataFrame:
 
     Returns:
         A row for each run: its name and version, when it was started, its network, its number of trainable parameters,
-        its epochs, its best validation accuracy, the test accuracy of its last epoch and its seconds of training. A
-        value that a run does not have, for example because it was stopped, is missing.
+        its epochs, its best validation accuracy, the test accuracy of its last epoch, its seconds of training, its tags
+        and its notes. A value that a run does not have, for example because it was stopped, is missing.
     """
     columns = ["name", "version", "when", "network", "parameters", "epochs", "val/accuracy", "test/accuracy", "seconds"]
+    columns += ["tags", "notes"]
     found = pd.DataFrame([_describe(path.parent) for path in Path(logs).glob("*/version_*/config.yaml")], None, columns)
     numbers = {"version": "Int64", "parameters": "Int64", "epochs": "Int64"}
     found = found.astype(numbers).sort_values("when", ascending=False, ignore_index=True)
@@ -146,6 +147,7 @@ def _describe(folder: Path) -> dict[str, Any]:
     row["when"] = datetime.fromtimestamp((folder / "config.yaml").stat().st_mtime)
     with suppress(UserError, KeyError, TypeError, AttributeError):
         row["network"] = "".join(_network(run.config["model"]))
+        row |= {"tags": ", ".join(run.config.get("tags") or ()), "notes": run.config.get("notes") or ""}
     with suppress(UserError, KeyError):
         history = run.history
         row |= {"epochs": len(history), "val/accuracy": history["val/accuracy"].max()}

@@ -2,6 +2,8 @@
 
 import functools
 import inspect
+import io
+import re
 import signal
 import subprocess
 import sys
@@ -301,9 +303,9 @@ def test_a_script_needs_no_guard(small, tmp_path):
     assert "Own: workers cannot import a class of a script or a cell." in result.stdout
 
 
-def test_the_command_runs_lists_filters_and_sorts(small, quick, tmp_path, capfd):
-    for name, epochs in (("one", 1), ("two", 2)):
-        fit(MLP([8]), small(), name=name, max_epochs=epochs)
+def test_the_command_runs_lists_filters_and_sorts(small, quick, tmp_path, capfd, monkeypatch):
+    fit(MLP([8]), small(), name="one", max_epochs=1)
+    fit(MLP([8]), small(), name="two", max_epochs=2, tags=["narrow", "long"], notes="two epochs, 8 units")
 
     capfd.readouterr()
 
@@ -315,10 +317,41 @@ def test_the_command_runs_lists_filters_and_sorts(small, quick, tmp_path, capfd)
     assert names("--sort=epochs", "--ascending") == ["one", "two"]
     assert names("--name", "o*") == ["one"]
     assert names("--filter", "epochs > 1 and `test/accuracy` > 0") == ["two"]
+    assert names("--tags", "long", "narrow") == ["two"]
+    assert "narrow, long" in (shown := quick(tmp_path, "runs", data=False).stdout)
+    assert "two epochs, 8 units" in shown
     for options, message in (
         (["--sort=size"], "--sort size is not a column: name, version, when"),
         (["--filter=epoch > 1"], "--filter epoch > 1: name 'epoch' is not defined."),
-        (["--name=three"], "There is no run in lightning_logs with this name and filter."),
+        (["--name=three"], "There is no run in lightning_logs that matches."),
+        (["--tags=wide"], "There is no run in lightning_logs that matches."),
     ):
         with pytest.raises(AssertionError, match=message):
             quick(tmp_path, "runs", *options, data=False)
+
+
+def test_runs_are_archived_and_deleted_after_a_question(small, quick, tmp_path, capfd, monkeypatch):
+    for name in ("one", "two", "two"):
+        fit(MLP([8]), small(), name=name, max_epochs=1)
+    capfd.readouterr()
+    logs = tmp_path / "lightning_logs"
+
+    def answer(text, *options):
+        monkeypatch.setattr("sys.stdin", io.StringIO(text))
+        return quick(tmp_path, "runs", *options, data=False).stdout
+
+    for text in ("n\n", ""):
+        with pytest.raises(AssertionError, match="Nothing was changed"):
+            answer(text, "--name=two", "--delete")
+    assert len(runs()) == 3
+    (logs / "two/version_1/test.csv").unlink()
+    output = answer("y\n", "--name=two", "--archive=old")
+    assert re.search(r"Move 2 runs, \d+ files, 0\.\d MB to old\? 1 of them may still be running", output)
+    assert [path.name for path in sorted(logs.glob("*/version_*"))] == ["version_0"]
+    assert runs("old")["name"].tolist() == ["two", "two"]
+    fit(MLP([8]), small(), name="two", max_epochs=1)
+    with pytest.raises(AssertionError, match="old/two/version_0 exists already"):
+        answer("y\n", "--archive=old")
+    answer("yes\n", "--name=two", "--delete")
+    assert runs()["name"].tolist() == ["one"]
+    assert len(runs("old")) == 2

@@ -419,6 +419,8 @@ class RunCLI(LightningCLI):
 
 def add_training_options(parser: LightningArgumentParser) -> None:
     """Add the options of the commands that train."""
+    parser.add_argument("--notes", type=str, default="", help="What `runs` and the report say about the run.")
+    parser.add_argument("--tags", type=list[str], default=[], help="Words by which `runs --tags` finds the run.")
     parser.add_argument("--tensorboard", type=bool, default=True, help="Whether to write TensorBoard events.")
     parser.add_argument(
         "--fast", type=bool, default=True, help="Whether training steps skip hooks that nothing listens to."

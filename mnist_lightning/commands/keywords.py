@@ -21,11 +21,11 @@ from torch import nn
 
 from mnist_lightning.classifier import Classifier, classifier_class
 from mnist_lightning.system.errors import UserError, one_line
-from mnist_lightning.training.runs import RUN_KEYS
+from mnist_lightning.training.runs import LABELS, RUN_KEYS
 
 GROUPS = {"trainer": pl.Trainer, "model": Classifier}
 """The groups of options whose names can be given without the group."""
-OPTIONS = ("config", "name", "origin", "ckpt_path", *RUN_KEYS)
+OPTIONS = ("config", "name", "origin", "ckpt_path", *LABELS, *RUN_KEYS)
 """Options without a group that commands share."""
 AS_TEXT = (Path, torch.device, timedelta)
 AS_NUMBERS = (np.generic, np.ndarray, torch.Tensor)

@@ -137,7 +137,7 @@ class Parser(LightningArgumentParser):
                 if isinstance(default, Namespace | dict):
                     default = default.get("class_path", "").rpartition(".")[2]
                 text = HELP.get(key) or str(actions[key].help).replace("``", "")
-                text += f" (default: {default})" if default not in (None, "", argparse.SUPPRESS) else ""
+                text += f" (default: {default})" if default not in (None, "", [], argparse.SUPPRESS) else ""
                 group.add_argument(f"--{key}", metavar="", help=text.replace("%", "%%"))
         short.print_help()
 

@@ -1,6 +1,7 @@
 """Options of ``tune``, first trials, results and refit."""
 
 import csv
+import json
 import math
 import re
 import shlex
@@ -67,7 +68,7 @@ from mnist_lightning.system.errors import UserError, user_errors
 from mnist_lightning.system.files import atomic_write
 from mnist_lightning.system.nested import flatten, get_value
 from mnist_lightning.system.signals import Interrupt, interruptible
-from mnist_lightning.training.runs import RUN_KEYS, newest_file
+from mnist_lightning.training.runs import LABELS, RUN_KEYS, newest_file
 
 # bounded, since a huge number would exhaust the memory
 Count: Any = restricted_number_type("Count", int, [(">", 0), ("<=", 10**6)])
@@ -280,7 +281,7 @@ def tune(run: SearchCLI, command: str, interrupt: Interrupt) -> Study:
         if pool is not None and last not in pool.names:
             print(f"Refit: left to the command of {last}, which finished the last trial. Run this one again to do it.")
         else:
-            _refit(*chosen, run.logs, options)
+            _refit(*chosen, run)
     return study
 
 
@@ -510,16 +511,17 @@ def _print_results(study: Study, limits: dict[str, float]) -> None:
         print("Importance (fANOVA): " + ", ".join(f"{short_key(key)} {share:.2f}" for key, share in found.items()))
 
 
-def _refit(path: Path, config: dict[str, Any], logs: Path, options: Namespace) -> None:
+def _refit(path: Path, config: dict[str, Any], run: SearchCLI) -> None:
     """Train a config as an ordinary run, unless that run exists, and print it next to the baseline."""
-    epochs = config["trainer"]["max_epochs"]
-    if run := _find_run(logs / config["name"], config):
-        print(f"Refit: already done, {run}")
+    epochs, logs, options = config["trainer"]["max_epochs"], run.logs, run.config
+    if done := _find_run(logs / config["name"], config):
+        print(f"Refit: already done, {done}")
     else:
         if epochs != options.refit_epochs:
             print(f"\ntrainer.max_epochs was searched: {epochs}. --refit_epochs {options.refit_epochs} is not used.")
         print(f"\nRefit: {command_line('fit', '--config', path)}")
-        FitCLI("fit", ["--config", str(path)]).run()
+        labels = [f"--{key}={json.dumps(options[key])}" for key in LABELS if options[key]]
+        FitCLI("fit", ["--config", str(path), *labels]).run()
     models = _compare([logs / "baseline", logs / config["name"]])
     if len(models) == 2:
         storage = ["--storage", options.storage] if options.storage else []

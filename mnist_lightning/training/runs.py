@@ -23,6 +23,8 @@ LOGS = "lightning_logs"
 """Folder of all runs, studies and reports."""
 RUN_KEYS = ("seed_everything", "num_threads", "tensorboard", "fast", "trainer", "model", "data")
 """Keys of a run's config, besides its name and origin."""
+LABELS = ("notes", "tags")
+"""Keys of a run's config that change nothing."""
 
 
 def newest_file(paths: Iterable[Path]) -> Path | None:

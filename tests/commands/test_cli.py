@@ -74,7 +74,7 @@ def test_help_of_a_command_is_what_its_parser_says(monkeypatch, capfd, name):
     assert code == 0
     assert out.startswith(f"usage: python -m mnist_lightning {name}")
     assert "--data.batch_size     Images in a training batch" in out
-    assert len(out.splitlines()) < (90 if name == "tune" else 48)
+    assert len(out.splitlines()) < (92 if name == "tune" else 48)
     monkeypatch.setenv("COLUMNS", "100")
     with pytest.raises(SystemExit):
         importlib.import_module(f"mnist_lightning.{MODULES[name]}").main(name, COMMANDS[name], ["--help"])
