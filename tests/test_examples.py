@@ -59,6 +59,7 @@ def test_a_project_of_one_s_own_trains_searches_and_reports(project):
     assert tuned.config["model"]["gamma"] != own.config["model"]["gamma"] == 2
     assert re.search(r"trial +val/worst_letter +executions +gamma +channels\.0 +optimizer\.lr", outputs["tune"])
 
+    assert "Compare them: python -m mnist_lightning report letters=" in outputs["tune"]
     report = json.loads((folder / "lightning_logs/report/report.json").read_text(encoding="utf-8"))
     assert [*report["models"]] == ["letters", "letters_tuned"]
     for model, found in zip(report["models"].values(), (own, tuned), strict=True):

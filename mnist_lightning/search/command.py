@@ -522,7 +522,10 @@ def _refit(path: Path, config: dict[str, Any], run: SearchCLI) -> None:
         print(f"\nRefit: {command_line('fit', '--config', path)}")
         labels = [f"--{key}={json.dumps(options[key])}" for key in LABELS if options[key]]
         FitCLI("fit", ["--config", str(path), *labels]).run()
-    models = _compare([logs / "baseline", logs / config["name"]])
+    others = [path for path in logs.glob("*/version_*/test.csv") if path.parts[-3] != config["name"]]
+    baselines = [path for path in others if path.parts[-3] == "baseline"]  # or, in a project without one, the newest
+    other = newest_file(baselines or others)
+    models = _compare([*([other.parents[1]] if other else []), logs / config["name"]])
     if len(models) == 2:
         storage = ["--storage", options.storage] if options.storage else []
         print(f"\nCompare them: {command_line('report', *models, '--study_name', options.study_name, *storage)}")
