@@ -97,7 +97,7 @@ def fits(killed: Path, whole: Path, seconds: float, draw: random.Random) -> Coun
     while True:
         process = start(killed, [*FIT, *(["--ckpt_path=last"] if last else [])])
         if draw.random() < 0.8:
-            wait_for("Epoch", killed, process)
+            wait_for("epoch", killed, process)
         output = killed / "output.txt"
         try:
             assert process.wait(draw.uniform(0, seconds / 4)) == 0, output.read_text()
@@ -106,7 +106,7 @@ def fits(killed: Path, whole: Path, seconds: float, draw: random.Random) -> Coun
             process.kill()
             process.wait()
         kills["fit by SIGKILL"] += 1
-        printed = [int(number) for number in re.findall(r"Epoch +(\d+)/", output.read_text())]
+        printed = [int(number) for number in re.findall(r"^ +(\d+)/\d", output.read_text(), re.MULTILINE)]
         files = list(killed.glob("lightning_logs/*/version_*/checkpoints/*.ckpt"))
         loaded = {path: torch.load(path, weights_only=True) for path in files}
         done = max((c["epoch"] + 1 for path, c in loaded.items() if path.name == "last.ckpt"), default=0)

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import mnist_lightning
-from mnist_lightning.system import signals
+from mnist_lightning.system import console, signals
 
 COMMANDS = {
     "fit": "Train the network on MNIST and evaluate it on the test set.",
@@ -63,6 +63,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         Path.cwd()
     except FileNotFoundError:
         sys.exit("error: The current folder has been deleted: change to another one.")
+    if "LOCAL_RANK" not in os.environ:  # once for all processes
+        console.show_status("Loading …")
     module = importlib.import_module(f"mnist_lightning.{MODULES[command]}")
     module.main(command, COMMANDS[command], arguments[1:])  # the import takes seconds: torch, Lightning
 

@@ -506,13 +506,21 @@ def _has(callbacks: Any, kind: type) -> bool:
     return any(isinstance(callback, kind) for callback in given)
 
 
+CHATTER = (
+    *("Tip:", "💡 Tip:", "Seed set to ", "`Trainer.fit` stopped: `max_epochs="),  # what the user asked for
+    *("GPU available: False", "TPU available: False", "LOCAL_RANK: 0 - "),  # but a GPU is named
+)
+"""Starts of Lightning's messages that tell nothing new."""
+
+
 def _is_useful(record: logging.LogRecord) -> bool:
-    return "Tip:" not in record.msg
+    return not record.getMessage().startswith(CHATTER)
 
 
 def quieten_lightning() -> None:
-    """Silence Lightning's tips, and its warnings about intended behavior."""
-    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(_is_useful)
+    """Silence Lightning's tips and messages about intended behavior."""
+    for name in ("pytorch.utilities.rank_zero", "pytorch.accelerators.cuda", "fabric.utilities.seed"):
+        logging.getLogger(f"lightning.{name}").addFilter(_is_useful)
     for message in (
         ".*does not have many workers",  # the data is in memory
         ".*smaller than the logging interval",  # metrics are logged once an epoch

@@ -19,12 +19,12 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.profilers import PassThroughProfiler
 from lightning.pytorch.tuner import Tuner
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.utilities.model_summary import summarize
+from lightning.pytorch.utilities.model_summary import get_human_readable_count, summarize
 from lightning.pytorch.utilities.seed import isolate_rng
 
-from mnist_lightning.classifier import SCHEDULE
+from mnist_lightning.classifier import SCHEDULE, Classifier
 from mnist_lightning.commands.cli import RunCLI, add_method_options, add_training_options, get_class
-from mnist_lightning.system.console import command_line, format_table, rank_zero_print
+from mnist_lightning.system.console import command_line, format_table, rank_zero_print, shorten_middle, show_status
 from mnist_lightning.system.errors import UserError, library_errors
 from mnist_lightning.system.files import write_csv
 from mnist_lightning.system.nested import flatten
@@ -189,7 +189,7 @@ class FitCLI(RunCLI):
         if trainer.limit_test_batches != 0 and not trainer.barebones:
             self.test()
         if self.run_dir is not None and trainer.is_global_zero:
-            print(f"\nRun: {self.run_dir}    View it: tensorboard --logdir {self.logs}")
+            print(f"\nRun: {self.run_dir}\nView it: tensorboard --logdir {self.logs}")
 
     def print_data_and_layers(self) -> None:
         """Print the shapes of the data and the layers of the network."""
@@ -202,7 +202,7 @@ class FitCLI(RunCLI):
             dtypes = [tensor.dtype for tensor in (split.scaled([0]), split.labels)]
             print(f"  {name:5}  images {shapes[0]} {dtypes[0]}, labels {shapes[1]} {dtypes[1]}")
         if self.config.trainer.enable_model_summary is not False and not self.trainer.barebones:
-            print(summarize(self.model, max_depth=2))
+            print(f"\n{describe_layers(self.model)}\n")
 
     def make_folder(self) -> None:
         """Make the run folder, write the config, and pass the folder to the loggers, the checkpoint and the job."""
@@ -236,6 +236,7 @@ class FitCLI(RunCLI):
         """Test the trained weights; write the results to the run folder and print them as a table."""
         checkpoint, trainer = self.checkpoint, self.trainer
         epochs = checkpoint.history[-1]["epoch"] + 1 if checkpoint and checkpoint.history else trainer.current_epoch
+        show_status("Testing …")
         loggers, trainer.loggers = trainer.loggers, []
         trainer.profiler = PassThroughProfiler()  # type: ignore[attr-defined] # PyTorch's works only once
         (results,) = trainer.test(self.model, datamodule=self.datamodule, verbose=False)
@@ -255,7 +256,24 @@ class FitCLI(RunCLI):
             rank_zero_print("The training has diverged: some weights are not finite. A smaller learning rate may help.")
         titles = ["weights after the", *(name.replace("/", " ").replace("_", " ") for name in results)]
         cells = [[weights, *(f"{value:.4f}" for value in metrics.values())] for weights, metrics in rows.items()]
+        show_status("")
         print(f"\n{format_table([titles, *cells])}")
+
+
+def describe_layers(model: Classifier) -> str:
+    """Return a table of the network's layers, of 80 columns or less, and a line with their sums."""
+    summary = summarize(model, max_depth=2)
+    names = [shorten_middle(name, 28) for name in summary.layer_names]
+    types = [shorten_middle(name, 16) for name in summary.layer_types]
+    titles = ["layer", f"{'type':{max(map(len, types))}}", "output", "parameters", "operations"]
+    outputs = [" x ".join(map(str, size[1:])) if isinstance(size, list) else str(size) for size in summary.out_sizes]
+    operations = [get_human_readable_count(sum(counts.values())).strip() for counts in summary.flop_counts.values()]
+    columns = [names, [f"{each:{len(titles[1])}}" for each in types], outputs]
+    columns += [[f"{count:,}" for count in summary.param_nums], operations]
+    total, trainable = summary.total_parameters, summary.trainable_parameters
+    sums = [f"{total:,} parameters" + (f", {trainable:,} of them trainable" if trainable < total else "")]
+    sums += [f"{summary.model_size:.3g} MB", f"{summary.total_flops:,} operations per image"]
+    return f"{format_table([titles, *zip(*columns, strict=True)])}\n{', '.join(sums)}"
 
 
 class TrainingCLI(FitCLI):

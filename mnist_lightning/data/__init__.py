@@ -317,7 +317,7 @@ class ImageDataModule(LightningDataModule):
         """Return a line that describes the loaded data."""
         parts = [f"Data: {self.source}", "standardized" if self.standardize else "scaled to [0, 1]"]
         if self.val is not None:
-            of = "each class's training images" if self.is_split_by_class else "the training images"
+            of = "each class's training images" if self.is_split_by_class else "training images"
             held_out = f"{self.val_split:.4g} of {of} held out"
             parts.append(f"{'its own images' if self.has_own_val else held_out} for validation")
         augmentation = ", ".join(type(each).__name__ for each in self.augmentation)

@@ -1,14 +1,18 @@
-"""Print notes, commands to paste and tables."""
+"""Print notes, commands to paste, tables and colors."""
 
 import os
 import re
 import shlex
+import shutil
 import subprocess
+import sys
 from collections.abc import Sequence
-
-from lightning.pytorch.utilities.rank_zero import rank_zero_only
+from typing import TextIO
 
 PROG = "python -m mnist_lightning"
+
+CODES = {"bold": 1, "red": 31, "green": 32, "yellow": 33}
+"""ANSI codes."""
 
 
 def command_line(*words: object) -> str:
@@ -22,10 +26,39 @@ def hide_password(storage: str) -> str:
     return re.sub(r"(://[^/@]*):[^/@]*@", r"\1:***@", storage)
 
 
-@rank_zero_only
 def rank_zero_print(line: str) -> None:
     """Print a line once for all processes."""
-    print(line, flush=True)
+    from lightning.pytorch.utilities.rank_zero import rank_zero_only  # slow to import
+
+    rank_zero_only(print)(line, flush=True)
+
+
+def colored(text: str, color: str, stream: TextIO | None = None) -> str:
+    """Return a text in a color of :data:`CODES`, if it is for a terminal and the user has not set ``NO_COLOR``.
+
+    Args:
+        text: The text.
+        color: The color.
+        stream: Where the text will be written, by default ``sys.stdout``.
+    """
+    is_plain = os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb"
+    is_old = os.name == "nt" and "WT_SESSION" not in os.environ  # a console that shows the codes
+    if is_plain or is_old or not (stream or sys.stdout).isatty():
+        return text
+    return f"\x1b[{CODES[color]}m{text}\x1b[0m"
+
+
+def show_status(text: str) -> None:
+    """Show in a terminal what takes a while, until the next status or output takes its place."""
+    if sys.stderr.isatty():
+        width = shutil.get_terminal_size().columns - 1
+        print(f"{text[:width]:{width}}\r", end="", file=sys.stderr, flush=True)
+
+
+def shorten_middle(text: str, width: int) -> str:
+    """Return a text of at most ``width`` characters, with an ellipsis in the place of its middle if it is longer."""
+    tail = width // 2
+    return text if len(text) <= width else f"{text[: width - tail - 1]}…{text[-tail:]}"
 
 
 def format_table(rows: Sequence[Sequence[str]]) -> str:

@@ -2,6 +2,8 @@
 
 import functools
 import inspect
+import re
+import sys
 
 import pytest
 import torch
@@ -17,7 +19,7 @@ from mnist_lightning.classifier import Classifier
 from mnist_lightning.data import MNISTDataModule
 from mnist_lightning.networks import MLP
 from mnist_lightning.optimizers import KerasAdam, KerasRMSprop, KerasSGD
-from mnist_lightning.training import fast
+from mnist_lightning.training import fast, progress
 from mnist_lightning.training.checkpoints import RunCheckpoint
 from mnist_lightning.training.progress import EpochProgressBar
 
@@ -138,13 +140,24 @@ def test_no_step_reads_a_value_from_the_device(fit, monkeypatch, optimizer):
     assert torch.ops.aten._local_scalar_dense.default not in calls
 
 
-def test_the_progress_bar_sees_each_batch(fit, monkeypatch):
-    bar = EpochProgressBar()
-    moved = []
-    monkeypatch.setattr("mnist_lightning.training.progress.tqdm.update", lambda _, count: moved.append(count))
-    _, taken = fit("bar", callbacks=[bar], enable_progress_bar=True)
+def test_the_progress_bar_sees_each_batch(fit, monkeypatch, capsys):
+    shown = []
+    monkeypatch.setattr(progress, "REFRESH", -1)
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    monkeypatch.setattr(progress.tqdm, "refresh", lambda bar, **_: bar.n and shown.append((bar.n, bar.bar_format)))
+    _, taken = fit("bar", callbacks=[EpochProgressBar()], enable_progress_bar=True)
     assert taken == 30
-    assert moved == [1] * 32
+    assert [batch for batch, _ in shown] == 2 * [*range(1, 17), 16]  # the last time, while it validates
+    header, first, second = capsys.readouterr().out.splitlines()
+    for (_, running), line in ((shown[16], first), (shown[33], second)):
+        assert running.split()[:3] == line.split()[:3]  # the metrics of train are complete
+        assert re.fullmatch(r" +\d/2( +\d\.\d{4}){3} +0\.\d{4}[* ] +\d\.\d +00:0\d", line)
+        running = running.replace("{bar:17}", 17 * "=").replace("{percentage:3.0f}", "100")
+        assert len(header) == len(line) == len(running) <= 80
+    assert header.split() == ["epoch", "train/loss", "train/accuracy", "val/loss", "val/accuracy", "seconds", "left"]
+    best = [line for line in (first, second) if "*" in line]
+    accuracies = [float(line.split()[4].strip("*")) for line in (first, second)]
+    assert best == ([first, second] if accuracies[1] > accuracies[0] else [first])
 
 
 def hooks_of(*classes):
