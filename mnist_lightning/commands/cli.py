@@ -508,6 +508,7 @@ def _has(callbacks: Any, kind: type) -> bool:
 
 CHATTER = (
     *("Tip:", "💡 Tip:", "Seed set to ", "`Trainer.fit` stopped: `max_epochs="),  # what the user asked for
+    *("Restoring states from the checkpoint", "Loaded model weights from"),  # the commands say so
     *("GPU available: False", "TPU available: False", "LOCAL_RANK: 0 - "),  # but a GPU is named
 )
 """Starts of Lightning's messages that tell nothing new."""

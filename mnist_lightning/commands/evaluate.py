@@ -25,7 +25,7 @@ class EvaluateCLI(RunCLI):
 
     def run(self) -> None:
         self.datamodule.setup(self.command)
-        rank_zero_print(self.datamodule.describe())
+        rank_zero_print(f"Network: {self.config.ckpt_path}\n{self.datamodule.describe()}")
         evaluate = getattr(self.trainer, self.command)
         evaluate(self.model, datamodule=self.datamodule, ckpt_path=self.config.ckpt_path, verbose=self.config.verbose)
 

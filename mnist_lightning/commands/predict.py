@@ -15,8 +15,8 @@ from torch import Tensor
 
 from mnist_lightning.commands.cli import DEFAULTS, RunCLI, add_method_options
 from mnist_lightning.data import Split
-from mnist_lightning.data.pictures import PictureError, find, read
-from mnist_lightning.system.console import format_table, rank_zero_print
+from mnist_lightning.data.pictures import PictureError, count_characters, find, read
+from mnist_lightning.system.console import colored, format_table, rank_zero_print, shorten_middle
 from mnist_lightning.system.errors import UserError
 from mnist_lightning.system.files import atomic_write, write_csv
 from mnist_lightning.training import figures
@@ -27,6 +27,9 @@ from mnist_lightning.training.saved_run import check_finite
 
 SHOWN = 500
 """The most pictures on a contact sheet."""
+
+DOUBTFUL = 0.7
+"""Answers with a smaller probability are marked."""
 
 
 class PredictCLI(RunCLI):
@@ -80,7 +83,7 @@ class PredictCLI(RunCLI):
         import pandas as pd  # slow to import
 
         self.datamodule.setup("predict")
-        rank_zero_print(self.datamodule.describe())
+        rank_zero_print(f"Network: {self.config.ckpt_path}\n{self.datamodule.describe()}")
         if self.trainer.limit_predict_batches == 0:
             raise UserError("--trainer.limit_predict_batches 0 leaves nothing to predict.")
         probabilities = self.probabilities()
@@ -91,7 +94,7 @@ class PredictCLI(RunCLI):
         table.insert(1, "predicted", names[probabilities.argmax(dim=1)])
         with atomic_write(output, overwrite=False) as partial:
             table.to_csv(partial, index_label="index", encoding="utf-8")
-        print(f"{len(table)} predictions by {self.config.ckpt_path} in {output}")
+        print(f"{len(table)} predictions in {output}")
 
     def predict_pictures(self, output: Path) -> None:
         """Write and print class, probability and runner-up of each picture, and draw it as the network sees it."""
@@ -99,7 +102,7 @@ class PredictCLI(RunCLI):
             raise UserError("--output must name the CSV file; the pictures are drawn next to it, as .png.")
         sheet, data, checkpoint = output.with_suffix(".png"), self.datamodule, self.config.ckpt_path
         _make_room(output, sheet)
-        rank_zero_print(f"Network: {checkpoint}, trained on {data.source}")
+        rank_zero_print(f"Network: {checkpoint}\nTrained on {data.source}")
         places, made, skipped = self.read_pictures()
         if data.standardize or self.config.explain:
             data.setup("fit")
@@ -108,15 +111,29 @@ class PredictCLI(RunCLI):
         data.test = Split(images, torch.zeros(len(images), dtype=torch.long), statistics=statistics)
         probabilities = self.probabilities().float()
         rows = self.rows(places, probabilities)
-        cells = [[f"{cell:.4f}" if isinstance(cell, float) else str(cell) for cell in row.values()] for row in rows]
-        print(format_table([[title.replace("_", " ") for title in rows[0]], *cells]))
+        self.print_rows(rows)
         pixels = figures.render(self.draw(rows[:SHOWN], probabilities))  # if this fails, no file is written
         write_csv(output, rows, overwrite=False)
         with atomic_write(sheet, overwrite=False) as partial:
             Image.fromarray(pixels).save(partial, "PNG")
         limit = f" (the first {SHOWN})" if len(rows) > SHOWN else ""
         left_out = f", {skipped} left out" if skipped else ""
-        print(f"{len(rows)} predictions by {checkpoint} in {output}{left_out}; what the network sees{limit}: {sheet}")
+        print(f"{len(rows)} predictions in {output}{left_out}; what the network sees{limit}: {sheet}")
+
+    def print_rows(self, rows: Sequence[dict[str, Any]]) -> None:
+        """Print the answers as a table, the doubtful ones with a question mark."""
+        table = [[*(title.replace("_", " ") for title in [*rows[0]][:-1]), "probability"]]
+        for row in rows:
+            cells = {name: f"{cell:.4f}" if isinstance(cell, float) else str(cell) for name, cell in row.items()}
+            cells["file"] = shorten_middle(" ".join(cells["file"].split()), 32)
+            cells["probability"] += "?" if _is_doubtful(row) else " "
+            table.append([*cells.values()])
+        header, *lines = format_table(table).splitlines()
+        print(colored(header, "bold"))
+        for row, line in zip(rows, lines, strict=True):
+            print(colored(line, "yellow") if _is_doubtful(row) else line)
+        if count := sum(map(_is_doubtful, rows)):
+            print(f"? marks the probabilities below {DOUBTFUL}: {count} of {len(rows)} answers are doubtful")
 
     def read_pictures(self) -> tuple[list[tuple[str, int]], NDArray[np.uint8], int]:
         """Read the pictures, and report which are left out and why.
@@ -140,6 +157,9 @@ class PredictCLI(RunCLI):
                 continue
             if remark:
                 print(f"{path}: {remark}", file=sys.stderr)
+            if self.datamodule.placing and not self.config.sheet and (count := count_characters(picture)) > 1:
+                things = "digits" if all(name.isdigit() for name in self.datamodule.classes) else "objects"
+                print(f"{path} seems to hold {count} {things}: try --sheet", file=sys.stderr)
             file = str(path).encode(errors="backslashreplace").decode()  # a name may not be valid UTF-8
             places += [(file, number + 1) for number in range(len(found))]
             images.append(found)
@@ -173,7 +193,11 @@ class PredictCLI(RunCLI):
         """Draw the images as the network sees them and, with --explain, what speaks for class and runner-up."""
         data = self.datamodule
         assert data.test is not None
-        titles = [f"{Path(row['file']).name[-14:]}\n{row['class']}  {row['probability']:.1%}" for row in rows]
+        titles = [
+            f"{shorten_middle(Path(row['file']).name, 14)}\n"
+            f"{row['class']}{'?' if _is_doubtful(row) else ''}  {row['probability']:.1%}"
+            for row in rows
+        ]
         images = data.test.scaled(range(len(rows)))
         drawn = figures.pictures(images)
         if self.config.explain:  # each explanation next to its image
@@ -185,6 +209,10 @@ class PredictCLI(RunCLI):
             reasons = [f"orange: {row['class']}\nblue: {row['runner_up']}" for row in rows]
             titles = [title for pair in zip(titles, reasons, strict=True) for title in pair]
         return figures.image_grid(drawn, titles, columns=min(10, len(titles)))
+
+
+def _is_doubtful(row: dict[str, Any]) -> bool:
+    return bool(row["probability"] < DOUBTFUL)
 
 
 def _make_room(*paths: Path) -> None:

@@ -4,6 +4,7 @@ import os
 import warnings
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from glob import glob
 from pathlib import Path
 from typing import NamedTuple
@@ -251,6 +252,16 @@ def characters(ink: NDArray[np.float32], is_sheet: bool = False) -> list[NDArray
         box = np.s_[top:bottom, left:right]
         found.append(np.where(np.isin(labels[box], group), ink[box], np.float32(0)))
     return found
+
+
+def count_characters(picture: Image.Image) -> int:
+    """Return how many characters a picture seems to have: groups of ink of similar height, at least 1."""
+    small = picture.copy()
+    small.thumbnail((400, 400))
+    with suppress(PictureError):
+        heights = [len(ink) for ink in characters(ink_of(opaque(small)), is_sheet=True)]
+        return sum(height > 0.6 * max(heights) for height in heights)
+    return 1
 
 
 def place_ink(ink: NDArray[np.float32], placing: Placing, shape: tuple[int, int]) -> NDArray[np.uint8]:

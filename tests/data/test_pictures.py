@@ -17,7 +17,7 @@ from helpers.pictures import write_files
 from PIL import Image, ImageOps
 
 from mnist_lightning.data import MNISTDataModule
-from mnist_lightning.data.pictures import PIXELS, PictureError, characters, find, ink_of, read
+from mnist_lightning.data.pictures import PIXELS, PictureError, characters, count_characters, find, ink_of, read
 from mnist_lightning.datasets import FashionMNIST, ImageFolder
 
 pytestmark = pytest.mark.numeric
@@ -119,6 +119,7 @@ def test_a_sheet_is_cut_in_reading_order(digits, light):
     assert images.shape == (20, 1, 28, 28)
     alike = np.corrcoef(images.reshape(20, -1), expected.reshape(20, -1))[:20, 20:]
     assert (alike.argmax(axis=1) == np.arange(20)).all()
+    assert count_characters(Image.fromarray(sheet.clip(0, 255).astype(np.uint8))) == 20
     assert alike.diagonal().min() > 0.65  # rounding the center of mass may shift an image by a pixel
 
 
@@ -128,6 +129,7 @@ def test_parts_of_one_digit_are_joined_and_specks_left_out():
     ink[20:60, 100:104] = 1
     ink[80:82, 150:152] = 1
     five, one = characters(ink, is_sheet=True)
+    assert count_characters(Image.fromarray(np.uint8(255 * (1 - ink)))) == 2
     assert five.shape == (40, 30)
     assert one.shape == (40, 4)
 
@@ -172,18 +174,27 @@ def test_predict_names_what_it_leaves_out(fitted, digits, monkeypatch, capfd, tm
     Image.new("L", (50, 50), 255).save(tmp_path / "empty.png")
     (tmp_path / "cut.png").write_bytes((tmp_path / "0.png").read_bytes()[:300])
     (tmp_path / "text.png").write_text("no picture")
-    code, out, err = in_process(capfd, "predict", "--images", "*.png", "3.gif", "nothing.jpg")
+    pair = Image.new("L", (600, 280), 255)
+    for number in range(2):
+        pair.paste(ImageOps.invert(enlarged(digits[number])), (300 * number, 0))
+    pair.save(tmp_path / f"{'two' * 20}.jpg")
+    code, out, err = in_process(capfd, "predict", "--images", "*.png", "3.gif", "nothing.jpg", "two*.jpg")
     assert code == 0, err
-    assert "Network: lightning_logs/baseline/version_0/checkpoints/last.ckpt, trained on MNIST" in out
+    assert "Network: lightning_logs/baseline/version_0/checkpoints/last.ckpt\nTrained on MNIST" in out
     for line in (
         "cut.png is left out: it cannot be read", "empty.png is left out: there is no ink on it",
         "text.png is left out: it is not a picture", "nothing.jpg is left out: there is no such file",
-        "3.gif: it has several frames or pages: the first is used",
+        "3.gif: it has several frames or pages: the first is used", "two.jpg seems to hold 2 digits: try --sheet",
     ):  # fmt: skip
         assert err.count(line) == 1
     table = pd.read_csv("predictions.csv")
     assert [*table.columns] == ["file", "class", "probability", "runner_up", "runner_up_probability"]
-    assert [*table.file] == ["0.png", "1.png", "2.png", "3.gif"]
+    assert [*table.file] == ["0.png", "1.png", "2.png", "3.gif", f"{'two' * 20}.jpg"]
+    assert err.count("try --sheet") == 1
+    doubtful = [line.split()[0] for line in out.splitlines() if re.search(r" 0\.\d{4}\? ", line)]
+    assert [name[:5] for name in doubtful] == [name[:5] for name in table.file[table.probability < 0.7]]
+    assert (f"{len(doubtful)} of 5 answers are doubtful" in out) == bool(doubtful)
+    assert max(len(line) for line in out.splitlines() if not line.startswith("Trained on")) <= 80
     assert (table.probability > table.runner_up_probability).all()
     assert "Traceback" not in err
     assert min(Image.open("predictions.png").size) > 100
