@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import mnist_lightning
+from mnist_lightning.commands.help import print_help, stored_help
 from mnist_lightning.system import console, signals
 
 COMMANDS = {
@@ -55,9 +56,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for name, text in COMMANDS.items():
         commands.add_parser(name, help=text, add_help=False)
     command = parser.parse_args(arguments[:1] or ["--help"]).command
-    help_file = Path(__file__).parent / f"commands/help/{command}.txt"
-    if {"-h", "--help"} & {*arguments} and arguments[-1] != "all" and help_file.is_file():
-        print(help_file.read_text(encoding="utf-8"), end="")  # the parser's own help takes seconds to load
+    if {"-h", "--help"} & {*arguments} and arguments[-1] != "all" and (groups := stored_help(command)):
+        print_help(f"{parser.prog} {command}", COMMANDS[command], groups)
         return
     try:
         Path.cwd()

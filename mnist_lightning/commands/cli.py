@@ -58,6 +58,13 @@ DEFAULTS: dict[str, Any] = {
 }
 """Defaults that differ from Lightning's, and values for options without a default."""
 
+TRAINING_OPTIONS = (
+    *("trainer.max_epochs", "trainer.accelerator", "trainer.devices", "trainer.precision", "trainer.callbacks"),
+    *("data", "data.data_dir", "data.batch_size", "data.val_split", "data.augmentation"),
+    *("model.network", "model.optimizer", "model.lr_scheduler"),
+)
+"""The options that users of a training change most often."""
+
 FINDERS = (BatchSizeFinder, LearningRateFinder)
 
 
@@ -75,6 +82,7 @@ class RunCLI(LightningCLI):
     Attributes:
         trains: Whether the command trains; only then are the user's loggers used.
         default_checkpoint: The checkpoint to use if none is given: ``last``, or None for no checkpoint.
+        common_options: Options of trainer, model and data that the command's short help lists.
         kept: Arguments of the model for which the given value takes precedence over the checkpoint's.
         saved: The run of the checkpoint, if one is used.
         options: From each class that the config names to the option that names it.
@@ -88,6 +96,10 @@ class RunCLI(LightningCLI):
 
     trains = False
     default_checkpoint: str | None = None
+    common_options: Sequence[str] = (
+        *("trainer.accelerator", "trainer.devices", "trainer.precision"),
+        *("data", "data.data_dir", "data.eval_batch_size"),
+    )
     kept: Sequence[str] = ("metrics",)
 
     def __init__(
@@ -143,6 +155,7 @@ class RunCLI(LightningCLI):
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Add the options that do not belong to the trainer, the model or the data."""
+        self.parser.common_options = self.common_options
         parser.add_argument("--name", type=str, help=f"Folder of the run, in {LOGS}.")
         parser.add_argument(
             "--num_threads",

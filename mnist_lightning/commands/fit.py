@@ -23,7 +23,7 @@ from lightning.pytorch.utilities.model_summary import get_human_readable_count, 
 from lightning.pytorch.utilities.seed import isolate_rng
 
 from mnist_lightning.classifier import SCHEDULE, Classifier
-from mnist_lightning.commands.cli import RunCLI, add_method_options, add_training_options, get_class
+from mnist_lightning.commands.cli import TRAINING_OPTIONS, RunCLI, add_method_options, add_training_options, get_class
 from mnist_lightning.system.console import command_line, format_table, rank_zero_print, shorten_middle, show_status
 from mnist_lightning.system.errors import UserError, library_errors
 from mnist_lightning.system.files import write_csv
@@ -46,6 +46,7 @@ class FitCLI(RunCLI):
     """
 
     trains = True
+    common_options = TRAINING_OPTIONS
     kept = ("metrics", *SCHEDULE)
     checkpoint: RunCheckpoint | None = None
     job: SlurmJob | None = None

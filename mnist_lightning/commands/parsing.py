@@ -26,6 +26,7 @@ from jsonargparse.typing import register_type
 from lightning.pytorch.cli import LightningArgumentParser
 
 from mnist_lightning.classifier import TOTAL_STEPS, Classifier
+from mnist_lightning.commands.help import print_help
 from mnist_lightning.commands.model import flat_config, flat_text, flat_words, grouped, is_config
 from mnist_lightning.data import ImageDataModule
 from mnist_lightning.system.errors import OptionError, UserError
@@ -33,13 +34,6 @@ from mnist_lightning.training.runs import LOGS
 
 MAX_NODES = 10_000
 """The most values in a config file; aliases in a few lines of YAML can expand to billions."""
-
-USUAL_OPTIONS = (
-    *("trainer.max_epochs", "trainer.accelerator", "trainer.devices", "trainer.precision", "trainer.callbacks"),
-    *("data", "data.data_dir", "data.batch_size", "data.val_split", "data.augmentation"),
-    *("model.network", "model.optimizer", "model.lr_scheduler"),
-)
-"""The options that users change most often, for the short help."""
 
 HELP = {
     "config": "YAML file with values for any option; options on the command line take precedence.",
@@ -54,6 +48,7 @@ HELP = {
     "data": "FashionMNIST, KMNIST, EMNIST, QMNIST, USPS, CIFAR10, ImageFolder, or your own class.",
     "data.data_dir": "Folder of the data set; for MNIST, any four files in its format.",
     "data.batch_size": "Images in a training batch.",
+    "data.eval_batch_size": "Images in a batch of validation, test or prediction.",
     "data.val_split": "Share of the training images, taken from their end, that is held out for validation.",
     "data.augmentation": "Changes to training images, such as +=Distortion --data.augmentation.degrees=10.",
     "trainer.callbacks": "Lightning's callbacks, such as +=EarlyStopping --trainer.callbacks.monitor=val/loss.",
@@ -78,7 +73,10 @@ class Parser(LightningArgumentParser):
 
     Attributes:
         typed: The options of the last command line, without their dashes.
+        common_options: Options of trainer, model and data for the short help.
     """
+
+    common_options: Sequence[str] = ()
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -87,7 +85,7 @@ class Parser(LightningArgumentParser):
     def parse_args(self, args: Any = None, *arguments: Any, **kwargs: Any) -> Namespace:  # type: ignore[override]
         args = sys.argv[1:] if args is None else args
         if {"-h", "--help"} & {*args} and args[-1] != "all":
-            self.print_short_help()
+            print_help(self.prog, self.description, self.short_help())
             self.exit(0)
         args = flat_words(args[:-1] if [*args[-2:]] == ["--help", "all"] else args)
         self.typed = frozenset(word.partition("=")[0].lstrip("-") for word in args if word.startswith("--"))
@@ -117,29 +115,24 @@ class Parser(LightningArgumentParser):
         data: ImageDataModule = self.instantiate(Namespace(data=spec), instantiate_groups=False).data
         return data
 
-    def print_short_help(self) -> None:
-        """Print the command's own options, and Lightning's most common ones."""
-        short = argparse.ArgumentParser(
-            prog=self.prog,
-            usage="%(prog)s [options]",
-            description=self.description,
-            epilog="All options: --help all. Options of a class: --model.network.help MLP. All values: --print_config.",
-            add_help=False,
-        )
-        own, usual = short.add_argument_group("options of the command"), short.add_argument_group("common options")
+    def short_help(self) -> dict[str, dict[str, str]]:
+        """Return the help texts of the command's own options, and of the common ones that it uses."""
         actions, defaults = {action.dest: action for action in self._actions}, self.get_defaults()
-        others = [
-            key for key in actions if "." not in key and key not in ("help", "origin", "trainer", "model", "data")
-        ]
-        for group, keys in ((own, others), (usual, USUAL_OPTIONS)):
+        hidden = {"help", "origin", "trainer", "model", "data"}
+        if "trainer.max_epochs" not in self.common_options:  # only training draws random numbers
+            hidden.add("seed_everything")
+        own = [key for key in actions if "." not in key and key not in hidden]
+        groups: dict[str, dict[str, str]] = {}
+        for title, keys in (("options of the command", own), ("common options", self.common_options)):
+            groups[title] = {}
             for key in keys:
                 default = defaults.get(key, defaults.get(key.replace("data.", "data.init_args.")))
                 if isinstance(default, Namespace | dict):
                     default = default.get("class_path", "").rpartition(".")[2]
                 text = HELP.get(key) or str(actions[key].help).replace("``", "")
                 text += f" (default: {default})" if default not in (None, "", [], argparse.SUPPRESS) else ""
-                group.add_argument(f"--{key}", metavar="", help=text.replace("%", "%%"))
-        short.print_help()
+                groups[title][key] = text
+        return groups
 
     def parse_path(self, cfg_path: Any, **kwargs: Any) -> Namespace:
         """Parse a config file, after checking that it is plain YAML of a limited size."""

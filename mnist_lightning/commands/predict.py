@@ -28,7 +28,7 @@ from mnist_lightning.training.saved_run import check_finite
 SHOWN = 500
 """The most pictures on a contact sheet."""
 
-DOUBTFUL = 0.7
+DOUBTFUL = 0.8
 """Answers with a smaller probability are marked."""
 
 
@@ -36,6 +36,7 @@ class PredictCLI(RunCLI):
     """Predicts with a checkpoint: by default the newest baseline or, for pictures, the newest tuned run if any."""
 
     default_checkpoint = "last"
+    common_options = ("trainer.accelerator", "trainer.precision", "data", "data.data_dir", "data.eval_batch_size")
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         super().add_arguments_to_parser(parser)
@@ -118,7 +119,7 @@ class PredictCLI(RunCLI):
             Image.fromarray(pixels).save(partial, "PNG")
         limit = f" (the first {SHOWN})" if len(rows) > SHOWN else ""
         left_out = f", {skipped} left out" if skipped else ""
-        print(f"{len(rows)} predictions in {output}{left_out}; what the network sees{limit}: {sheet}")
+        print(f"{len(rows)} predictions{left_out}: {output}\nWhat the network sees{limit}: {sheet}")
 
     def print_rows(self, rows: Sequence[dict[str, Any]]) -> None:
         """Print the answers as a table, the doubtful ones with a question mark."""

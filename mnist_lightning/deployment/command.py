@@ -23,6 +23,7 @@ class ExportCLI(RunCLI):
     """Export the newest tuned run, or else the newest baseline, unless ``name`` or ``ckpt_path`` is given."""
 
     default_checkpoint = "last"
+    common_options = ("data", "data.data_dir")
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         super().add_arguments_to_parser(parser)

@@ -22,7 +22,7 @@ from optuna.samplers import BaseSampler, RandomSampler
 from optuna.study import Study
 from optuna.trial import FrozenTrial, TrialState
 
-from mnist_lightning.commands.cli import DEFAULTS, RunCLI, add_training_options, quieten_lightning
+from mnist_lightning.commands.cli import DEFAULTS, TRAINING_OPTIONS, RunCLI, add_training_options, quieten_lightning
 from mnist_lightning.commands.fit import FitCLI
 from mnist_lightning.commands.parsing import patched_jsonargparse
 from mnist_lightning.search.pool import Pool, devices
@@ -136,6 +136,8 @@ class SearchOptions:
 
 class SearchCLI(RunCLI):
     """Parses the options of a search in addition to those of a run; epochs and batch size are the notebook's."""
+
+    common_options = TRAINING_OPTIONS
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         super().add_arguments_to_parser(parser)

@@ -25,7 +25,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from mnist_lightning.__main__ import COMMANDS, MODULES
 from mnist_lightning.classifier import Classifier
-from mnist_lightning.commands import cli
+from mnist_lightning.commands import help as help_of
+from mnist_lightning.commands import parsing
 from mnist_lightning.training import checkpoints
 
 METRICS = [f"{stage}/{name}" for stage in ("train", "val") for name in ("loss", "penalized_loss", "accuracy")]
@@ -70,18 +71,24 @@ def test_an_unknown_command_is_named():
 
 @pytest.mark.parametrize("name", ["fit", "validate", "test", "predict", "tune", "export"])
 def test_help_of_a_command_is_what_its_parser_says(monkeypatch, capfd, name):
-    code, out, _ = in_process(capfd, name, "--help")
-    assert code == 0
-    assert out.startswith(f"usage: python -m mnist_lightning {name}")
-    assert "--data.batch_size     Images in a training batch" in out
-    assert len(out.splitlines()) < (92 if name == "tune" else 48)
-    monkeypatch.setenv("COLUMNS", "100")
+    said = {}
+    monkeypatch.setattr(parsing, "print_help", lambda prog, description, groups: said.update(groups))
     with pytest.raises(SystemExit):
         importlib.import_module(f"mnist_lightning.{MODULES[name]}").main(name, COMMANDS[name], ["--help"])
-    said = capfd.readouterr().out
     if "UPDATE_HELP" in os.environ:
-        Path(cli.__file__).with_name("help").joinpath(f"{name}.txt").write_text(said)
-    assert out == said, "UPDATE_HELP=1 pytest tests/commands/test_cli.py -k help rewrites the files"
+        Path(help_of.__file__).with_name(f"{name}.json").write_text(f"{json.dumps(said, indent=2)}\n")
+    assert help_of.stored_help(name) == said, (
+        "UPDATE_HELP=1 pytest tests/commands/test_cli.py -k help rewrites the files"
+    )
+    for width in ("60", "120"):
+        monkeypatch.setenv("COLUMNS", width)
+        code, out, _ = in_process(capfd, name, "--help")
+        assert code == 0
+        assert " ".join(out.split()).startswith(f"usage: python -m mnist_lightning {name} [options] {COMMANDS[name]}")
+        assert int(width) - 30 < max(map(len, out.splitlines())) <= int(width)
+    assert "--data.data_dir" in out
+    assert all((option in out) == (name in ("fit", "tune")) for option in ("lr_scheduler", "max_epochs", "--seed"))
+    assert len(out.splitlines()) < (92 if name == "tune" else 48)
 
 
 def test_help_of_all_options_and_of_a_class(capfd):
