@@ -33,7 +33,7 @@ DOUBTFUL = 0.8
 
 
 class PredictCLI(RunCLI):
-    """Predicts with a checkpoint: by default the newest baseline or, for pictures, the newest tuned run if any."""
+    """Predicts with a checkpoint: by default of the newest baseline; for pictures of the newest tuned run, if any."""
 
     default_checkpoint = "last"
     common_options = ("trainer.accelerator", "trainer.precision", "data", "data.data_dir", "data.eval_batch_size")
@@ -60,8 +60,8 @@ class PredictCLI(RunCLI):
                 raise UserError(f"--{option} needs pictures: name some with --images.")
 
     def find_checkpoint(self) -> Path | None:
-        if self.config.images and not (self.config.ckpt_path or self.config.name):
-            return newest_result(self.logs)
+        if self.config.images and self.config.name is None and self.config.ckpt_path in (None, "last", "best"):
+            return newest_result(self.logs, self.config.ckpt_path or "last")
         self.config.name = self.config.name or DEFAULTS["name"]
         return super().find_checkpoint()
 

@@ -36,7 +36,7 @@ class ExportCLI(RunCLI):
 
     def find_checkpoint(self) -> Path | None:
         if self.config.name is None and self.config.ckpt_path in (None, "last", "best"):
-            return newest_result(self.logs).with_name(f"{self.config.ckpt_path or 'last'}.ckpt")
+            return newest_result(self.logs, self.config.ckpt_path or "last")
         return super().find_checkpoint()
 
     def run(self) -> None:

@@ -67,14 +67,14 @@ def newest_complete_run(folder: Path) -> Path:
     raise UserError(f"{newest} was stopped before it finished. {remedy}")
 
 
-def newest_result(logs: Path) -> Path:
-    """Return the last checkpoint of the newest complete run ``tuned``, or else ``baseline``.
+def newest_result(logs: Path, kind: str) -> Path:
+    """Return the ``last`` or ``best`` checkpoint of the newest complete run ``tuned``, or else ``baseline``.
 
     Raises:
         UserError: If neither has a complete run.
     """
     for name in ("tuned", "baseline"):
-        complete = [path.with_name("checkpoints") / "last.ckpt" for path in logs.glob(f"{name}/version_*/test.csv")]
+        complete = [path.with_name("checkpoints") / f"{kind}.ckpt" for path in logs.glob(f"{name}/version_*/test.csv")]
         if newest := newest_file(path for path in complete if path.is_file()):
             return newest
     raise UserError(

@@ -253,10 +253,15 @@ def test_the_newest_tuned_run_is_taken_unless_another_is_named(fitted, digits, m
     for name in ("baseline", "tuned"):
         shutil.copytree(fitted[0].parent, tmp_path / "lightning_logs" / name)
     enlarged(digits[0]).save("digit.png")
-    for number, (options, name) in enumerate([([], "tuned"), (["--name=baseline"], "baseline")]):
+    cases = [
+        ([], "tuned/version_0/checkpoints/last"),
+        (["--ckpt_path=best"], "tuned/version_0/checkpoints/best"),
+        (["--name=baseline"], "baseline/version_0/checkpoints/last"),
+    ]
+    for number, (options, name) in enumerate(cases):
         code, out, err = in_process(capfd, "predict", "--images", "digit.png", f"--output={number}.csv", *options)
         assert code == 0, err
-        assert f"Network: lightning_logs/{name}/version_0" in out
+        assert f"Network: lightning_logs/{name}.ckpt" in out
     monkeypatch.chdir(ROOT.parent)
     code, _, err = in_process(
         capfd, "predict", "--images", "digit.png", f"--trainer.default_root_dir={tmp_path / 'none'}"
