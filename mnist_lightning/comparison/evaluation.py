@@ -113,7 +113,8 @@ class Model:
     Attributes:
         name: The name given by the user.
         slug: A unique form of the name for file names.
-        color: Color of the curves.
+        color: Its color in pictures.
+        page_color: The custom property that has its color in the page, which differs in dark mode.
         runs: The runs; where only one can be shown, it is the first.
         weights: The compared weights, one of ``WEIGHTS``.
     """
@@ -121,6 +122,7 @@ class Model:
     name: str
     slug: str
     color: str
+    page_color: str
     runs: list[EvaluatedRun]
     weights: str
 

@@ -30,7 +30,9 @@ def load_models(arguments: Sequence[str], weights: str, logs: Path) -> list[Mode
         slug = re.sub(r"[^\w.-]+", "_", name)[:50]
         if slug in [model.slug for model in models]:
             slug += f"_{len(models)}"
-        models.append(Model(name, slug, COLORS[len(models) % len(COLORS)], [*map(load_run, paths_of)], weights))
+        number = len(models) % len(COLORS)
+        color = f"var(--model-{number})"  # in page.css
+        models.append(Model(name, slug, COLORS[number], color, [*map(load_run, paths_of)], weights))
     runs = [run for model in models for run in model.runs]
     for run in runs:
         if not have_same("test", runs[0], run):

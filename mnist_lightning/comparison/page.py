@@ -5,6 +5,7 @@ import math
 import shutil
 import tempfile
 from collections.abc import Sequence
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +14,15 @@ from markupsafe import Markup
 from tensorboard.compat.proto.summary_pb2 import Summary
 from torch.utils.tensorboard import SummaryWriter
 
-from mnist_lightning.comparison import interactive
+from mnist_lightning import __version__
+from mnist_lightning.comparison.charts import model_charts, study_charts
+from mnist_lightning.comparison.gallery import gallery
 from mnist_lightning.comparison.loading import load_models, load_study
-from mnist_lightning.comparison.sections import Section, model_sections, study_sections
+from mnist_lightning.comparison.plots import model_pictures, study_pictures
+from mnist_lightning.comparison.sections import origins, sections
 from mnist_lightning.comparison.summary import Report
 from mnist_lightning.comparison.table import numbers
-from mnist_lightning.search.study import trial_numbers
+from mnist_lightning.search.study import best_trial, trial_numbers
 from mnist_lightning.system.errors import UserError
 
 
@@ -46,11 +50,10 @@ def write(
     if not loaded and found is None:
         raise UserError(f"The study {study} has no complete trial yet.")
     report = Report(loaded, found)
-    sections = [*(model_sections(report) if loaded else ()), *study_sections(report)]
-    save(report, sections, output)
+    save(report, output)
     if loaded:
         print(f"{report.quantities.rename_axis(None).to_string()}\n")
-    print("\n".join(report.lines))
+    print("\n".join([*report.verdict, *report.notes]))
     if report.commands:
         print("\nTo train three more seeds of each, and to compare all:\n  " + "\n  ".join(report.commands))
     print(f"\nReport: {output / 'report.html'}")
@@ -58,19 +61,47 @@ def write(
     return report
 
 
-def render(report: Report, sections: Sequence[Section]) -> str:
+def render(report: Report) -> str:
     """Render the page: one file that loads no others."""
-    style, script, *libraries = [
-        Markup((Path(__file__).parent / name).read_text(encoding="utf-8"))  # noqa: S704
-        for name in ("page.css", "page.js", "uplot/uPlot.min.css", "uplot/uPlot.iife.min.js")
+    folder = Path(__file__).parent
+    draw, style, script, *libraries = [
+        Markup((folder / name).read_text(encoding="utf-8"))  # noqa: S704
+        for name in ("../deployment/draw.css", "page.css", "page.js", "uplot/uPlot.min.css", "uplot/uPlot.iife.min.js")
     ]
-    data = interactive.content(report.models) if report.models else {}
+    data, sprites = content(report)
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
-    template = environment.from_string(Path(__file__).with_name("page.html").read_text(encoding="utf-8"))
-    return template.render(report=report, sections=sections, style=style, script=script, libraries=libraries, data=data)
+    return environment.from_string((folder / "page.html").read_text(encoding="utf-8")).render(
+        report=report,
+        sections=sections(report),
+        origins=origins(report.models),
+        made=f"{datetime.now().astimezone():%d %B %Y, %H:%M %Z}",
+        version=__version__,
+        styles=[libraries[0], draw, style],
+        scripts=[libraries[1], script],
+        data=data,
+        sprites=sprites,
+    )
 
 
-def save(report: Report, sections: Sequence[Section], output: Path) -> None:
+def content(report: Report) -> tuple[dict[str, Any], list[str]]:
+    """Return the data that the page's script reads, in plain types, and the sprites, as URLs."""
+    data: dict[str, Any] = {"models": [], "charts": [], "gallery": None, "trials": {}}
+    sprites: list[str] = []
+    if models := report.models:
+        data["gallery"], answers, sprites = gallery(models)
+        data["models"] = [
+            {"name": model.name, "color": model.page_color, **answer}
+            for model, answer in zip(models, answers, strict=True)
+        ]
+        data["charts"] += model_charts(models)
+    if report.study and report.trials is not None:
+        data["charts"] += study_charts(report.study)
+        data["trials"] = report.trials.to_dict("index")
+        data["best"] = best_trial(report.study).number
+    return data, sprites
+
+
+def save(report: Report, output: Path) -> None:
     """Write all files to a temporary folder first: an old report stays until the new one is complete."""
     output.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".report-", dir=output.parent) as temporary:
@@ -83,10 +114,11 @@ def save(report: Report, sections: Sequence[Section], output: Path) -> None:
             numbers(report.models, report.comparisons).to_csv(new / "comparison.csv", index=False)
         if report.study:
             trial_numbers(report.study).to_csv(new / "trials.csv", index=False)
-        (new / "report.html").write_text(render(report, sections), encoding="utf-8")
+        (new / "report.html").write_text(render(report), encoding="utf-8")
         with SummaryWriter(str(new)) as tensorboard:
-            pictures = [picture for section in sections for picture in (*section.pictures, *section.files)]
-            for picture in filter(lambda picture: picture.png, pictures):
+            pictures = model_pictures(report.models) if report.models else []
+            pictures += study_pictures(report.study) if report.study else []
+            for picture in pictures:
                 (new / f"figures/{picture.name}.png").write_bytes(picture.png)
                 # add_image would compress it again
                 image = Summary.Image(encoded_image_string=picture.png, height=picture.height, width=picture.width)

@@ -1,6 +1,5 @@
-"""Pictures of the models and of a study."""
+"""Pictures of the models and of a study, for slides and TensorBoard."""
 
-import base64
 import io
 from collections.abc import Sequence
 from typing import Any
@@ -17,16 +16,16 @@ from numpy.typing import NDArray
 from optuna.trial import TrialState
 from PIL import Image
 
+from mnist_lightning.comparison.charts import metrics
 from mnist_lightning.comparison.evaluation import Model
+from mnist_lightning.comparison.gallery import SAMPLES
 from mnist_lightning.comparison.significance import reliability
-from mnist_lightning.search.record import metrics_of
-from mnist_lightning.search.space import short_value
-from mnist_lightning.search.study import best_trial, importances
+from mnist_lightning.comparison.summary import searched
+from mnist_lightning.search.record import Metric, metrics_of
+from mnist_lightning.search.space import short_key, short_value
 from mnist_lightning.training import figures
 from mnist_lightning.training.figures import themed
 
-SAMPLES = 10
-"""The number of images in a picture of predictions."""
 STUDY = figures.COLORS[2]
 """Color of trials: the first two are those of the baseline and of the tuned model."""
 
@@ -36,58 +35,38 @@ class Picture:
 
     Args:
         name: Name of the file, without the suffix.
-        figure: The figure, or None to show only the caption.
-        alt: Alternative text for people who cannot see the picture.
-        caption: Text above the picture.
-        is_photo: Whether the picture shows color images, which dark mode must not invert.
+        figure: The figure.
     """
 
-    def __init__(self, name: str, figure: Figure | None, alt: str, caption: str = "", is_photo: bool = False) -> None:
-        self.is_photo = is_photo
-        self.name, self.alt, self.caption, self.png = name, alt, caption, b""
-        if figure is not None:
-            # sharp on a high-density screen, as it is shown at half the width; a matrix of many classes is large enough
-            figure.set_dpi(min(200, 4000 / figure.get_figheight()))
-            pixels, file = figures.render(figure), io.BytesIO()
-            # the default method takes three times as long, and its colors are less exact
-            image = Image.fromarray(pixels).quantize(128, Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE)
-            image.save(file, "png", optimize=True)
-            self.height, self.width = (size // 2 for size in pixels.shape[:2])
-            self.png = file.getvalue()
-
-    @property
-    def src(self) -> str:
-        """The picture as a data URL."""
-        return data_url(self.png)
+    def __init__(self, name: str, figure: Figure) -> None:
+        figure.set_dpi(min(200, 4000 / figure.get_figheight()))  # a matrix of many classes is large enough
+        pixels, file = figures.render(figure), io.BytesIO()
+        # the default method takes three times as long, and its colors are less exact
+        image = Image.fromarray(pixels).quantize(128, Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE)
+        image.save(file, "png", optimize=True)
+        self.name, self.png = name, file.getvalue()
+        self.height, self.width = pixels.shape[:2]
 
 
-def data_url(png: bytes) -> str:
-    """Return a data URL of a PNG file."""
-    return f"data:image/png;base64,{base64.b64encode(png).decode()}"
+def model_pictures(models: Sequence[Model]) -> list[Picture]:
+    """Return the pictures of the models: the notebook's, calibration and cost."""
+    images = {"samples": (models, np.arange(min(SAMPLES, len(models[0].test.labels))))}
+    for right, wrong in [pair for other in models[1:] for pair in ((models[0], other), (other, models[0]))]:
+        differing = np.flatnonzero(right.test.correct & ~wrong.test.correct)
+        images[f"only_{right.slug}_not_{wrong.slug}"] = ([right, wrong], differing)
+    found = {
+        "curves": curves(models),
+        **{name: predictions(shown, indices) for name, (shown, indices) in images.items() if len(indices)},
+        **{f"confusion_matrix_{model.slug}": confusion_matrix(model) for model in models},
+        "reliability": reliability_diagram(models),
+        "costs": costs(models),
+    }
+    return [Picture(name, figure) for name, figure in found.items()]
 
 
-def first_images(models: Sequence[Model]) -> Picture:
-    """Draw the first test images."""
-    caption = f"The first ten test images: green where {['all models are', 'the model is'][len(models) == 1]} right"
-    alt = f"the first ten test images with the predictions of {_names(models)}"
-    return _predictions("samples", models, np.arange(min(SAMPLES, len(models[0].test.labels))), alt, caption)
-
-
-def right_in_one(model: Model, other: Model) -> Picture:
-    """Draw the first test images that one model gets right and the other wrong."""
-    indices = np.flatnonzero(model.test.correct & ~other.test.correct)
-    count = f"the first of {len(indices)}" if len(indices) > SAMPLES else len(indices)
-    caption = f"{model.name} right, {other.name} wrong: {count}"
-    alt = f"images that {model.name} gets right and {other.name} wrong"
-    return _predictions(f"only_{model.slug}_not_{other.slug}", [model, other], indices, alt, caption)
-
-
-def _predictions(name: str, models: Sequence[Model], indices: NDArray[np.intp], alt: str, caption: str) -> Picture:
+def predictions(models: Sequence[Model], indices: NDArray[np.intp]) -> Figure:
     """Draw the first of some test images, titled with the truth and the predictions: green where all are right."""
-    shown = indices[:SAMPLES]
-    if not len(shown):
-        return Picture(name, None, alt, caption)
-    test = models[0].test
+    shown, test = indices[:SAMPLES], models[0].test
     names = [test.classes[label] for label in test.labels[shown]]
     titles = [
         "\n".join([f"true {name}", *(f"{model.name} {test.classes[model.test.predicted[index]]}" for model in models)])
@@ -96,41 +75,38 @@ def _predictions(name: str, models: Sequence[Model], indices: NDArray[np.intp], 
     all_right = np.all([model.test.correct[shown] for model in models], axis=0)
     colors = [figures.RIGHT if right else figures.WRONG for right in all_right]
     images = figures.pictures(test.split.scaled(shown))
-    figure = figures.image_grid(images, titles, min(5, len(shown)), colors, scale=1.5)
-    return Picture(name, figure, f"{alt}; true classes: {', '.join(names)}", caption, is_photo=images.ndim == 4)
+    return figures.image_grid(images, titles, min(5, len(shown)), colors, scale=1.5)
 
 
-def curves(models: Sequence[Model], metrics: Sequence[str]) -> Picture:
-    """Draw metrics over the epochs, with a band from the lowest to the highest run of a model."""
+def curves(models: Sequence[Model]) -> Figure:
+    """Draw all metrics over the epochs, with a band from the lowest to the highest run of a model."""
     table = figures.tidy({model.name: [run.history for run in model.runs] for model in models})
-    figure = figures.curves(table, metrics, {model.name: model.color for model in models})
-    return Picture("curves", figure, f"{', '.join(metrics)} of {_names(models)} over the epochs")
+    return figures.curves(table, metrics(models), {model.name: model.color for model in models})
 
 
-def confusion_matrix(model: Model) -> Picture:
+def confusion_matrix(model: Model) -> Figure:
     """Draw the confusion matrix of a model's first run."""
     title = f"{model.name}: {len(model.test.mistakes):,} mistakes"
-    figure = figures.confusion_matrix(model.test.confusion_matrix, title, model.test.classes, model.color)
-    return Picture(f"confusion_matrix_{model.slug}", figure, f"confusion matrix of {model.name}")
+    return figures.confusion_matrix(model.test.confusion_matrix, title, model.test.classes, model.color)
 
 
 @themed
-def reliability_diagram(models: Sequence[Model]) -> Picture:
+def reliability_diagram(models: Sequence[Model]) -> Figure:
     """Plot accuracy against confidence; the size of each bin's point is its share of the images."""
     figure, axes = _plot("accuracy of images by confidence", "confidence", "accuracy", size=(6, 5.2))
     axes.plot([0, 1], [0, 1], color="gray", linestyle=":", label="perfectly calibrated")
-    calibrated = [model for model in models if not model.test.has_diverged]
-    for model in calibrated:
+    for model in models:
+        if model.test.has_diverged:
+            continue
         confidence, accuracy, share = reliability(model.test.probabilities, model.test.labels)
         sns.lineplot(x=confidence, y=accuracy, color=model.color, label=model.name, estimator=None, ax=axes)
         axes.scatter(confidence, accuracy, 10 + 400 * share, color=model.color, alpha=0.6)
     axes.legend()
-    errors = ", ".join(f"{model.name} {model.test.calibration_error:.4f}" for model in calibrated)
-    return Picture("reliability", figure, f"reliability diagram; calibration error: {errors}")
+    return figure
 
 
 @themed
-def costs(models: Sequence[Model]) -> Picture:
+def costs(models: Sequence[Model]) -> Figure:
     """Plot test accuracy against the number of parameters and against the training time."""
     runs = pd.DataFrame(
         [(model.name, run.parameters, run.seconds, accuracy)
@@ -145,64 +121,13 @@ def costs(models: Sequence[Model]) -> Picture:
         )
         axes.set(title=f"test accuracy by {cost.split(' in')[0]}")
     _make_log(figure.axes[0], runs["parameters"])
-    return Picture("costs", figure, f"test accuracy of {_names(models)} against parameters and training time")
+    return figure
 
 
-@themed
-def execution_scores(study: optuna.Study) -> Picture:
-    """Plot the scores of the executions of each trial, and their mean."""
-    metric = metrics_of(study)[0].name
-    trials = study.get_trials(states=(TrialState.COMPLETE,))
-    scores = pd.DataFrame(
-        [
-            (trial.number, execution["score"])
-            for trial in trials
-            for execution in trial.user_attrs.get("executions", [])
-        ],
-        columns=["trial", metric],
-    )
-    means = pd.DataFrame({"trial": [trial.number for trial in trials], metric: [trial.values[0] for trial in trials]})
-    figure, axes = _plot("executions of each trial, and their mean", "trial", metric)
-    if len(scores):  # a study that tune did not make has none
-        sns.lineplot(scores, x="trial", y=metric, units="trial", estimator=None, color=STUDY, marker="o", ax=axes)
-    sns.scatterplot(means, x="trial", y=metric, color="black", marker="_", s=150, linewidth=2, ax=axes)
-    figures.integer_axis(axes)
-    alt = f"scores of the executions of each trial of study {study.study_name}"
-    return Picture("study_executions", figure, alt)
-
-
-@themed
-def pareto_fronts(study: optuna.Study) -> list[Picture]:
-    """Plot the first metric of all trials against each other metric, with the Pareto front of the two."""
-    first, *others = metrics_of(study)
-    trials = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
-    pictures = []
-    for index, metric in enumerate(others, start=1):
-        points = [(trial.values[index], trial.values[0]) for trial in trials]
-        front: list[tuple[float, float]] = []
-        for x, y in sorted(points, key=lambda point: (-metric.sign * point[0], -first.sign * point[1])):
-            if not front or first.sign * y > first.sign * front[-1][1]:
-                front.append((x, y))
-        figure, axes = _plot(f"{first.name} against {metric.name}", metric.name, first.name)
-        sns.scatterplot(x=[x for x, _ in points], y=[y for _, y in points], color="gray", s=60, label="trials", ax=axes)
-        axes.step(*zip(*front, strict=True), where="post", color=STUDY, marker="o", label="Pareto front")
-        axes.legend()
-        alt = f"{first.name} of the trials of {study.study_name} against {metric.name}; {len(front)} are on the front"
-        pictures.append(Picture(f"study_front_{metric.name.replace('/', '_')}", figure, alt))
-    return pictures
-
-
-def study_plots(study: optuna.Study, names: dict[str, str]) -> list[Picture]:
-    """Draw the history of a study, the values of its parameters and, of enough trials, their importance.
-
-    All are for the first metric.
-
-    Args:
-        study: A study whose complete trials have different values.
-        names: The name to show for each parameter.
-    """
-    metric = metrics_of(study)[0]
-    trials = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
+def study_pictures(study: optuna.Study) -> list[Picture]:
+    """Return the history of a study, its parameters and, of enough trials, their importance for the first metric."""
+    metric, trials = metrics_of(study)[0], study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
+    names = {key: short_key(key) for key in searched(study)}
     rows = [
         {"trial": trial.number, metric.name: trial.values[0]}
         | {
@@ -213,61 +138,32 @@ def study_plots(study: optuna.Study, names: dict[str, str]) -> list[Picture]:
     ]
     # a metric of an infinite trial cannot be placed
     table = pd.DataFrame(rows).replace([np.inf, -np.inf], np.nan).dropna(subset=[metric.name])
+    if table[metric.name].nunique() < 2:
+        return []
     logs = {
         names[key] for trial in trials for key, space in trial.distributions.items() if getattr(space, "log", False)
     }
-    return [
-        history(study, table),
-        *([importance_bars(study, found, names)] if (found := importances(study)) else []),
-        parallel_coordinates(table, metric.name, [*names.values()], logs),
-        *(slice_of(table, metric.name, name, name in logs) for name in names.values()),
-    ]
+    found = {
+        "study_optimization_history": history(table, metric),
+        "study_parallel_coordinate": parallel_coordinates(table, metric.name, [*names.values()], logs),
+    }
+    return [Picture(name, figure) for name, figure in found.items()]
 
 
 @themed
-def history(study: optuna.Study, table: pd.DataFrame) -> Picture:
+def history(table: pd.DataFrame, metric: Metric) -> Figure:
     """Plot the value of each trial, and the best so far."""
-    metric, best = metrics_of(study)[0], best_trial(study)
     figure, axes = _plot("history of the study", "trial", metric.name)
     sns.scatterplot(table, x="trial", y=metric.name, color=STUDY, s=60, label="trials", ax=axes)
     so_far = table[metric.name].cummax() if metric.sign == 1 else table[metric.name].cummin()
     axes.step(table["trial"], so_far, where="post", color="black", label="best so far")
     axes.legend()
     figures.integer_axis(axes)
-    alt = f"values of the trials of {study.study_name}; the best is {best.values[0]:.4f}, of trial {best.number}"
-    return Picture("study_optimization_history", figure, alt)
+    return figure
 
 
 @themed
-def importance_bars(study: optuna.Study, found: dict[str, float], names: dict[str, str]) -> Picture:
-    """Plot the importance of each parameter."""
-    figure, axes = _plot(f"importance for {metrics_of(study)[0].name}", size=(8, 1.5 + 0.35 * len(found)))
-    sns.barplot(x=[*found.values()], y=[names[key] for key in found], color=STUDY, ax=axes)
-    for bars in axes.containers:
-        axes.bar_label(bars, fmt="%.2f", padding=4)  # type: ignore[arg-type]
-    axes.set(
-        xlabel="share of the variance that the parameter explains",
-        ylabel="",
-        xlim=(0, 1.1 * max(found.values(), default=1)),
-    )
-    return Picture("study_param_importances", figure, "importance of each parameter")
-
-
-@themed
-def slice_of(table: pd.DataFrame, metric: str, name: str, is_log: bool) -> Picture:
-    """Plot the trials' values against one parameter."""
-    figure, axes = _plot(f"{metric} by {name}", name, metric, size=(5.5, 4.2))
-    values = table.dropna(subset=[name])
-    if not _is_number(values[name]):
-        values = values.assign(**{name: values[name].map(str)}).sort_values(name)
-    sns.scatterplot(values, x=name, y=metric, color=STUDY, s=60, alpha=0.7, ax=axes)
-    if is_log:
-        _make_log(axes, values[name])
-    return Picture(f"study_slice_{name}", figure, f"values of the trials against {name}")
-
-
-@themed
-def parallel_coordinates(table: pd.DataFrame, metric: str, names: Sequence[str], logs: set[str]) -> Picture:
+def parallel_coordinates(table: pd.DataFrame, metric: str, names: Sequence[str], logs: set[str]) -> Figure:
     """Draw each trial as a line through its value and its parameters, colored by value."""
     figure, axes = _plot("parameters of the trials, colored by value", size=(max(9, 1.3 * len(names)), 5))
     columns = [metric, *names]
@@ -290,7 +186,7 @@ def parallel_coordinates(table: pd.DataFrame, metric: str, names: Sequence[str],
     axes.set(xlabel="", ylabel="", yticks=[], xlim=(-0.5, len(columns) - 0.5), ylim=(-0.12, 1.12))
     axes.grid(axis="x", color="#57606a")
     axes.spines[:].set_visible(False)
-    return Picture("study_parallel_coordinate", figure, "parameters of the trials as lines, colored by value")
+    return figure
 
 
 def _spread(values: "pd.Series[Any]", is_log: bool) -> tuple["pd.Series[float]", dict[str, float]]:
@@ -308,10 +204,6 @@ def _spread(values: "pd.Series[Any]", is_log: bool) -> tuple["pd.Series[float]",
 
 def _is_number(values: "pd.Series[Any]") -> bool:
     return pd.api.types.is_numeric_dtype(values) and not pd.api.types.is_bool_dtype(values)
-
-
-def _names(models: Sequence[Model]) -> str:
-    return ", ".join(model.name for model in models)
 
 
 def _plot(title: str, x: str = "", y: str = "", size: tuple[float, float] = (8, 4.5)) -> tuple[Figure, Axes]:

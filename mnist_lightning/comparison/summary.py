@@ -40,7 +40,8 @@ class Report:
         study: The study, or None if there is none with a complete trial.
 
     Attributes:
-        lines: The verdict, remarks, and advice how to settle it.
+        verdict: A comparison of each model with the first, or the accuracy of a single model; empty for a study alone.
+        notes: Advice how to settle it, and remarks on the study.
         commands: Commands that train more seeds, if each model has one run.
         path: Path of the page, once it is written.
         quantities: A table of the models: a row for each quantity, as text.
@@ -66,10 +67,9 @@ class Report:
                 for name, one in self.comparisons.items()
             ] or [_describe(first)]
             lines += filter(None, map(_describe_divergence, models))
-        self.verdict = " ".join(lines)
-        self.lines = [*lines, *_advise(models, self.comparisons)]
+        self.verdict, self.notes = lines, _advise(models, self.comparisons)
         if study:
-            self.lines += [*_describe_refits(models, study), *filter(None, [self.edges])]
+            self.notes += [*_describe_refits(models, study), *filter(None, [self.edges])]
         self.commands = _more_seeds(models)
         self.quantities = quantities(models, self.comparisons)
 
@@ -98,10 +98,38 @@ class Report:
             "images": len(self.models[0].test.labels) if models else 0,
             "models": models,
             "differences": {name: asdict(comparison) for name, comparison in self.comparisons.items()},
-            "verdict": self.verdict,
+            "verdict": " ".join(self.verdict),
             "comparison": [{"name": name, "values": values} for name, *values in self.quantities.itertuples()],
             "study": study,
         }
+
+
+def card(model: Model, first: Model) -> dict[str, str]:
+    """Return what is worth knowing first of a model: ``value``, ``interval`` and, by name, other numbers."""
+    several = len(model.runs) > 1
+
+    def mean(values: Sequence[float], digits: int) -> str:
+        spread = f" ± {statistics.stdev(values):.{digits}f}" if several else ""
+        return f"{statistics.mean(values):,.{digits}f}{spread}"
+
+    low, high = (100 * edge for edge in accuracy_interval(model.test.correct))
+    interval = f"95 % interval {low:.2f} to {high:.2f} %"
+    if several:
+        interval = f"mean ± standard deviation of {len(model.runs)} seeds"
+    if model is not first:
+        difference = statistics.mean(model.accuracies) - statistics.mean(first.accuracies)
+        interval += f"; {100 * difference:+.2f} points against {first.name}"
+    mistakes = [len(run.evaluations[model.weights, "test"].mistakes) for run in model.runs]
+    seeds = [run.config["seed_everything"] for run in model.runs if "seed_everything" in run.config]
+    facts = {
+        "mistakes": f"{mean(mistakes, 0)} of {len(model.test.labels):,}",
+        "parameters": f"{model.runs[0].parameters:,}",
+        "training": f"{mean([run.seconds for run in model.runs], 1)} s",
+        "epochs": f"{len(model.runs[0].history)}, best {model.runs[0].best_epoch}",
+        "seeds" if several else "seed": ", ".join(map(str, seeds)),
+    }
+    value = mean([100 * accuracy for accuracy in model.accuracies], 2)
+    return {"value": f"{value} %", "interval": interval} | {name: text for name, text in facts.items() if text}
 
 
 def _describe_model(model: Model) -> dict[str, Any]:

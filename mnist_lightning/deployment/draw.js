@@ -341,15 +341,36 @@ function add(event) {
 pad.addEventListener("pointerdown", (event) => {
   if (pointer !== null || event.button) return;
   pointer = event.pointerId;
+  isDown = false;
   strokes.push([]);
   add(event);
 });
 addEventListener("pointermove", (event) => { if (event.pointerId === pointer) add(event); });
 for (const name of ["pointerup", "pointercancel"])
   addEventListener(name, (event) => { if (event.pointerId === pointer) { pointer = null; update(); } });
-document.getElementById("undo").addEventListener("click", () => { strokes.pop(); update(); });
-document.getElementById("clear").addEventListener("click", () => { strokes = []; update(); });
-update();
+
+// by keyboard: the arrow keys move the pen, the space bar puts it down and lifts it
+const nib = document.getElementById("nib");
+let place = [pad.width / 2, pad.height / 5], isDown = false;
+function move(isNowDown, by = [0, 0]) {
+  const sides = [pad.width, pad.height];
+  place = place.map((value, i) => Math.min(Math.max(value + 10 * by[i], 0), sides[i]));
+  if (isNowDown && !isDown) strokes.push([]);
+  if (isNowDown) strokes.at(-1).push(place);
+  isDown = isNowDown;
+  Object.assign(nib.style, { left: `${(100 * place[0]) / sides[0]}%`, top: `${(100 * place[1]) / sides[1]}%` });
+  nib.classList.toggle("down", isDown);
+  update();
+}
+pad.addEventListener("keydown", (event) => {
+  const by = { ArrowLeft: [-1, 0], ArrowRight: [1, 0], ArrowUp: [0, -1], ArrowDown: [0, 1], " ": [0, 0] }[event.key];
+  if (!by) return;
+  event.preventDefault();
+  move(event.key === " " ? !isDown : isDown, by);
+});
+document.getElementById("undo").addEventListener("click", () => { strokes.pop(); move(false); });
+document.getElementById("clear").addEventListener("click", () => { strokes = []; move(false); });
+move(false);
 
 // warn if this browser does not reproduce PyTorch's results
 for (const { name, samples, classify } of networks)

@@ -25,6 +25,8 @@ WEIGHT_ROOM = LIMIT - 60 * 2**10
 """Bytes of the page for the networks; the script takes 20,000."""
 TOLERANCE = 9e-5
 """How far rounded weights may move a probability; the browser's own rounding keeps the total below 1e-4."""
+ROUNDED = "weights in 16 bits"
+"""How a remark on rounded weights starts."""
 PAD = 280
 """The width of the drawing in pixels."""
 
@@ -45,30 +47,34 @@ class PadModel(NamedTuple):
     data: ImageDataModule
 
 
-def panel(models: Sequence[PadModel], classes: Sequence[str]) -> tuple[Markup, dict[str, str]]:
-    """Return a page fragment with a pad to draw on, a bar for each class and network, script and style.
+def panel(models: Sequence[PadModel], classes: Sequence[str], room: int | None = None) -> tuple[Markup, dict[str, str]]:
+    """Return a page fragment with a pad to draw on, a bar for each class and network, and the script.
 
-    Weights are float32. If they do not fit into the page, they become 16-bit integers times a number for each row,
-    finer than float16 for all but the smallest, provided that no test image changes its label.
+    Weights are float32. If they do not fit, they become 16-bit integers times a number for each row, finer than float16
+    for all but the smallest, provided that no test image changes its label. The page needs ``draw.css``.
 
     Args:
         models: Networks for the same images.
         classes: Names of the outputs.
+        room: Bytes for float32 weights that may be rounded, by default all that the page has.
 
     Returns:
         The fragment, empty if the page can have none of the networks; and a remark on each network, by name: empty,
         how its weights are rounded, or why it is not on the page.
     """
-    parts = {suffix: Path(__file__).with_name(f"draw.{suffix}").read_text("utf-8") for suffix in ("js", "css", "html")}
-    supported, on_page, said = set(OPERATION.findall(parts["js"])), {}, {}
+    parts = {suffix: Path(__file__).with_name(f"draw.{suffix}").read_text("utf-8") for suffix in ("js", "html")}
+    supported, on_page, said, size = set(OPERATION.findall(parts["js"])), {}, {}, 0
+    room = room or WEIGHT_ROOM
     for integers in (False, True):
         for model in models:
             try:
                 on_page[model.name], said[model.name] = _network(model, len(classes), supported, integers)
             except UserError as error:
-                on_page.pop(model.name, None)
-                said[model.name] = str(error)
-        if sum(map(len, on_page.values())) < WEIGHT_ROOM:
+                if model.name not in on_page or size >= WEIGHT_ROOM:
+                    on_page.pop(model.name, None)
+                    said[model.name] = str(error)
+        size = sum(map(len, on_page.values()))
+        if size < room or room < size / 2 < WEIGHT_ROOM / 2:  # half the size would not fit, either
             break
     while sum(map(len, on_page.values())) >= WEIGHT_ROOM:
         largest = max(on_page, key=lambda name: len(on_page[name]))
@@ -92,7 +98,6 @@ def panel(models: Sequence[PadModel], classes: Sequence[str]) -> tuple[Markup, d
         width=PAD,
         height=round(PAD * height / width),
         content=Markup(f'{htmlsafe_json_dumps(content)[:-1]}, "networks": [{", ".join(on_page.values())}]}}'),  # noqa: S704
-        style=Markup(parts["css"]),  # noqa: S704
         script=Markup(parts["js"]),  # noqa: S704
     )
     return Markup(fragment), said  # noqa: S704
@@ -114,7 +119,7 @@ def _network(model: PadModel, outputs: int, supported: set[str], integers: bool)
             for one in (model.network, network)
         )
         difference = formats.compare(expected, found, "a page with weights in 16 bits", TOLERANCE)
-        said = f"weights in 16 bits, which change the probabilities of the test images by at most {difference:.1e}."
+        said = f"{ROUNDED}, which change the probabilities of the test images by at most {difference:.1e}."
     samples = data.test.scaled(range(min(3, len(data.test))))
     probabilities = formats.ExportedNetwork(model.network, data.test.statistics)(samples)
     if probabilities.shape[1] != outputs:
@@ -164,7 +169,8 @@ def write_page(network: nn.Module, data: ImageDataModule, probabilities: Tensor)
         f"{len(data.test):,} test images of {type(data).__name__.removesuffix('DataModule')} right."
     )
     title = "Draw a digit" if classes == [str(digit) for digit in range(10)] else "Draw"
-    return template.render(title=title, text=text, panel=fragment), said[name] or "weights in float32."
+    style = Markup(Path(__file__).with_name("draw.css").read_text("utf-8"))  # noqa: S704
+    return template.render(title=title, text=text, panel=fragment, style=style), said[name] or "weights in float32."
 
 
 OPERATION = re.compile(r'^  "([\w.]+)":', re.MULTILINE)
