@@ -78,7 +78,7 @@ function choose(trial) {
 }
 
 /** Draw a chart into its group on the page. */
-function draw(chart) {
+function addChart(chart) {
   const isCurve = chart.group === "curves", series = [{}], bands = [], owners = [null];
   // the k-th point of a series at x is in row (x, k); missing values are bridged, null is a gap
   const rows = new Map(), columns = [];
@@ -164,7 +164,7 @@ function draw(chart) {
       draw: [(plot) => {
         const pen = plot.ctx, scale = devicePixelRatio;
         for (const { row, series: s, i } of points) {
-          if (owners[s].kind !== "points" || String(owners[s].trials?.[i]) !== String(chosen)) continue;
+          if (owners[s].kind !== "points" || !owners[s].trials || owners[s].trials[i] !== chosen) continue;
           pen.beginPath();
           pen.arc(plot.valToPos(sorted[row].x, "x", true), plot.valToPos(values[s - 1][row], "y", true), 9 * scale, 0, 7);
           Object.assign(pen, { strokeStyle: color("--accent"), lineWidth: 2.5 * scale });
@@ -204,7 +204,7 @@ function draw(chart) {
   });
   plots.push({ plot, owners });
 }
-data.charts.forEach(draw);
+data.charts.forEach(addChart);
 const byModel = all("input[data-model]"), byStage = all("input[data-stage]");
 for (const box of [...byModel, ...byStage])
   box.addEventListener("change", () => {
@@ -220,7 +220,7 @@ const redraw = (onPaper) => {
 matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => redraw(false));
 addEventListener("beforeprint", () => redraw(true));
 addEventListener("afterprint", () => redraw(false));
-for (const button of all(".trial")) button.addEventListener("click", () => choose(button.textContent));
+for (const button of all(".trial")) button.addEventListener("click", () => choose(+button.textContent));
 if (data.best !== undefined) choose(data.best);
 
 // the gallery of mistakes
@@ -242,7 +242,7 @@ if (data.gallery) {
     return made;
   };
   const picture = (i, scale) => cell(isGrey ? "tile grey" : "tile", i, scale * width, scale * height);
-  const says = (model, i) => `${classes[model.predicted[i]]} ${percent(model.confidence[i])}`;
+  const says = (model, i) => `${classes[model.predicted[i]]}, ${percent(model.confidence[i])}`;
   /** Return what each model says of an image: green where it is right, red where it is wrong. */
   const answers = (i) => data.models.map((model, m) => {
     const isRight = model.predicted[i] === labels[i];
@@ -260,10 +260,10 @@ if (data.gallery) {
 
   /** Open the card of an image: large, with the evidence, and all models' probabilities. */
   const open = (i, among, evidence) => {
-    const scale = 252 / Math.max(width, height), image = picture(i, scale), at = among.indexOf(i);
+    const scale = (innerWidth < 700 ? 168 : 252) / Math.max(width, height), image = picture(i, scale), at = among.indexOf(i);
     const explained = data.models.map(({ order, explained }) => { const rank = order.indexOf(i); return rank < explained ? rank : -1; });
     const whose = evidence ?? explained.findIndex((rank) => rank >= 0);
-    byId("card-title").textContent = `Test image ${indices[i]}: ${classes[labels[i]]}`;
+    byId("card-title").textContent = `Test image ${indices[i]}, true ${classes[labels[i]]}`;
     byId("card-image").replaceChildren(image);
     if (whose >= 0) {
       image.classList.add("faded");

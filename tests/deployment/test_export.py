@@ -11,7 +11,7 @@ import onnxruntime
 import pandas as pd
 import pytest
 import torch
-from helpers.browser import as_bytes, in_browser
+from helpers.browser import DARK, as_bytes, audit, in_browser
 from helpers.commands import ROOT, ROUNDING, in_process
 from torch import nn
 
@@ -197,11 +197,12 @@ def page(fitted, tmp_path_factory):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("width", "flags"), [(360, ["--force-dark-mode"]), (1280, [])])
+@pytest.mark.parametrize(("width", "flags"), [(390, []), (390, [DARK]), (1280, []), (1280, [DARK])])
 def test_a_stroke_changes_the_bars(page, width, flags):
     found = in_browser(
         page,
-        """
+        audit()
+        + """
         const state = () => ({ said: document.getElementById("said").textContent.trim(),
             bars: all_("#bars output").map((output) => parseFloat(output.textContent)),
             widths: all_("#bars i").map((bar) => parseFloat(bar.style.width)) });
@@ -231,10 +232,18 @@ def test_a_stroke_changes_the_bars(page, width, flags):
         found.cleared = state();
         found.wrong = !document.getElementById("wrong").hidden;
         found.wide = document.documentElement.scrollWidth > innerWidth;
+        pad.focus();
+        for (const key of [" ", "ArrowDown", "ArrowDown", " ", "ArrowUp"])
+            pad.dispatchEvent(new KeyboardEvent("keydown", { key }));
+        await wait();
+        found.keys = strokes;
+        found.problems = await audit();
         """,
         width,
         *flags,
     )
+    assert found["problems"] == []
+    assert found["keys"] == [[[140, 56], [140, 66], [140, 76]]]
     assert found["blank"] == found["cleared"]
     assert found["blank"] == {"said": "nothing drawn yet", "bars": [None] * 10, "widths": [0] * 10}
     assert found["one"] == found["undone"]

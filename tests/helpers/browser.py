@@ -21,6 +21,8 @@ BEFORE = """<script>
 </script>"""
 
 
+DARK = "--blink-settings=preferredColorScheme=0"
+
 AFTER = """<script>
   const all_ = (selector, root = document) => [...root.querySelectorAll(selector)];
   const wait = () => new Promise((go) => setTimeout(go, 100));
@@ -41,6 +43,16 @@ def as_bytes(images: NDArray[Any]) -> str:
     return f"const bytes = Uint8Array.from(atob('{text}'), (c) => c.charCodeAt(0));\n"
 
 
+def audit() -> str:
+    """Return JavaScript that defines ``audit(part)``: what axe-core finds wrong with the page or a part of it."""
+    package = pytest.importorskip("axe_core_python")
+    source = Path(package.__file__).with_name("axe.min.js").read_text("utf-8")
+    return f"""{source};
+        const audit = async (part = document) => (await axe.run(part)).violations.map(({{ id, nodes }}) =>
+            [id, ...nodes.map(({{ html }}) => html)]);
+    """
+
+
 def in_browser(text: str, script: str, width: int = 1280, *flags: str) -> dict[str, Any]:
     """Run a script in a page in headless Chromium; return the dictionary ``found`` that the script fills."""
     chromium = shutil.which("chromium")
@@ -56,5 +68,6 @@ def in_browser(text: str, script: str, width: int = 1280, *flags: str) -> dict[s
         command = [chromium, *options, *flags, "--dump-dom", page.as_uri()]
         result = subprocess.run(command, capture_output=True, text=True, timeout=60)
     found: dict[str, Any] = json.loads(html.unescape(re.search("<title>(.*?)</title>", result.stdout)[1]))
-    assert (found.pop("errors"), found.pop("requests")) == ([], [])
+    problems = found.pop("errors"), found.pop("requests")
+    assert problems == ([], [])
     return found
