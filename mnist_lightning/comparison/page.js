@@ -47,7 +47,8 @@ for (const table of all("table.sortable"))
 
 // charts: numbers come as they are, colors from the style sheet, which knows dark mode; paper is always white
 const color = (name) => getComputedStyle(document.documentElement).getPropertyValue(name.replace(/var\((.*)\)/, "$1"));
-const short = (value) => (value == null ? "–" : String(Number(value.toPrecision(4))));
+const short = (value) =>
+  value == null ? "–" : Number.isInteger(value) ? value.toLocaleString("en") : String(Number(value.toPrecision(4)));
 const swatch = (model) => {
   const made = element("span", { className: "swatch" });
   made.style.setProperty("--color", data.models[model].color);
@@ -141,7 +142,8 @@ function addChart(chart) {
   const box = element("div", { className: "chart", tabIndex: 0, role: "group", ariaLabel: `${chart.title}: ${chart.y} over ${chart.x}; use the arrow keys` });
   const axis = { stroke: () => color("--faint"), grid: { stroke: () => color("--grid"), width: 1 }, ticks: { show: false } };
   const whole = ["epoch", "trial"].includes(chart.x) ? { incrs: [1, 2, 5, 10, 20, 50, 100, 200, 500, 1000] } : {};
-  const named = chart.labels ? { splits: () => chart.labels.map((_, i) => i), values: () => chart.labels } : { values: (_, found) => found.map((value) => value === null ? "" : value >= 1e4 ? value.toLocaleString("en") : short(value)) };
+  const named = chart.labels ? { splits: () => chart.labels.map((_, i) => i), values: () => chart.labels } : { values: (_, found) => found.map((value) => (value === null ? "" : short(value))) };
+  const sparse = chart.log ? { filter: (_, found) => found.map((value) => (/^[125](e|$)/.test(value.toExponential()) ? value : null)) } : {};
   const range = isCurve || chart.log ? undefined : (_, low, high) => {
     const room = chart.labels ? 0.5 : (high - low || Math.abs(high) || 1) * 0.05;
     return [low - room, high + room];
@@ -151,7 +153,7 @@ function addChart(chart) {
   const plot = new uPlot({
     title: chart.title, width: box.clientWidth || 300, height: height(), series, bands, legend: { show: false },
     scales: { x: { time: false, distr: chart.log ? 3 : 1, range } },
-    axes: [{ ...axis, ...whole, ...named, label: chart.group === "slices" ? undefined : chart.x, labelSize: 20, size: 30 }, { ...axis, size: 56 }],
+    axes: [{ ...axis, ...whole, ...named, ...sparse, label: chart.group === "slices" ? undefined : chart.x, labelSize: 20, size: 30 }, { ...axis, size: 56 }],
     cursor: isCurve ? { y: false, sync: { key: "epochs" }, points: { size: 8 } } : {
       y: false, x: false, points: { size: 13 },
       dataIdx: (plot, s) => {
@@ -186,7 +188,7 @@ function addChart(chart) {
   const pick = () => { if (at && owners[at.series].trials) choose(owners[at.series].trials[at.i]); };
   plot.over.addEventListener("click", pick);
   // the arrow keys walk through the epochs, or through the points from left to right
-  const stops = isCurve ? sorted.map((_, row) => ({ row })) : [...points].sort((a, b) => a.row - b.row);
+  const stops = isCurve ? sorted.map((_, row) => ({ row })) : points.filter((point) => owners[point.series].kind !== "dots").sort((a, b) => a.row - b.row);
   let stop = -1;
   box.addEventListener("keydown", (event) => {
     if (event.key === "Enter") return pick();

@@ -70,6 +70,7 @@ def render(report: Report) -> str:
     ]
     data, sprites = content(report)
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
+    environment.policies["json.dumps_kwargs"] = {"sort_keys": False}  # a trial's values stay in their order
     return environment.from_string((folder / "page.html").read_text(encoding="utf-8")).render(
         report=report,
         sections=sections(report),
