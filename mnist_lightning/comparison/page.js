@@ -217,7 +217,11 @@ for (const box of [...byModel, ...byStage])
   });
 const redraw = (onPaper) => {
   document.documentElement.classList.toggle("on-paper", onPaper);
-  for (const { plot } of plots) plot.redraw(false, true);
+  for (const { plot } of plots) {
+    const { clientWidth } = plot.root.parentElement;
+    if (clientWidth) plot.setSize({ width: onPaper ? Math.min(clientWidth, 640) : clientWidth, height: plot.height });
+    plot.redraw(false, true);
+  }
 };
 matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => redraw(false));
 addEventListener("beforeprint", () => redraw(true));
