@@ -143,7 +143,8 @@ function addChart(chart) {
   const axis = { stroke: () => color("--faint"), grid: { stroke: () => color("--grid"), width: 1 }, ticks: { show: false } };
   const whole = ["epoch", "trial"].includes(chart.x) ? { incrs: [1, 2, 5, 10, 20, 50, 100, 200, 500, 1000] } : {};
   const named = chart.labels ? { splits: () => chart.labels.map((_, i) => i), values: () => chart.labels } : { values: (_, found) => found.map((value) => (value === null ? "" : short(value))) };
-  const sparse = chart.log ? { filter: (_, found) => found.map((value) => (/^[125](e|$)/.test(value.toExponential()) ? value : null)) } : {};
+  const sparse = chart.log ? { filter: ({ scales: { x } }, found) =>
+    found.map((value) => ((x.max > 50 * x.min ? /^1e/ : /^[125]e/).test(value.toExponential()) ? value : null)) } : {};
   const range = isCurve || chart.log ? undefined : (_, low, high) => {
     const room = chart.labels ? 0.5 : (high - low || Math.abs(high) || 1) * 0.05;
     return [low - room, high + room];

@@ -204,7 +204,7 @@ def _more_seeds(models: Sequence[Model]) -> list[str]:
     commands, given = [], []
     for model in models:
         folder, seed = model.runs[0].path, model.runs[0].config.get("seed_everything")
-        if len(model.runs) > 1 or len(models) == 1 or not isinstance(seed, int) or not folder.is_dir():
+        if len(model.runs) > 1 or not isinstance(seed, int) or not folder.is_dir():
             return []
         name = f"{model.slug}_seeds"
         command = command_line("fit", "--config", folder / "config.yaml", "--name", name, "--seed_everything")
@@ -212,7 +212,7 @@ def _more_seeds(models: Sequence[Model]) -> list[str]:
         loop = [f"for seed in {' '.join(seeds)}; do {command} $seed; done"]
         commands += [f"{command} {seed}" for seed in seeds] if os.name == "nt" else loop
         given.append(f"{model.name}={folder},{folder.parent.parent / name}/*")
-    return [*commands, command_line("report", *given)]
+    return [*commands, command_line("report", *given)] if len(models) > 1 else []
 
 
 def _describe_refits(models: Sequence[Model], study: optuna.Study) -> list[str]:
