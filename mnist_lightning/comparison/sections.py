@@ -17,7 +17,7 @@ from mnist_lightning.search.study import ENOUGH_TRIALS, importances, pareto_fron
 TRIALS = 100
 """The most rows in the page's table of a study."""
 NETWORKS = 450 * 2**10
-"""Bytes of the page for networks with float32 weights; larger ones are rounded to 16 bits where nothing changes."""
+"""Bytes of the page for networks: those that fit only in 16 bits are rounded, where nothing changes."""
 
 
 @dataclass

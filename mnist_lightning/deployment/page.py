@@ -56,25 +56,25 @@ def panel(models: Sequence[PadModel], classes: Sequence[str], room: int | None =
     Args:
         models: Networks for the same images.
         classes: Names of the outputs.
-        room: Bytes for float32 weights that may be rounded, by default all that the page has.
+        room: Bytes for the weights; those that fit only in 16 bits are rounded. By default all that the page has.
 
     Returns:
         The fragment, empty if the page can have none of the networks; and a remark on each network, by name: empty,
         how its weights are rounded, or why it is not on the page.
     """
     parts = {suffix: Path(__file__).with_name(f"draw.{suffix}").read_text("utf-8") for suffix in ("js", "html")}
-    supported, on_page, said, size = set(OPERATION.findall(parts["js"])), {}, {}, 0
-    room = room or WEIGHT_ROOM
-    for integers in (False, True):
+    supported = set(OPERATION.findall(parts["js"]))
+    on_page: dict[str, str] = {}
+    said: dict[str, str] = {}
+    size = sum(value.numel() for model in models for value in model.network.parameters()) * 16 / 3  # float32 in base64
+    for integers in (True, False) if room and room < size < 2 * room else (False, True):
+        on_page, said = {}, {}
         for model in models:
             try:
                 on_page[model.name], said[model.name] = _network(model, len(classes), supported, integers)
             except UserError as error:
-                if model.name not in on_page or size >= WEIGHT_ROOM:
-                    on_page.pop(model.name, None)
-                    said[model.name] = str(error)
-        size = sum(map(len, on_page.values()))
-        if size < room or room < size / 2 < WEIGHT_ROOM / 2:  # half the size would not fit, either
+                said[model.name] = str(error)
+        if sum(map(len, on_page.values())) < WEIGHT_ROOM and (not integers or len(on_page) == len(models)):
             break
     while sum(map(len, on_page.values())) >= WEIGHT_ROOM:
         largest = max(on_page, key=lambda name: len(on_page[name]))
