@@ -183,11 +183,10 @@ def origins(models: Sequence[Model]) -> dict[str, list[str]]:
     found: dict[str, list[str]] = {"Commands": [], "Versions": [], "Machines": []}
     for name, made in runs:
         versions = [f"{package} {made.get(package, '?')}" for package in ("mnist_lightning", "torch", "lightning")]
-        gpus = ", ".join(made.get("gpus") or []) or "no GPU"
         for title, text in (
             ("Commands", f"{name}: {made.get('command')}, started {str(made.get('started'))[:16].replace('T', ' ')}"),
             ("Versions", f"Python {made.get('python')}, {', '.join(versions)}"),
-            ("Machines", f"{made.get('cores')} cores, {gpus}, {made.get('system')}"),
+            ("Machines", f"{made.get('cores')} cores, {made.get('gpus')} GPUs, {made.get('system')}"),
         ):
             found[title] += [text] * (text not in found[title])
     return found if runs else {}
