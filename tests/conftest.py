@@ -10,7 +10,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import chdir, redirect_stdout
+from contextlib import chdir, redirect_stderr, redirect_stdout
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -174,8 +174,13 @@ def tune_beside(tune):
 
 @pytest.fixture(scope="session")
 def whole(data_dir, tmp_path_factory):
-    """The folder of an uninterrupted study of five trials by one worker, and its output."""
-    cwd, output = tmp_path_factory.mktemp("whole"), io.StringIO()
-    with chdir(cwd), redirect_stdout(output):
+    """The folder of an uninterrupted study of five trials by one worker, and its output.
+
+    ``terminal.txt`` has what only a terminal shows.
+    """
+    cwd, output, terminal = tmp_path_factory.mktemp("whole"), io.StringIO(), io.StringIO()
+    terminal.isatty = lambda: True
+    with chdir(cwd), redirect_stdout(output), redirect_stderr(terminal):
         main(tune_options(data_dir, "--n_trials=5", "--workers=1"))
+    (cwd / "terminal.txt").write_text(terminal.getvalue())
     return cwd, output.getvalue()

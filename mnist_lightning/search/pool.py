@@ -20,6 +20,7 @@ from mnist_lightning.search.space import short_key, short_value
 from mnist_lightning.search.study import format_value, is_time_up, time_left
 from mnist_lightning.search.trial import Search
 from mnist_lightning.search.worker import Worker
+from mnist_lightning.system.console import colored, fill_terminal
 from mnist_lightning.system.errors import UserError
 from mnist_lightning.system.signals import Interrupt
 
@@ -33,6 +34,10 @@ def devices(options: Any) -> list[str | None]:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     count = options.workers or len(gpus) or cores
     return [gpus[i % len(gpus)] if gpus else None for i in range(count)]
+
+
+OF_BARS: dict[str, Any] = {"leave": False, "dynamic_ncols": True, "disable": None}
+"""Arguments of a bar that only a terminal shows."""
 
 
 class Pool:
@@ -62,10 +67,10 @@ class Pool:
 
     def run(self, interrupt: Interrupt) -> bool:
         """Search until nothing is left to do; return whether the search was interrupted."""
-        options = self.search.options
-        total = options.n_trials * options.executions_per_trial * self.search.epochs
-        shape = "{desc} |{bar}| {percentage:3.0f} % [{elapsed} < {remaining}]"
-        self.bar: tqdm[Any] = tqdm(total=total, bar_format=shape, leave=False, disable=None)
+        total = self.search.options.n_trials * self._epochs_of_trial
+        shape = "{percentage:3.0f} % |{bar}| {n}/{total} epochs, {desc}{remaining} left"
+        self.bar: tqdm[Any] = tqdm(total=total, initial=self._epochs(), bar_format=shape, **OF_BARS)
+        self._lines: list[tqdm[Any]] = []
         try:
             self._watch(interrupt)
         except KeyboardInterrupt:
@@ -80,7 +85,8 @@ class Pool:
             with suppress(UserError):  # without the storage, the next command notices these trials
                 for trial in self._recovery.running(self.names):
                     self._recovery.put_back(trial.number, died=False)
-            self.bar.close()
+            for line in (*self._lines, self.bar):
+                line.close()
             interrupt.is_put_off = False
         return interrupt.received
 
@@ -145,13 +151,41 @@ class Pool:
             if trial.number not in self._shown:
                 self._shown.add(trial.number)
                 result = " ".join(map(format_value, trial.values or [])) or TrialRecord.of(trial).error
-                params = ", ".join(f"{short_key(key)} {short_value(value)}" for key, value in trial.params.items())
-                self._print(f"Trial {trial.number:3} {trial.state.name.lower():8} {result}  {params}")
-        self.bar.desc = ", ".join([f"Trials {len(finished)}/{self.search.options.n_trials}", *self._remarks(finished)])
-        of_trial = self.search.options.executions_per_trial * self.search.epochs
-        unfinished = [trial for trial in trials if not trial.state.is_finished()]
-        self.bar.n = len(finished) * of_trial + sum(map(self._epochs_of, unfinished))
+                params = ", ".join(f"{short_key(key)}\0{short_value(value)}" for key, value in trial.params.items())
+                state = f"{trial.state.name.lower():8}"
+                state = colored(state, "red") if trial.state == TrialState.FAIL else state
+                self._print(fill_terminal(f"Trial {trial.number:3} {state} {result}  {params}").replace("\0", " "))
+        remarks = [f"{len(finished)}/{self.search.options.n_trials} trials", *self._remarks(finished), ""]
+        self.bar.set_description_str(", ".join(remarks), refresh=False)
+        self.bar.n = self._epochs()
         self.bar.refresh()
+        running = {TrialRecord.of(trial).owner: trial for trial in trials if trial.state == TrialState.RUNNING}
+        texts = [self._describe(running.get(worker.name)) for worker in self._workers]
+        while len(self._lines) < len(texts):
+            self._lines.append(tqdm(bar_format="{desc}", **OF_BARS))
+        for number, line in enumerate(self._lines):
+            line.set_description_str(texts[number] if number < len(texts) else "")
+
+    @property
+    def _epochs_of_trial(self) -> int:
+        return int(self.search.options.executions_per_trial * self.search.epochs)
+
+    def _epochs(self) -> int:
+        """Return how many epochs of the study are done; a pruned or failed trial has all of its epochs."""
+        trials = [trial for trial in self.study.get_trials(deepcopy=False) if is_counted(trial)]
+        return sum(self._epochs_of_trial if t.state.is_finished() else self._epochs_of(t) for t in trials)
+
+    def _describe(self, trial: FrozenTrial | None) -> str:
+        """Return what a worker runs."""
+        if trial is None:
+            return "  starts"
+        done = len(TrialRecord.of(trial).executions)
+        text = f"  trial {trial.number:3}, execution {done + 1}/{self.search.options.executions_per_trial}"
+        if len(self.search.metrics) > 1 or isinstance(self.study.pruner, WilcoxonPruner):
+            return text  # which epoch it is, is not in the study
+        epoch = self._epochs_of(trial) - done * self.search.epochs + 1
+        of_all = "" if "trainer.max_epochs" in self.search.space else f"/{self.search.epochs}"
+        return f"{text}, epoch {min(epoch, self.search.epochs):2}{of_all}"
 
     def _remarks(self, finished: Sequence[FrozenTrial]) -> list[str]:
         states = [trial.state for trial in finished]

@@ -6,6 +6,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+import textwrap
 from collections.abc import Sequence
 from typing import TextIO
 
@@ -59,6 +60,13 @@ def shorten_middle(text: str, width: int) -> str:
     """Return a text of at most ``width`` characters, with an ellipsis in the place of its middle if it is longer."""
     tail = width // 2
     return text if len(text) <= width else f"{text[: width - tail - 1]}…{text[-tail:]}"
+
+
+def fill_terminal(text: str) -> str:
+    """Return a text with line breaks between words where it would not fit the terminal."""
+    if not sys.stdout.isatty():
+        return text
+    return textwrap.fill(text, shutil.get_terminal_size().columns, subsequent_indent="    ", break_on_hyphens=False)
 
 
 def format_table(rows: Sequence[Sequence[str]]) -> str:

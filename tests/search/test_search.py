@@ -50,6 +50,19 @@ def test_a_study_is_shown_and_kept(whole):
         assert sorted(trial.intermediate_values) == [0, 1, 2, 3]
 
 
+def test_a_terminal_shows_what_each_worker_runs_and_how_much_is_done(whole):
+    cwd, output = whole
+    shown = (cwd / "terminal.txt").read_text()
+    for execution in re.findall(r"trial +\d, execution (\S+?), epoch +[12]/2", shown):
+        assert execution in ("1/2", "2/2")
+    assert "Loading …" in shown
+    assert "trial   0, execution " in shown
+    counts = re.findall(r"(\d+) % \|.*?\| (\d+)/20 epochs, (\d)/5 trials", shown)
+    assert all(int(share) == round(100 * int(epochs) / 20) and 4 * int(n) <= int(epochs) for share, epochs, n in counts)
+    assert counts[-1] == ("100", "20", "5")
+    assert not re.search(r"epochs, |\x1b|\r", output)
+
+
 def test_importances_are_those_of_enough_trials_with_different_values():
     study = optuna.create_study(direction="maximize", sampler=optuna.samplers.RandomSampler(seed=0))
     study.optimize(lambda trial: trial.suggest_float("x", 0, 1) + 0.01 * trial.suggest_float("y", 0, 1), n_trials=19)
