@@ -15,6 +15,7 @@ from mnist_lightning.classifier import Classifier
 from mnist_lightning.comparison.significance import calibration_error
 from mnist_lightning.data import ImageDataModule, Split
 from mnist_lightning.networks import count_parameters
+from mnist_lightning.system.console import show_status
 from mnist_lightning.system.errors import UserError
 from mnist_lightning.training.runs import read_config, read_environment
 from mnist_lightning.training.saved_run import SavedRun
@@ -163,6 +164,7 @@ def load_run(path: Path) -> EvaluatedRun:
     Raises:
         UserError: If the checkpoint is missing or cannot be used.
     """
+    show_status(f"Testing {path} …")
     files = {weights: path / f"checkpoints/{weights}.ckpt" for weights in WEIGHTS} if path.is_dir() else {"last": path}
     if not files["last"].is_file():
         raise UserError(

@@ -23,6 +23,7 @@ from mnist_lightning.comparison.sections import origins, sections
 from mnist_lightning.comparison.summary import Report
 from mnist_lightning.comparison.table import numbers
 from mnist_lightning.search.study import best_trial, trial_numbers
+from mnist_lightning.system.console import show_status
 from mnist_lightning.system.errors import UserError
 
 
@@ -46,11 +47,15 @@ def write(
     if output.exists() and any(output.iterdir()) and not (output / "report.json").is_file():
         raise UserError(f"{output} holds something other than a report: choose another --output.")
     loaded = load_models(models, weights, logs)
+    show_status("Reading the study …")
     found = load_study(study, storage, logs, loaded)
     if not loaded and found is None:
         raise UserError(f"The study {study} has no complete trial yet.")
+    show_status("Comparing …")
     report = Report(loaded, found)
+    show_status("Drawing …")
     save(report, output)
+    show_status("")
     if loaded:
         print(f"{report.quantities.rename_axis(None).to_string()}\n")
     print("\n".join([*report.verdict, *report.notes]))

@@ -13,6 +13,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import MappingProxyType
 
+from mnist_lightning.system.console import colored, show_status
+
 
 class UserError(Exception):
     """A mistake in the user's input, or in files that the input names; the message is one line."""
@@ -47,9 +49,15 @@ def user_errors() -> Iterator[None]:
         if not is_for_users(error):
             raise
         if isinstance(error, OptionError):
-            print(f"error: {error}\nOptions: add --help", file=sys.stderr)
+            print(f"{_error()} {error}\nOptions: add --help", file=sys.stderr)
             sys.exit(2)
-        sys.exit(f"error: {describe_os_error(error) if isinstance(error, OSError) else one_line(error)}")
+        sys.exit(f"{_error()} {describe_os_error(error) if isinstance(error, OSError) else one_line(error)}")
+
+
+def _error() -> str:
+    """Return the word in front of an error, for a terminal in red, after removing the line that shows what runs."""
+    show_status("")
+    return colored("error:", "red", sys.stderr)
 
 
 LIBRARIES = [
@@ -78,7 +86,7 @@ def library_errors(folder: Path | None = None, options: Mapping[type, str] = Map
         path = (folder or Path(tempfile.mkdtemp(prefix="mnist_lightning-"))) / "traceback.txt"
         with suppress(OSError):
             path.write_text("".join(traceback.format_exception(error)), encoding="utf-8")
-        sys.exit(f"error: {explain(error, options)}. The traceback is in {path}")
+        sys.exit(f"{_error()} {explain(error, options)}. The traceback is in {path}")
 
 
 def is_from_user_code(error: BaseException) -> bool:
