@@ -21,8 +21,7 @@ import pyte
 from PIL import Image, ImageDraw, ImageFont
 
 PICTURES = Path(__file__).parents[1] / "benchmarks"
-WIDTH = 1600
-ROWS, COLUMNS = 36, 80
+ROWS, COLUMNS = 32, 80
 """Size of the recorded terminal."""
 CELL = 8, 17
 """Width and height of a letter in a recording, in pixels."""
@@ -31,24 +30,10 @@ COLORS = {"red": "#ff7b72", "green": "#7ee787", "brown": "#e3b341", "blue": "#79
 """Colors of a recording, by the names that pyte gives to those of a terminal."""
 
 
-def side_by_side(pictures: list[Path]) -> Image.Image:
-    """Return pictures next to each other, as high as the highest."""
-    images = [Image.open(path).convert("RGB") for path in pictures]
-    height = max(image.height for image in images)
-    images = [image.resize((round(image.width * height / image.height), height)) for image in images]
-    row = Image.new("RGB", (sum(image.width for image in images), height), "white")
-    left = 0
-    for image in images:
-        row.paste(image, (left, 0))
-        left += image.width
-    row.thumbnail((WIDTH, WIDTH))
-    return row
-
-
 def head_of_page(page: Path, folder: Path) -> Image.Image:
     """Return the first screen of a page."""
     shot = folder / "page.png"
-    options = ["--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", "--window-size=1000,900"]
+    options = ["--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", "--window-size=1280,720"]
     chromium = shutil.which("chromium") or sys.exit("This machine does not have Chromium.")
     subprocess.run([chromium, *options, f"--screenshot={shot}", page.as_uri()], check=True, capture_output=True)
     return Image.open(shot).convert("RGB")
@@ -86,8 +71,8 @@ def draw(screen: pyte.Screen) -> Image.Image:
     return image
 
 
-def record(words: list[str], prompt: str, folder: Path) -> tuple[list[Image.Image], list[int]]:
-    """Run a command in a terminal; return pictures of it, ten a second, and for how many milliseconds each is shown."""
+def record(words: list[str], prompt: str, folder: Path, file: Path) -> None:
+    """Run a command in a terminal, and write an animation of it with at most ten pictures a second."""
     screen = pyte.Screen(COLUMNS, ROWS)
     stream = pyte.ByteStream(screen)
     stream.feed(f"$ {prompt}\r\n".encode())
@@ -99,25 +84,23 @@ def record(words: list[str], prompt: str, folder: Path) -> tuple[list[Image.Imag
         stream.feed(printed)
     frames.append(draw(screen))
     times.append(seconds)
-    durations = [
-        round(1000 * (after - before)) for before, after in zip(times, [*times[1:], times[-1] + 8], strict=True)
-    ]
-    return frames, durations
+    durations = [round(1000 * (after - before)) for before, after in zip(times, [*times[1:], seconds + 8], strict=True)]
+    palette = frames[-1].quantize(16)
+    first, *others = [frame.quantize(palette=palette, dither=Image.Dither.NONE) for frame in frames]
+    first.save(file, save_all=True, append_images=others, duration=durations, loop=0, optimize=True)
 
 
 def main() -> None:
     """Make all pictures."""
+    command = ["-m", "mnist_lightning"]
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        for command in ("fit", "tune", "report"):
-            subprocess.run([sys.executable, "-m", "mnist_lightning", command], cwd=folder, check=True)
-        figures = folder / "lightning_logs/baseline/version_0/figures"
-        pictures = {
-            "baseline": side_by_side([figures / "accuracy.png", figures / "predictions.png"]),
-            "report": head_of_page(folder / "lightning_logs/report/report.html", folder),
-        }
-        for title, picture in pictures.items():
-            picture.save(PICTURES / f"{title}.png", optimize=True)
+        short = [*command, "fit", "--trainer.max_epochs", "5"]
+        record([sys.executable, *short], " ".join(["python", *short]), folder, PICTURES / "fit.gif")
+        for word in ("fit", "tune", "report"):
+            subprocess.run([sys.executable, *command, word], cwd=folder, check=True)
+        picture = head_of_page(folder / "lightning_logs/report/report.html", folder)
+        picture.save(PICTURES / "report.png", optimize=True)
 
 
 if __name__ == "__main__":
