@@ -354,8 +354,6 @@ def test_a_trial_is_chosen_in_a_chart_and_in_the_table(browse, made, reported):
         const rows = () => all_("tr.chosen").map((row) => row.dataset.trial);
         found.first = rows();
         const [history] = charts("study");
-        history.scrollIntoView();
-        await wait();
         await press(history, "ArrowRight", "ArrowRight");
         found.told = told();
         await press(history, "Enter");
