@@ -252,7 +252,7 @@ def test_they_reach_all_outputs(quick, tmp_path):
     events = EventAccumulator(str(folder)).Reload()
     for name in names:
         logged = {event.step: event.value for event in events.Scalars(f"val/{name}")}
-        assert logged == pytest.approx({int(row["step"]): float(row[f"val/{name}"]) for row in history})
+        assert logged == pytest.approx({int(row["epoch"]) + 1: float(row[f"val/{name}"]) for row in history})
 
     run = SavedRun.read(folder / "checkpoints/last.ckpt")
     data = run.datamodule

@@ -15,7 +15,6 @@ from lightning.fabric.plugins.environments import SLURMEnvironment
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import Checkpoint, LearningRateFinder
 from lightning.pytorch.cli import LightningArgumentParser
-from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.profilers import PassThroughProfiler
 from lightning.pytorch.tuner import Tuner
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
@@ -28,7 +27,7 @@ from mnist_lightning.system.console import command_line, format_table, rank_zero
 from mnist_lightning.system.errors import UserError, library_errors
 from mnist_lightning.system.files import write_csv
 from mnist_lightning.system.nested import flatten
-from mnist_lightning.training.callbacks import Figures
+from mnist_lightning.training.callbacks import Figures, RunLogger
 from mnist_lightning.training.checkpoints import RunCheckpoint
 from mnist_lightning.training.precision import Trainer
 from mnist_lightning.training.runs import RUN_KEYS, environment, new_version
@@ -215,7 +214,7 @@ class FitCLI(RunCLI):
             made_by = json.dumps(environment(self.command, *self.words), indent=2)
             (self.run_dir / "environment.json").write_text(f"{made_by}\n", encoding="utf-8")
         if config.tensorboard:
-            own_logger = TensorBoardLogger(self.logs, config.name, version, default_hp_metric=False)
+            own_logger = RunLogger(self.logs, config.name, version, default_hp_metric=False)
             trainer.loggers = [own_logger, *trainer.loggers]
         if self.checkpoint is not None:
             self.checkpoint.dirpath = str(self.run_dir / "checkpoints")
@@ -242,7 +241,7 @@ class FitCLI(RunCLI):
         trainer.profiler = PassThroughProfiler()  # type: ignore[attr-defined] # PyTorch's works only once
         (results,) = trainer.test(self.model, datamodule=self.datamodule, verbose=False)
         for logger in loggers:
-            logger.log_metrics(dict(results), step=trainer.global_step)
+            logger.log_metrics({**results, "epoch": epochs - 1}, step=trainer.global_step)
         rows: dict[str, dict[str, float]] = {f"last epoch ({epochs})": dict(results)}
         if checkpoint is not None and checkpoint.best_model_path:
             best = SavedRun.read(checkpoint.best_model_path)

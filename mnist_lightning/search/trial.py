@@ -19,7 +19,7 @@ from filelock import FileLock
 from jsonargparse import Namespace
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint
-from lightning.pytorch.loggers import TensorBoardLogger, WandbLogger
+from lightning.pytorch.loggers import WandbLogger
 from optuna.exceptions import UpdateFinishedTrialError
 from optuna.pruners import BasePruner, WilcoxonPruner
 from optuna.storages import BaseStorage
@@ -37,6 +37,7 @@ from mnist_lightning.search.space import SearchSpace, config_with, instantiate, 
 from mnist_lightning.search.study import best_trial, has_room, is_time_up, limited_values
 from mnist_lightning.system.errors import UserError
 from mnist_lightning.system.files import write_csv
+from mnist_lightning.training.callbacks import RunLogger
 from mnist_lightning.training.checkpoints import RunCheckpoint
 
 REPEATS = 3
@@ -279,9 +280,10 @@ class Objective:
                     for logger in loggers:
                         logger.experiment  # noqa: B018
             if config["tensorboard"]:
-                tensorboard = TensorBoardLogger(search.folder, folder.parent.name, folder.name, default_hp_metric=False)
+                tensorboard = RunLogger(search.folder, folder.parent.name, folder.name, default_hp_metric=False)
                 run.trainer.loggers = [tensorboard, *loggers]
             callbacks: list[Any] = run.trainer.callbacks  # type: ignore[attr-defined]
+            progress.config = complete
             callbacks.append(progress)
             if search.options.keep_checkpoints == "best":
                 mode: Any = "max" if search.metrics[0].sign == 1 else "min"
@@ -386,6 +388,7 @@ class Progress(Checkpoint):
         executions: The trial's finished executions.
 
     Attributes:
+        config: Config of the execution.
         history: The metrics of each epoch.
         pruned: Whether the pruner ended the trial.
     """
@@ -397,6 +400,7 @@ class Progress(Checkpoint):
         self._is_validated = False
         self._metrics = objective.search.metrics
         self._epochs: dict[int, dict[str, float]] = {}
+        self.config: dict[str, Any] = {}
         self.history: list[dict[str, float]] = []
         self.pruned = False
 
@@ -452,12 +456,11 @@ class Progress(Checkpoint):
         return float(trainer.callback_metrics[name])
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Log hyper-parameters and scores for TensorBoard's HParams page."""
+        """Log the scores, and the config for TensorBoard's page "HParams"."""
         result = self.result()
         others = zip(self._metrics[1:], scores_of(result)[1:], strict=True)
         scores = {"score": result["score"], **{metric.name: value for metric, value in others}}
         for logger in trainer.loggers:
-            if isinstance(logger, TensorBoardLogger):
-                logger.log_hyperparams(self._trial.params, scores)
-            else:
-                logger.log_metrics(scores, step=trainer.global_step)
+            logger.log_metrics(scores, step=trainer.global_step)
+            if isinstance(logger, RunLogger):
+                logger.log_settings(self.config)

@@ -1,8 +1,9 @@
 """The notebook's pictures, in TensorBoard and in the run's folder."""
 
 import copy
+import re
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from typing import Any
 
@@ -16,11 +17,49 @@ from matplotlib.figure import Figure
 from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
+from torch.utils.tensorboard.summary import hparams
 
 from mnist_lightning.data import Batch, ImageDataModule
 from mnist_lightning.system.files import atomic_write
 from mnist_lightning.training import figures
 from mnist_lightning.training.checkpoints import RunCheckpoint
+
+OF_EPOCHS = {"train/loss", "val/loss", "test/loss"}
+"""Metrics that are logged together with all others of an epoch."""
+
+COMPARED = ("max_epochs", "precision", "accumulate_grad_batches", "gradient_clip_val", "limit_train_batches")
+"""Keys of the trainer that TensorBoard's page "HParams" has."""
+
+
+class RunLogger(TensorBoardLogger):
+    """TensorBoard's events of a run or of an execution of a trial.
+
+    The x axis is the epoch, counted from 1, since runs may have different batch sizes. The learning rate is among the
+    charts of ``train``.
+    """
+
+    @rank_zero_only
+    def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
+        """Log metrics, those of an epoch at its number."""
+        values = {"train/lr" if name == "lr" else name: value for name, value in metrics.items() if name != "epoch"}
+        if "epoch" in metrics and OF_EPOCHS & values.keys():
+            step = int(metrics["epoch"]) + 1
+        super().log_metrics(values, step)
+
+    @rank_zero_only
+    def log_settings(self, config: Mapping[str, Any]) -> None:
+        """Log a run's config for the page "HParams", by its keys; a list's items are ``.0``, ``.1`` and so on.
+
+        Without the list of settings and metrics that ``log_hyperparams`` also writes, TensorBoard shows those of all
+        runs, not only those of the first.
+        """
+        trainer = {key: config["trainer"].get(key) for key in COMPARED}
+        values = _leaves({**config, "trainer": trainer})
+        values = {key: value for key, value in values.items() if isinstance(value, bool | int | float | str)}
+        names = [key for key in values if re.match(r"(trainer|model|data|seed_everything)\b", key)]
+        _, start, end = hparams({key: values[key] for key in names if not key.endswith(".data_dir")}, {})
+        for summary in (start, end):
+            self.experiment.file_writer.add_summary(summary)
 
 
 class Figures(Callback):
@@ -36,7 +75,7 @@ class Figures(Callback):
     def __init__(self, checkpoint: RunCheckpoint) -> None:
         self._checkpoint = checkpoint
         self._confusion = torch.zeros(0)
-        self._layout_logged = False
+        self._is_first = True
         self._loggers: Sequence[Logger] = ()
         self._drawn_at = time.monotonic()
         self._is_tested = False
@@ -88,20 +127,19 @@ class Figures(Callback):
         counts = trainer.strategy.reduce(self._confusion, reduce_op="sum").cpu().numpy()
         if trainer.sanity_checking or not trainer.is_global_zero:
             return
-        step = trainer.global_step - 1
         if trainer.loggers:
             title = f"validation, epoch {trainer.current_epoch + 1}"
             names = trainer.datamodule.names(len(counts))  # type: ignore[attr-defined]
             figure = figures.confusion_matrix(counts, title, names, is_quick=True)
-            _log_image(trainer.loggers, "confusion_matrix/val", figures.render(figure), step)
-        if not self._layout_logged:
-            self._layout_logged = True
-            metrics = {n: value.item() for n, value in trainer.callback_metrics.items() if n.startswith("val/")}
-            names = [name.removeprefix("val/") for name in metrics]
+            _log_image(trainer.loggers, "confusion_matrix/val", figures.render(figure), trainer)
+        if self._is_first:
+            self._is_first = False
+            names = [name.removeprefix("val/") for name in trainer.callback_metrics if name.startswith("val/")]
             charts = {name: ["Multiline", [f"train/{name}$", f"val/{name}$"]] for name in names}
             for logger in _tensorboards(trainer):
                 logger.experiment.add_custom_scalars({"train against validation": charts})
-                logger.log_hyperparams(logger.hparams, metrics, step)
+                if isinstance(logger, RunLogger):
+                    logger.log_settings(self._checkpoint.config or {})
 
     @rank_zero_only
     @torch.no_grad()
@@ -159,18 +197,28 @@ class Figures(Callback):
         pixels = figures.render(figure)
         with atomic_write(path) as partial:
             Image.fromarray(pixels).save(partial, "PNG")
-        _log_image(loggers, name, pixels, trainer.global_step)
+        _log_image(loggers, name, pixels, trainer)
 
 
-def _log_image(loggers: Sequence[Logger], name: str, pixels: NDArray[np.uint8], step: int) -> None:
+def _log_image(loggers: Sequence[Logger], name: str, pixels: NDArray[np.uint8], trainer: Trainer) -> None:
     """Show a picture in the loggers that take pictures."""
+    step = trainer.global_step
     for logger in loggers:
         if isinstance(logger, TensorBoardLogger):
-            logger.experiment.add_image(name, pixels, step, dataformats="HWC")
+            at = min(trainer.current_epoch + 1, trainer.max_epochs or 1) if isinstance(logger, RunLogger) else step
+            logger.experiment.add_image(f"figures/{name}", pixels, at, dataformats="HWC")
         elif isinstance(logger, MLFlowLogger):
             logger.experiment.log_image(logger.run_id, pixels, key=name, step=step)
         elif isinstance(logger, WandbLogger):
             logger.log_image(name, [pixels], step)
+
+
+def _leaves(config: Any, key: str = "") -> dict[str, Any]:
+    """Return the values of a nested config by their keys; those of lists by their index."""
+    if not isinstance(config, Mapping | list):
+        return {key: config}
+    items = config.items() if isinstance(config, Mapping) else enumerate(config)
+    return {name: leaf for part, value in items for name, leaf in _leaves(value, f"{key}.{part}".lstrip(".")).items()}
 
 
 def _tensorboards(trainer: Trainer) -> list[TensorBoardLogger]:

@@ -29,6 +29,8 @@ from mnist_lightning.commands import help as help_of
 from mnist_lightning.commands import parsing
 from mnist_lightning.training import checkpoints
 
+IMAGES = ("samples", "predictions", "accuracy", "loss", "confusion_matrix", "confusion_matrix/val")
+
 METRICS = [f"{stage}/{name}" for stage in ("train", "val") for name in ("loss", "penalized_loss", "accuracy")]
 
 EACH = [
@@ -170,16 +172,18 @@ def test_tensorboard_shows_everything(fitted):
     events.Reload()
     tags = events.Tags()
     assert {*METRICS, "test/loss", "test/penalized_loss", "test/accuracy"} <= set(tags["scalars"])
-    assert {"samples", "predictions", "accuracy", "loss", "confusion_matrix/val"} <= set(tags["images"])
+    assert {f"figures/{name}" for name in IMAGES} <= set(tags["images"])
+    assert "train/lr" in tags["scalars"]
+    assert not {"lr", "epoch"} & {*tags["scalars"]}  # they would be the first charts
     assert tags["graph"]
-    assert len(events.Images("confusion_matrix/val")) == 4
+    assert len(events.Images("figures/confusion_matrix/val")) == 4
     logged = {(point.step, round(point.value, 6)) for point in events.Scalars("val/accuracy")}
-    assert logged == {(int(row["step"]), round(float(row["val/accuracy"]), 6)) for row in rows(run)}
+    assert logged == {(int(row["epoch"]) + 1, round(float(row["val/accuracy"]), 6)) for row in rows(run)}
     plugins = {plugin: list(events.PluginTagToContent(plugin)) for plugin in ("hparams", "custom_scalars")}
     assert "_hparams_/session_start_info" in plugins["hparams"]
     session = events.PluginTagToContent("hparams")["_hparams_/session_start_info"]
-    assert b"optimizer/class_path" in session
-    assert b"val/accuracy" in events.PluginTagToContent("hparams")["_hparams_/experiment"]
+    assert all(key in session for key in (b"model.optimizer.class_path", b"model.network.init_args.units.0"))
+    assert "_hparams_/experiment" not in plugins["hparams"]  # it would hide the settings that other runs have
     layout = events.Tensors("custom_scalars__config__")[0].tensor_proto.string_val[0]
     assert b"train/accuracy$" in layout
     assert b"val/accuracy$" in layout
@@ -247,7 +251,7 @@ def test_killed_and_resumed_ends_as_if_never_killed(fitted, quick, data_dir, tmp
     assert table in result.stdout
     events = EventAccumulator(str(resumed))
     events.Reload()
-    assert [point.step for point in events.Scalars("train/loss")] == [int(row["step"]) for row in rows(run)]
+    assert [point.step for point in events.Scalars("train/loss")] == [int(row["epoch"]) + 1 for row in rows(run)]
 
 
 def test_fit_without_a_logger_leaves_nothing(quick, tmp_path):
