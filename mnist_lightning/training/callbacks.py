@@ -131,7 +131,9 @@ class Figures(Callback):
             title = f"validation, epoch {trainer.current_epoch + 1}"
             names = trainer.datamodule.names(len(counts))  # type: ignore[attr-defined]
             figure = figures.confusion_matrix(counts, title, names, is_quick=True)
-            _log_image(trainer.loggers, "confusion_matrix/val", figures.render(figure), trainer)
+            _log_image(
+                trainer.loggers, "confusion_matrix/val", figures.render(figure), trainer, trainer.current_epoch + 1
+            )
         if self._is_first:
             self._is_first = False
             names = [name.removeprefix("val/") for name in trainer.callback_metrics if name.startswith("val/")]
@@ -197,15 +199,15 @@ class Figures(Callback):
         pixels = figures.render(figure)
         with atomic_write(path) as partial:
             Image.fromarray(pixels).save(partial, "PNG")
-        _log_image(loggers, name, pixels, trainer)
+        _log_image(loggers, name, pixels, trainer, trainer.current_epoch)
 
 
-def _log_image(loggers: Sequence[Logger], name: str, pixels: NDArray[np.uint8], trainer: Trainer) -> None:
-    """Show a picture in the loggers that take pictures."""
+def _log_image(loggers: Sequence[Logger], name: str, pixels: NDArray[np.uint8], trainer: Trainer, epochs: int) -> None:
+    """Show a picture in the loggers that take pictures: in a :class:`RunLogger` after so many epochs."""
     step = trainer.global_step
     for logger in loggers:
         if isinstance(logger, TensorBoardLogger):
-            at = min(trainer.current_epoch + 1, trainer.max_epochs or 1) if isinstance(logger, RunLogger) else step
+            at = epochs if isinstance(logger, RunLogger) else step
             logger.experiment.add_image(f"figures/{name}", pixels, at, dataformats="HWC")
         elif isinstance(logger, MLFlowLogger):
             logger.experiment.log_image(logger.run_id, pixels, key=name, step=step)

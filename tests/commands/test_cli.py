@@ -269,7 +269,9 @@ def test_loggers_come_beside_the_run_s_folder(quick, tmp_path):
         run = tmp_path / f"lightning_logs/baseline/version_{number}"
         for name in ("config.yaml", "metrics.csv", "test.csv", "checkpoints/last.ckpt", "figures/predictions.png"):
             assert (run / name).is_file()
-        assert {"confusion_matrix/val", "predictions"} < set(EventAccumulator(str(run)).Reload().Tags()["images"])
+        assert {"figures/confusion_matrix/val", "figures/predictions"} < set(
+            EventAccumulator(str(run)).Reload().Tags()["images"]
+        )
         table = pd.read_csv(tmp_path / f"csv/lightning_logs/version_{number}/metrics.csv")
         assert set(METRICS) < set(table.columns)
         assert table.groupby("epoch")[METRICS].count().eq(1).all(axis=None)
