@@ -1,4 +1,4 @@
-"""Write the files of a report: the page, JSON, CSV, PNG and TensorBoard."""
+"""Write the files of a report: the page, JSON, CSV and PNG."""
 
 import json
 import math
@@ -11,20 +11,20 @@ from typing import Any
 
 import jinja2
 from markupsafe import Markup
-from tensorboard.compat.proto.summary_pb2 import Summary
-from torch.utils.tensorboard import SummaryWriter
+from PIL import Image
 
 from mnist_lightning import __version__
 from mnist_lightning.comparison.charts import model_charts, study_charts
 from mnist_lightning.comparison.gallery import gallery
 from mnist_lightning.comparison.loading import load_models, load_study
-from mnist_lightning.comparison.plots import model_pictures, study_pictures
+from mnist_lightning.comparison.plots import model_figures, study_figures
 from mnist_lightning.comparison.sections import origins, sections
 from mnist_lightning.comparison.summary import Report
 from mnist_lightning.comparison.table import numbers
 from mnist_lightning.search.study import best_trial, trial_numbers
 from mnist_lightning.system.console import show_status
 from mnist_lightning.system.errors import UserError
+from mnist_lightning.training.figures import render as render_figure
 
 
 def write(
@@ -121,15 +121,10 @@ def save(report: Report, output: Path) -> None:
         if report.study:
             trial_numbers(report.study).to_csv(new / "trials.csv", index=False)
         (new / "report.html").write_text(render(report), encoding="utf-8")
-        with SummaryWriter(str(new)) as tensorboard:
-            pictures = model_pictures(report.models) if report.models else []
-            pictures += study_pictures(report.study) if report.study else []
-            for picture in pictures:
-                (new / f"figures/{picture.name}.png").write_bytes(picture.png)
-                # add_image would compress it again
-                image = Summary.Image(encoded_image_string=picture.png, height=picture.height, width=picture.width)
-                value = Summary.Value(tag=f"report/{picture.name}", image=image)
-                tensorboard.file_writer.add_summary(Summary(value=[value]))
+        drawn = model_figures(report.models) if report.models else {}
+        drawn |= study_figures(report.study) if report.study else {}
+        for name, figure in drawn.items():
+            Image.fromarray(render_figure(figure)).save(new / f"figures/{name}.png")
         if output.exists():
             _keep_others(output, new)
             output.rename(Path(temporary, "old"))

@@ -1,6 +1,5 @@
-"""Pictures of the models and of a study, for slides and TensorBoard."""
+"""Figures of the models and of a study, for slides."""
 
-import io
 from collections.abc import Sequence
 from typing import Any
 
@@ -14,7 +13,6 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 from numpy.typing import NDArray
 from optuna.trial import TrialState
-from PIL import Image
 
 from mnist_lightning.comparison.charts import metrics
 from mnist_lightning.comparison.evaluation import Model
@@ -30,38 +28,19 @@ STUDY = figures.COLORS[2]
 """Color of trials: the first two are those of the baseline and of the tuned model."""
 
 
-class Picture:
-    """A rendered figure.
-
-    Args:
-        name: Name of the file, without the suffix.
-        figure: The figure.
-    """
-
-    def __init__(self, name: str, figure: Figure) -> None:
-        figure.set_dpi(min(200, 4000 / figure.get_figheight()))  # a matrix of many classes is large enough
-        pixels, file = figures.render(figure), io.BytesIO()
-        # the default method takes three times as long, and its colors are less exact
-        image = Image.fromarray(pixels).quantize(128, Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE)
-        image.save(file, "png", optimize=True)
-        self.name, self.png = name, file.getvalue()
-        self.height, self.width = pixels.shape[:2]
-
-
-def model_pictures(models: Sequence[Model]) -> list[Picture]:
-    """Return the pictures of the models: the notebook's, calibration and cost."""
+def model_figures(models: Sequence[Model]) -> dict[str, Figure]:
+    """Return the figures of the models by name: the notebook's, calibration and cost."""
     images = {"samples": (models, np.arange(min(SAMPLES, len(models[0].test.labels))))}
     for right, wrong in [pair for other in models[1:] for pair in ((models[0], other), (other, models[0]))]:
         differing = np.flatnonzero(right.test.correct & ~wrong.test.correct)
         images[f"only_{right.slug}_not_{wrong.slug}"] = ([right, wrong], differing)
-    found = {
+    return {
         "curves": curves(models),
         **{name: predictions(shown, indices) for name, (shown, indices) in images.items() if len(indices)},
         **{f"confusion_matrix_{model.slug}": confusion_matrix(model) for model in models},
         "reliability": reliability_diagram(models),
         "costs": costs(models),
     }
-    return [Picture(name, figure) for name, figure in found.items()]
 
 
 def predictions(models: Sequence[Model], indices: NDArray[np.intp]) -> Figure:
@@ -124,8 +103,8 @@ def costs(models: Sequence[Model]) -> Figure:
     return figure
 
 
-def study_pictures(study: optuna.Study) -> list[Picture]:
-    """Return the history of a study, its parameters and, of enough trials, their importance for the first metric."""
+def study_figures(study: optuna.Study) -> dict[str, Figure]:
+    """Return the history of a study and the parameters of its trials by name; none if all have one value."""
     metric, trials = metrics_of(study)[0], study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
     names = {key: short_key(key) for key in searched(study)}
     rows = [
@@ -139,15 +118,14 @@ def study_pictures(study: optuna.Study) -> list[Picture]:
     # a metric of an infinite trial cannot be placed
     table = pd.DataFrame(rows).replace([np.inf, -np.inf], np.nan).dropna(subset=[metric.name])
     if table[metric.name].nunique() < 2:
-        return []
+        return {}
     logs = {
         names[key] for trial in trials for key, space in trial.distributions.items() if getattr(space, "log", False)
     }
-    found = {
+    return {
         "study_optimization_history": history(table, metric),
         "study_parallel_coordinate": parallel_coordinates(table, metric.name, [*names.values()], logs),
     }
-    return [Picture(name, figure) for name, figure in found.items()]
 
 
 @themed
