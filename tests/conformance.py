@@ -529,7 +529,7 @@ def read(path: Path) -> list[dict[str, str]]:
 
 def run_folder(result: Result, folder: Path) -> Path | None:
     """Return the run folder that ``fit`` printed."""
-    found = re.search(r"^Run: (.*?)    View", result.text, re.MULTILINE)
+    found = re.search(r"^Run: (.*)", result.text, re.MULTILINE)
     return folder / found[1] if found else None
 
 
