@@ -152,7 +152,7 @@ def table(rows: pd.DataFrame) -> Iterator[str]:
 def cell(values: Any, right: Any) -> str:
     """Return mean and standard deviation, bold if they differ from the right ones."""
     factor, digits = (100, 2) if "accuracy" in values.name else (1, 3)
-    text = f"{factor * values.mean():.{digits}f} ± {factor * values.std():.{digits}f}"
+    text = f"{factor * values.mean():.{digits}f}\u00a0±\u00a0{factor * values.std():.{digits}f}"  # on one line
     is_different = not values.equals(right) and ttest_ind(values, right, equal_var=False).pvalue < SIGNIFICANT
     return f"**{text}**" if is_different else text
 
