@@ -126,8 +126,8 @@ class KerasRMSprop(_KerasOptimizer):
     """RMSprop with epsilon inside the root, as in ``keras.optimizers.RMSprop``.
 
     The update is ``v = alpha v + (1 - alpha) g²; p -= lr g / sqrt(v + eps)``. ``torch.optim.RMSprop`` divides by
-    ``sqrt(v) + eps`` instead and takes far larger steps where v is small. In the notebook's training, this alone makes no
-    measurable difference (``docs/porting.md``).
+    ``sqrt(v) + eps`` instead and takes far larger steps where v is small. In the notebook's training, this alone makes
+    no measurable difference (``docs/porting.md``).
 
     Args:
         params: Parameters or parameter groups.
