@@ -136,7 +136,9 @@ def runs(logs: str | Path = LOGS) -> pd.DataFrame:
     columns += ["tags", "notes"]
     found = pd.DataFrame([_describe(path.parent) for path in Path(logs).glob("*/version_*/config.yaml")], None, columns)
     numbers = {"version": "Int64", "parameters": "Int64", "epochs": "Int64"}
-    found = found.astype(numbers).sort_values("when", ascending=False, ignore_index=True)
+    found = (
+        found.fillna({"tags": "", "notes": ""}).astype(numbers).sort_values("when", ascending=False, ignore_index=True)
+    )
     return found.assign(when=pd.to_datetime(found["when"]).dt.floor("s"))
 
 
@@ -147,6 +149,7 @@ def _describe(folder: Path) -> dict[str, Any]:
     row["when"] = datetime.fromtimestamp((folder / "config.yaml").stat().st_mtime)
     with suppress(UserError, KeyError, TypeError, AttributeError):
         row["network"] = "".join(_network(run.config["model"]))
+    with suppress(UserError):
         row |= {"tags": ", ".join(run.config.get("tags") or ()), "notes": run.config.get("notes") or ""}
     with suppress(UserError, KeyError):
         history = run.history

@@ -4,6 +4,7 @@ import functools
 import inspect
 import io
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -317,7 +318,10 @@ def test_the_command_runs_lists_filters_and_sorts(small, quick, tmp_path, capfd,
     assert names("--sort=epochs", "--ascending") == ["one", "two"]
     assert names("--name", "o*") == ["one"]
     assert names("--filter", "epochs > 1 and `test/accuracy` > 0") == ["two"]
+    (tmp_path / "lightning_logs/three/version_0").mkdir(parents=True)
+    (tmp_path / "lightning_logs/three/version_0/config.yaml").write_text("name: [three")  # damaged
     assert names("--tags", "long", "narrow") == ["two"]
+    shutil.rmtree(tmp_path / "lightning_logs/three")
     assert "narrow, long" in (shown := quick(tmp_path, "runs", data=False).stdout)
     assert "two epochs, 8 units" in shown
     for options, message in (
