@@ -69,7 +69,7 @@ class Pool:
         """Search until nothing is left to do; return whether the search was interrupted."""
         total = self.search.options.n_trials * self._epochs_of_trial
         shape = "{percentage:3.0f} % |{bar}| {n}/{total} epochs, {desc}{remaining} left"
-        self.bar: tqdm[Any] = tqdm(total=total, initial=self._epochs(), bar_format=shape, **OF_BARS)
+        self.bar: tqdm[Any] = tqdm(total=total, initial=self._epochs(self._trials()), bar_format=shape, **OF_BARS)
         self._lines: list[tqdm[Any]] = []
         try:
             self._watch(interrupt)
@@ -145,7 +145,7 @@ class Pool:
             )
 
     def _show_progress(self) -> None:
-        trials = [trial for trial in self.study.get_trials(deepcopy=False) if is_counted(trial)]
+        trials = self._trials()
         finished = [trial for trial in trials if trial.state.is_finished()]
         for trial in finished:
             if trial.number not in self._shown:
@@ -157,7 +157,7 @@ class Pool:
                 self._print(fill_terminal(f"Trial {trial.number:3} {state} {result}  {params}").replace("\0", " "))
         remarks = [f"{len(finished)}/{self.search.options.n_trials} trials", *self._remarks(finished), ""]
         self.bar.set_description_str(", ".join(remarks), refresh=False)
-        self.bar.n = self._epochs()
+        self.bar.n = self._epochs(trials)
         self.bar.refresh()
         running = {TrialRecord.of(trial).owner: trial for trial in trials if trial.state == TrialState.RUNNING}
         texts = [self._describe(running.get(worker.name)) for worker in self._workers]
@@ -170,9 +170,11 @@ class Pool:
     def _epochs_of_trial(self) -> int:
         return int(self.search.options.executions_per_trial * self.search.epochs)
 
-    def _epochs(self) -> int:
-        """Return how many epochs of the study are done; a pruned or failed trial has all of its epochs."""
-        trials = [trial for trial in self.study.get_trials(deepcopy=False) if is_counted(trial)]
+    def _trials(self) -> list[FrozenTrial]:
+        return [trial for trial in self.study.get_trials(deepcopy=False) if is_counted(trial)]
+
+    def _epochs(self, trials: Sequence[FrozenTrial]) -> int:
+        """Return how many epochs of trials are done; a pruned or failed trial has all of its epochs."""
         return sum(self._epochs_of_trial if t.state.is_finished() else self._epochs_of(t) for t in trials)
 
     def _describe(self, trial: FrozenTrial | None) -> str:
