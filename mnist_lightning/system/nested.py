@@ -4,11 +4,20 @@ from collections.abc import Mapping
 from typing import Any
 
 
-def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Return a nested config as a flat dict with dotted keys; lists are values."""
+def flatten(config: Mapping[Any, Any], prefix: str = "", with_items: bool = False) -> dict[str, Any]:
+    """Return a nested config as a flat dict with dotted keys.
+
+    Args:
+        config: The config.
+        prefix: Start of all keys.
+        with_items: Whether the items of a list have keys of their own, which end in ``.0``, ``.1`` and so on.
+    """
     flat: dict[str, Any] = {}
     for key, value in config.items():
-        flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
+        if with_items and isinstance(value, list):
+            value = dict(enumerate(value))
+        is_nested = isinstance(value, Mapping)
+        flat |= flatten(value, f"{prefix}{key}.", with_items) if is_nested else {f"{prefix}{key}": value}
     return flat
 
 

@@ -1,4 +1,4 @@
-"""The notebook's pictures, in TensorBoard and in the run's folder."""
+"""TensorBoard's events of a run, and the notebook's pictures there and in the run's folder."""
 
 import copy
 import re
@@ -21,6 +21,7 @@ from torch.utils.tensorboard.summary import hparams
 
 from mnist_lightning.data import Batch, ImageDataModule
 from mnist_lightning.system.files import atomic_write
+from mnist_lightning.system.nested import flatten
 from mnist_lightning.training import figures
 from mnist_lightning.training.checkpoints import RunCheckpoint
 
@@ -54,7 +55,7 @@ class RunLogger(TensorBoardLogger):
         runs, not only those of the first.
         """
         trainer = {key: config["trainer"].get(key) for key in COMPARED}
-        values = _leaves({**config, "trainer": trainer})
+        values = flatten({**config, "trainer": trainer}, with_items=True)
         values = {key: value for key, value in values.items() if isinstance(value, bool | int | float | str)}
         names = [key for key in values if re.match(r"(trainer|model|data|seed_everything)\b", key)]
         _, start, end = hparams({key: values[key] for key in names if not key.endswith(".data_dir")}, {})
@@ -213,14 +214,6 @@ def _log_image(loggers: Sequence[Logger], name: str, pixels: NDArray[np.uint8], 
             logger.experiment.log_image(logger.run_id, pixels, key=name, step=step)
         elif isinstance(logger, WandbLogger):
             logger.log_image(name, [pixels], step)
-
-
-def _leaves(config: Any, key: str = "") -> dict[str, Any]:
-    """Return the values of a nested config by their keys; those of lists by their index."""
-    if not isinstance(config, Mapping | list):
-        return {key: config}
-    items = config.items() if isinstance(config, Mapping) else enumerate(config)
-    return {name: leaf for part, value in items for name, leaf in _leaves(value, f"{key}.{part}".lstrip(".")).items()}
 
 
 def _tensorboards(trainer: Trainer) -> list[TensorBoardLogger]:
