@@ -80,7 +80,7 @@ def costs(models: Sequence[Model]) -> list[Chart]:
     return [
         {
             "group": "calibration", "title": f"test accuracy by {name.partition(',')[0]}", "x": name, "y": "accuracy",
-            "log": _is_wide([getattr(run, cost) for model in models for run in model.runs]),
+            "log": is_wide([getattr(run, cost) for model in models for run in model.runs]),
             "series": [
                 {
                     "name": model.name, "model": index, "kind": "points",
@@ -160,7 +160,7 @@ def slice_of(trials: Sequence[FrozenTrial], metric: Metric, key: str) -> Chart:
         chart["labels"] = [*dict.fromkeys(map(short_value, sorted(values, key=None if are_numbers else short_value)))]
         values = [chart["labels"].index(short_value(value)) for value in values]
     else:
-        chart["log"] = any(getattr(space, "log", False) for space in spaces) and _is_wide(values)
+        chart["log"] = any(getattr(space, "log", False) for space in spaces) and is_wide(values)
     return chart | {"series": [{"name": "trials", "kind": "points", **_points(drawn, values)}]}
 
 
@@ -176,6 +176,6 @@ def _finite(value: float) -> float | None:
     return float(f"{value:.6g}") if math.isfinite(value) else None
 
 
-def _is_wide(values: Sequence[float]) -> bool:
+def is_wide(values: Sequence[float]) -> bool:
     """Return whether values are more than a power of ten apart."""
     return min(values) > 0 and min(values) * 10 < max(values)

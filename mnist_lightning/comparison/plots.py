@@ -14,7 +14,7 @@ from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 from numpy.typing import NDArray
 from optuna.trial import TrialState
 
-from mnist_lightning.comparison.charts import metrics
+from mnist_lightning.comparison.charts import is_wide, metrics
 from mnist_lightning.comparison.evaluation import Model
 from mnist_lightning.comparison.gallery import SAMPLES
 from mnist_lightning.comparison.significance import reliability
@@ -191,7 +191,7 @@ def _plot(title: str, x: str = "", y: str = "", size: tuple[float, float] = (8, 
 
 def _make_log(axes: Axes, values: "pd.Series[Any]") -> None:
     """Make the horizontal axis logarithmic if its values are more than a power of ten apart; the numbers stay plain."""
-    if values.min() * 10 < values.max():
+    if is_wide(values.tolist()):
         axes.set_xscale("log")
         axes.xaxis.set_major_locator(LogLocator(subs=(1, 3)))
         axes.xaxis.set_minor_formatter(NullFormatter())

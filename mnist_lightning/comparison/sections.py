@@ -105,7 +105,8 @@ def calibration_and_cost(models: Sequence[Model]) -> Section:
         "mean distance from this ideal."
     )
     errors = [(model.name, model.test.calibration_error) for model in models]
-    text += " It is " + ", ".join(f"{error:.4f} for {name}" for name, error in errors if error is not None) + "."
+    if found := ", ".join(f"{error:.4f} for {name}" for name, error in errors if error is not None):
+        text += f" It is {found}."
     return Section("Calibration and cost", text, "calibration")
 
 
