@@ -131,7 +131,7 @@ class Figures(Callback):
         if trainer.loggers:
             title = f"validation, epoch {trainer.current_epoch + 1}"
             names = trainer.datamodule.names(len(counts))  # type: ignore[attr-defined]
-            figure = figures.confusion_matrix(counts, title, names, is_quick=True)
+            figure = figures.confusion_matrix(counts, title, names, dpi=80)
             _log_image(
                 trainer.loggers, "confusion_matrix/val", figures.render(figure), trainer, trainer.current_epoch + 1
             )
@@ -187,10 +187,11 @@ class Figures(Callback):
     def _draw_curves(self, trainer: Trainer, loggers: Sequence[Logger] = ()) -> None:
         """Draw the curves of the epochs so far."""
         model = self._checkpoint.run_dir.parent.name
-        table = figures.tidy({model: [self._checkpoint.history]})
+        history = self._checkpoint.history
+        logged = {key.partition("/")[2] for row in history for key in row if key.startswith(("train/", "val/"))}
         for name, metrics in (("accuracy", ["accuracy"]), ("loss", ["penalized_loss", "loss"])):
-            if logged := [metric for metric in metrics if metric in table["metric"].unique()]:
-                figure = figures.curves(table, logged, {model: figures.COLORS[0]}, self._run)
+            if shown := [metric for metric in metrics if metric in logged]:
+                figure = figures.curves({model: [history]}, shown, {model: figures.COLORS[0]}, self._run)
                 self._show(trainer, name, figure, loggers)
         self._drawn_at = time.monotonic()
 
