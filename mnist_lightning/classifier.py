@@ -429,6 +429,15 @@ class Classifier(LightningModule):
         self._start("train")
         self.log("lr", self.trainer.optimizers[0].param_groups[0]["lr"])
 
+    def lr_scheduler_step(self, scheduler: Any, metric: Any) -> None:
+        """Step, and log the learning rate where it changes within an epoch."""
+        super().lr_scheduler_step(scheduler, metric)
+        trainer: Any = self.trainer
+        (config,) = trainer.lr_scheduler_configs
+        if config.interval == "step" and trainer.global_step % trainer.log_every_n_steps == 0:
+            for logger in trainer.loggers:
+                logger.log_metrics({"train/lr_by_step": scheduler.get_last_lr()[0]}, trainer.global_step)
+
     def on_train_epoch_end(self) -> None:
         self._log("train")
         self._update_averages()

@@ -18,8 +18,10 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.utils.data import BatchSampler, DataLoader, Dataset, DistributedSampler, RandomSampler, Sampler
 
+from mnist_lightning.data.characters import Placing, characters, place_ink
 from mnist_lightning.data.idx import MD5, embedded, find_idx, parse_idx, read_idx
-from mnist_lightning.data.pictures import Placing, characters, ink_of, opaque, place_ink, resized
+from mnist_lightning.data.ink import ink_of
+from mnist_lightning.data.pictures import opaque, resized
 from mnist_lightning.system.console import rank_zero_print
 from mnist_lightning.system.errors import UserError
 
