@@ -20,9 +20,9 @@ from PIL import Image, ImageChops, ImageOps
 from tqdm import tqdm
 
 from mnist_lightning.data import FILE_NAMES, ImageDataModule, MNISTDataModule, held_out_by_class, lacks, memory_for
-from mnist_lightning.data.characters import Placing
 from mnist_lightning.data.idx import MD5, find_idx
 from mnist_lightning.data.pictures import PictureError, opaque, pictures_in, resized
+from mnist_lightning.data.placing import Placing
 from mnist_lightning.system.console import rank_zero_print
 from mnist_lightning.system.errors import UserError
 

@@ -15,8 +15,8 @@ from torch import Tensor
 
 from mnist_lightning.commands.cli import DEFAULTS, RunCLI, add_method_options
 from mnist_lightning.data import Split
-from mnist_lightning.data.characters import count_characters
 from mnist_lightning.data.pictures import PictureError, find, read
+from mnist_lightning.data.placing import count_characters
 from mnist_lightning.system.console import colored, format_table, rank_zero_print, shorten_middle
 from mnist_lightning.system.errors import UserError
 from mnist_lightning.system.files import atomic_write, write_csv

@@ -18,10 +18,10 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.utils.data import BatchSampler, DataLoader, Dataset, DistributedSampler, RandomSampler, Sampler
 
-from mnist_lightning.data.characters import Placing, characters, place_ink
 from mnist_lightning.data.idx import MD5, embedded, find_idx, parse_idx, read_idx
 from mnist_lightning.data.ink import ink_of
 from mnist_lightning.data.pictures import opaque, resized
+from mnist_lightning.data.placing import Placing, Strokes, characters, measure_strokes, place_ink
 from mnist_lightning.system.console import rank_zero_print
 from mnist_lightning.system.errors import UserError
 
@@ -185,6 +185,7 @@ class ImageDataModule(LightningDataModule):
         self._own_classes: list[str] | None = None
         self._trained_classes: list[str] | None = None
         self._loaded: dict[str, Any] = {}
+        self._strokes: Strokes | None = None
 
     def load(self, split: str) -> tuple[Any, Any] | None:
         """Read a part of the data set.
@@ -208,7 +209,7 @@ class ImageDataModule(LightningDataModule):
     def image_shape(self) -> tuple[int, int, int]:
         """Channels, height and width of an image."""
         split = self.train or self.test
-        channels, height, width = (split.images if split else self._load("train")[0]).shape[1:]
+        channels, height, width = (split.images if split else self._load(self._some_split())[0]).shape[1:]
         return channels, height, width
 
     @property
@@ -227,6 +228,19 @@ class ImageDataModule(LightningDataModule):
     def names(self, outputs: int) -> list[str]:
         """Return the names of a network's outputs: those of the classes, and numbers for further outputs."""
         return [*self.classes[:outputs], *map(str, range(len(self.classes), outputs))]
+
+    @property
+    def strokes(self) -> Strokes | None:
+        """The usual widths of the strokes in the images, by a hundred of them; None if images are whole pictures."""
+        if self._strokes is None and self.placing:
+            split = self.train or self.test or Split(*self._load(self._some_split()))
+            chosen = torch.linspace(0, len(split) - 1, min(100, len(split))).long()
+            self._strokes = measure_strokes(split.scaled(chosen)[:, 0].cpu().numpy())
+        return self._strokes
+
+    def _some_split(self) -> str:
+        """Return a split that the data set has."""
+        return "train"
 
     def from_picture(self, picture: Image.Image, is_sheet: bool = False) -> NDArray[np.uint8]:
         """Make images from a picture as the data set's were made: place its ink, or resize the whole picture.
@@ -248,7 +262,7 @@ class ImageDataModule(LightningDataModule):
                 raise UserError(f"--sheet is for characters, but the images of {self.source} are whole pictures.")
             return resized(picture, self.image_shape)[None]
         found = characters(ink_of(picture, is_sheet), is_sheet)
-        images = np.stack([place_ink(ink, self.placing, (shape[0], shape[1])) for ink in found])
+        images = np.stack([place_ink(ink, self.placing, (shape[0], shape[1]), self.strokes) for ink in found])
         return images[:, None].repeat(channels, axis=1)
 
     def setup(self, stage: str) -> None:

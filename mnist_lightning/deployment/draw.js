@@ -247,7 +247,41 @@ function resize({ width, grey }, left, top, wide, high, columns, rows) {
   });
 }
 
-/** Convert a picture {width, height, grey}, light on dark in [0, 1], to an image like the data set's, or null if empty. */
+/** Draw the strokes on a canvas, with a round pen of some width, moved and scaled. */
+function trace(context, strokes, width, scale = 1, left = 0, top = 0) {
+  Object.assign(context, { fillStyle: "#000", strokeStyle: "#fff", lineWidth: width, lineCap: "round", lineJoin: "round" });
+  context.fillRect(0, 0, context.canvas.width, context.canvas.height);
+  for (const stroke of strokes) {
+    const [first, ...points] = stroke.map(([x, y]) => [left + scale * x, top + scale * y]);
+    context.beginPath();
+    context.moveTo(...first);
+    for (const point of points.length ? points : [first]) context.lineTo(...point);
+    context.stroke();
+  }
+}
+
+/** Return what is on a canvas as a picture {width, height, grey}, light on dark in [0, 1]. */
+function read(context) {
+  const { width, height } = context.canvas, { data } = context.getImageData(0, 0, width, height);
+  return { width, height, grey: Float32Array.from({ length: width * height }, (_, i) => data[4 * i] / 255) };
+}
+
+const FINE = 10; // pixels of a character's picture for a pixel of the image
+const fine = document.createElement("canvas").getContext("2d", { willReadFrequently: true });
+
+/** Return the picture of a character: whatever the size of the drawing, its strokes are as wide as the data set's. */
+function character(strokes, smallest) {
+  const [xs, ys] = [0, 1].map((axis) => strokes.flat().map((point) => point[axis]));
+  const [left, top] = [xs, ys].map((values) => values.reduce((a, b) => Math.min(a, b)));
+  const sides = [xs, ys].map((values, axis) => values.reduce((a, b) => Math.max(a, b)) - [left, top][axis]);
+  const pen = FINE * placing.stroke, longer = FINE * placing.share * Math.min(...imageShape.slice(1));
+  const scale = (longer - pen) / Math.max(...sides, smallest);
+  [fine.canvas.width, fine.canvas.height] = sides.map((side) => Math.ceil(scale * side + pen + 2));
+  trace(fine, strokes, pen, scale, 1 + pen / 2 - scale * left, 1 + pen / 2 - scale * top);
+  return read(fine);
+}
+
+/** Convert a picture to an image like the data set's, or null if it is empty. */
 function prepare(picture) {
   const { width, height, grey } = picture, [, rows, columns] = imageShape;
   let left = width, right = -1, top = height, bottom = -1;
@@ -286,17 +320,6 @@ const said = document.getElementById("said"), bars = [...document.querySelectorA
 const pen = pad.getContext("2d", { willReadFrequently: true });
 let strokes = [], pointer = null, isRunning = false, isStale = false;
 
-function draw() {
-  Object.assign(pen, { fillStyle: "#000", strokeStyle: "#fff", lineWidth: 24, lineCap: "round", lineJoin: "round" });
-  pen.fillRect(0, 0, pad.width, pad.height);
-  for (const [first, ...points] of strokes) {
-    pen.beginPath();
-    pen.moveTo(...first);
-    for (const point of points.length ? points : [first]) pen.lineTo(...point);
-    pen.stroke();
-  }
-}
-
 /** Show the probabilities of a network. */
 function show(index, probabilities) {
   const best = probabilities ? probabilities.indexOf(Math.max(...probabilities)) : -1;
@@ -311,14 +334,13 @@ function show(index, probabilities) {
 
 /** Show the picture as the networks see it, and their answers; repeat if the drawing has changed meanwhile. */
 async function update() {
-  draw();
+  trace(pen, strokes, 24);
   isStale = true;
   if (isRunning) return;
   for (isRunning = true; isStale; ) {
     isStale = false;
-    const { data, width, height } = pen.getImageData(0, 0, pad.width, pad.height);
-    const grey = Float32Array.from({ length: width * height }, (_, i) => data[4 * i] / 255);
-    const image = prepare({ width, height, grey });
+    // a tap is a dot: it is not enlarged to the size of a character
+    const image = prepare(placing && strokes.length ? character(strokes, pad.width / 20) : read(pen));
     const shown = new ImageData(seen.width, seen.height);
     shown.data.fill(255).forEach((_, i, all) => { if (i % 4 < 3) all[i] = image ? 255 * image[i >> 2] : 0; });
     seen.getContext("2d").putImageData(shown, 0, 0);

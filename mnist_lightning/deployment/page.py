@@ -88,7 +88,7 @@ def panel(models: Sequence[PadModel], classes: Sequence[str], room: int | None =
     content = {
         "shape": data.image_shape,
         "classes": classes,
-        "placing": data.placing and data.placing._asdict(),
+        "placing": data.placing and data.placing._asdict() | {"stroke": data.strokes and data.strokes.median},
         "inverted": data.test.scaled(range(min(1000, len(data.test)))).mean().item() > 0.5,
     }
     fragment = jinja2.Template(parts["html"], autoescape=True, undefined=jinja2.StrictUndefined).render(

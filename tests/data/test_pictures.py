@@ -17,9 +17,9 @@ from helpers.pictures import write_files
 from PIL import Image, ImageOps
 
 from mnist_lightning.data import MNISTDataModule
-from mnist_lightning.data.characters import characters, count_characters
 from mnist_lightning.data.ink import ink_of
 from mnist_lightning.data.pictures import PIXELS, PictureError, find, read
+from mnist_lightning.data.placing import characters, count_characters
 from mnist_lightning.datasets import FashionMNIST, ImageFolder
 
 pytestmark = pytest.mark.numeric

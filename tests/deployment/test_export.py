@@ -1,6 +1,8 @@
 """Exported networks against what ``predict`` writes; what is refused, and what it leaves."""
 
+import itertools
 import json
+import math
 import re
 import shutil
 from functools import partial
@@ -13,6 +15,7 @@ import pytest
 import torch
 from helpers.browser import DARK, as_bytes, audit, in_browser
 from helpers.commands import ROOT, ROUNDING, in_process
+from PIL import Image, ImageDraw
 from torch import nn
 
 from mnist_lightning.__main__ import main
@@ -282,6 +285,46 @@ def test_a_drawing_becomes_what_mnist_would_have_made_of_it(page, mnist):
     assert found["empty"] is None
     differences = np.abs(np.array(found["images"]) - images.reshape(100, -1) / 255).max(axis=1)
     assert (differences < 1e-6).mean() > 0.9  # in a few MNIST images, the longer side is not 20 pixels
+
+
+@pytest.mark.slow
+def test_a_drawing_of_any_size_becomes_the_same_image_as_a_picture_of_it_with_any_pen(page, mnist):
+    """Check drawings of 20 to 240 pixels on the pad, and pictures of them with lines from 1/100 to 1/12 as wide."""
+    generator = np.random.default_rng(0)
+    drawings, pictures = [], []
+    for _ in range(100):
+        # up to three curves, each through four random points, which Bernstein polynomials join
+        t = np.linspace(0, 1, 40)[:, None]
+        curves = [
+            sum(math.comb(3, k) * t**k * (1 - t) ** (3 - k) * generator.uniform(0, 1, 2) for k in range(4))
+            for _ in range(generator.integers(1, 4))
+        ]
+        low, high = np.concatenate(curves).min(axis=0), np.concatenate(curves).max(axis=0)
+        side = generator.uniform(20, 240)  # of the pad's 280 pixels
+        curves = [(curve - low) / (high - low).max() for curve in curves]
+        drawings.append([(20 + side * curve).tolist() for curve in curves])
+        picture, pen = Image.new("L", (240, 240), 255), generator.uniform(2, 16)
+        draw = ImageDraw.Draw(picture)
+        for curve in curves:
+            points = [tuple(point) for point in (20 + 200 * curve).tolist()]
+            draw.line(points, fill=0, width=round(pen), joint="curve")
+            for x, y in points:
+                draw.ellipse((x - pen / 2, y - pen / 2, x + pen / 2, y + pen / 2), fill=0)
+        pictures.append(mnist.from_picture(picture)[0, 0])
+    found = in_browser(
+        page,
+        f"found.images = {json.dumps(drawings)}.map((strokes) => [...prepare(character(strokes, pad.width / 20))]);",
+    )
+    alike = [
+        max(  # rounding the center of mass may shift an image by a pixel
+            np.corrcoef(np.roll(theirs, shift, (0, 1)).ravel(), ours)[0, 1]
+            for shift in itertools.product((-1, 0, 1), repeat=2)
+        )
+        for ours, theirs in zip(found["images"], pictures, strict=True)
+    ]
+    # the pad's pen has the median width, but thinner and wider pens of pictures get the nearest usual width
+    assert min(alike) > 0.8
+    assert np.median(alike) > 0.94
 
 
 @pytest.mark.slow

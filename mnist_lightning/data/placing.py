@@ -1,5 +1,6 @@
 """Cut characters out of ink, and place them as in a data set."""
 
+import math
 from collections.abc import Sequence
 from contextlib import suppress
 from typing import NamedTuple
@@ -27,6 +28,14 @@ class Placing(NamedTuple):
 
     share: float
     by_mass: bool
+
+
+class Strokes(NamedTuple):
+    """The usual widths of a data set's strokes, in pixels of its images: four in five are from ``low`` to ``high``."""
+
+    low: float
+    median: float
+    high: float
 
 
 def characters(ink: NDArray[np.float32], is_sheet: bool = False) -> list[NDArray[np.float32]]:
@@ -68,8 +77,16 @@ def count_characters(picture: Image.Image) -> int:
     return 1
 
 
-def place_ink(ink: NDArray[np.float32], placing: Placing, shape: tuple[int, int]) -> NDArray[np.uint8]:
-    """Return a character as in a data set: scaled with antialiasing to a part of ``shape``, and centered.
+def measure_strokes(images: NDArray[np.float32]) -> Strokes:
+    """Measure the strokes in images in [0, 1], of shape (n, height, width)."""
+    widths = [_stroke_width(_enlarged(image, 4)) / 4 for image in images]
+    return Strokes(*np.quantile(widths, (0.1, 0.5, 0.9)).tolist())
+
+
+def place_ink(
+    ink: NDArray[np.float32], placing: Placing, shape: tuple[int, int], strokes: Strokes | None = None
+) -> NDArray[np.uint8]:
+    """Return a character as in a data set: its strokes as wide, scaled with antialiasing, and centered.
 
     MNIST's digits are "size normalized to fit in a 20x20 pixel box while preserving their aspect ratio ..., centered in
     a 28x28 image by computing the center of mass of the pixels" (http://yann.lecun.com/exdb/mnist).
@@ -78,8 +95,12 @@ def place_ink(ink: NDArray[np.float32], placing: Placing, shape: tuple[int, int]
         ink: A character's ink from :func:`characters`.
         placing: The data set's placing.
         shape: Height and width of the image.
+        strokes: Usual widths of strokes; thinner and wider strokes get the nearest of them.
     """
-    scale = placing.share * min(shape) / max(ink.shape)
+    longer = placing.share * min(shape)
+    if strokes:
+        ink = _with_strokes(ink, longer, strokes)
+    scale = longer / max(ink.shape)
     size = [max(1, round(scale * length)) for length in ink.shape]
     small = np.asarray(Image.fromarray(ink).resize((size[1], size[0]), Image.Resampling.HAMMING)).clip(0, 1)
     small = small / small.max()
@@ -92,6 +113,46 @@ def place_ink(ink: NDArray[np.float32], placing: Placing, shape: tuple[int, int]
     image = np.zeros(shape, np.uint8)
     image[start[0] : start[0] + size[0], start[1] : start[1] + size[1]] = np.rint(255 * small)
     return image
+
+
+def _with_strokes(ink: NDArray[np.float32], longer: float, strokes: Strokes) -> NDArray[np.float32]:
+    """Return a character's ink with strokes of a usual width, after it is scaled.
+
+    Args:
+        ink: The character's ink.
+        longer: The longer side that it will get, in pixels of the data set's images.
+        strokes: The usual widths.
+    """
+    ink = _enlarged(ink, -(-8 * round(longer) // max(ink.shape)))
+    side, width = max(ink.shape), _stroke_width(ink)
+    usual = min(max(width * longer / side, strokes.low), strokes.high)
+    if not 0 < width < side or usual == width * longer / side:
+        return ink
+    # the pen's path, which is as long as the side without the width, keeps its size
+    grown = (usual * (side - width) / (longer - usual) - width) / 2
+    is_ink = np.pad(ink, max(1, math.ceil(grown) + 1)) > 0.5
+    outside, inside = ndimage.distance_transform_edt(~is_ink), ndimage.distance_transform_edt(is_ink)
+    changed = (0.5 + grown - np.where(is_ink, 0.5 - inside, outside - 0.5)).clip(0, 1).astype(np.float32)
+    rows, columns = np.nonzero(changed > 0.5)
+    if not len(rows):  # all strokes are far thinner than the widest
+        return ink
+    return np.ascontiguousarray(changed[rows.min() : rows.max() + 1, columns.min() : columns.max() + 1])
+
+
+def _stroke_width(ink: NDArray[np.float32]) -> float:
+    """Return the width of the strokes in pixels; 0 if there are none.
+
+    A pixel of a line of width w lies, on average, w/4 from its edge.
+    """
+    is_ink = np.pad(ink, 1) > 0.5
+    distances = ndimage.distance_transform_edt(is_ink)[is_ink] - 0.5  # from the middle of a pixel to the edge
+    return 4 * float(distances.mean()) if distances.size else 0.0
+
+
+def _enlarged(ink: NDArray[np.float32], factor: int) -> NDArray[np.float32]:
+    height, width = ink.shape
+    large = Image.fromarray(ink).resize((width * factor, height * factor), Image.Resampling.BICUBIC)
+    return np.asarray(large).clip(0, 1) if factor > 1 else ink
 
 
 def _edges(boxes: Sequence[tuple[slice, slice]], parts: NDArray[np.intp], whole: bool = False) -> NDArray[np.intp]:
