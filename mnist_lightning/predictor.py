@@ -1,5 +1,6 @@
 """Use a trained network from Python."""
 
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from mnist_lightning.data import Split
 from mnist_lightning.data.pictures import normalize_mode, read
+from mnist_lightning.data.placing import count_characters
 from mnist_lightning.training.saved_run import SavedRun
 
 
@@ -52,7 +54,10 @@ class Predictor:
         if isinstance(images, str | Path):
             images, _ = read(Path(images))
         if isinstance(images, Image.Image):
-            images = self.data.from_picture(normalize_mode(images))
+            picture = normalize_mode(images)
+            if self.data.placing and (count := count_characters(picture)) > 1:
+                warnings.warn(f"the picture seems to hold {count} characters, which are read as one", stacklevel=2)
+            images = self.data.from_picture(picture)
         array, shape = torch.as_tensor(np.asarray(images)), self.data.image_shape
         if shape[0] == 1 and array.shape[-3:] != shape:
             array = array.unsqueeze(-3)

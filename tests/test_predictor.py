@@ -49,6 +49,14 @@ def test_pictures_are_brought_into_the_form_of_the_data_set(predictor, mnist, tm
     assert same >= 19
 
 
+def test_several_characters_in_a_picture_are_said(predictor, mnist):
+    pair = Image.new("L", (300, 150))
+    for number in range(2):
+        pair.paste(Image.fromarray(mnist.test.images[number, 0].numpy()).resize((112, 112)), (20 + 150 * number, 20))
+    with pytest.warns(UserWarning, match="seems to hold 2 characters"):
+        predictor(pair)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "option", ["--data.standardize=true", "--trainer.precision=bf16-mixed", "--trainer.precision=64-true"]

@@ -14,7 +14,7 @@ from PIL import Image
 from torch import Tensor
 
 from mnist_lightning.commands.cli import DEFAULTS, RunCLI, add_method_options
-from mnist_lightning.data import Split
+from mnist_lightning.data import DOUBTFUL, Split
 from mnist_lightning.data.pictures import PictureError, find, read
 from mnist_lightning.data.placing import count_characters
 from mnist_lightning.system.console import colored, format_table, rank_zero_print, shorten_middle
@@ -28,9 +28,6 @@ from mnist_lightning.training.saved_run import check_finite
 
 SHOWN = 500
 """The most pictures on a contact sheet."""
-
-DOUBTFUL = 0.8
-"""Answers with a smaller probability are marked."""
 
 
 class PredictCLI(RunCLI):

@@ -28,6 +28,9 @@ from mnist_lightning.system.errors import UserError
 Batch = tuple[Tensor, Tensor]
 """Images, float32 of shape (batch, channels, height, width), and labels, int64 of shape (batch,)."""
 
+DOUBTFUL = 0.8
+"""Answers about pictures with a smaller probability are marked."""
+
 
 class Split(Dataset[Batch]):
     """Images and labels in memory, from which whole batches are gathered, scaled and augmented.

@@ -16,6 +16,9 @@ GRAIN = 0.01
 TINY = 20
 """Pixels on the longer side that are too few to tell ink from uneven light, so light is assumed to be even."""
 
+LINE, SLOPES = 0.015, np.linspace(-0.1, 0.1, 81)
+"""Most width of the lines of ruled paper, as a share of the picture's longer side, and the slopes that are tried."""
+
 SHADOW = 0.18, 0.14
 """Widths of discs that fit into a shadow but not into a stroke, as shares of the longer side; tried in turn."""
 
@@ -70,7 +73,10 @@ def ink_of(picture: Image.Image, is_sheet: bool = False) -> NDArray[np.float32]:
     level = np.percentile(strong, 90)  # not the median: strokes with few full pixels would become too thick
     low = min(2 * noise, 0.3 * level)
     ink = np.asarray(((ink - low) / (level - low)).clip(0, 1), np.float32)
-    return ink if max(ink.shape) > TINY else _sharpened(ink)
+    if max(ink.shape) <= TINY:
+        return _sharpened(ink)
+    unruled = _without_lines(_without_lines(ink).T).T
+    return unruled if unruled.max() > 0.5 else ink  # a line alone is a character, such as a 1
 
 
 def _noise(ink: NDArray[np.float32]) -> float:
@@ -164,6 +170,36 @@ def _shadow(values: NDArray[np.float32], radius: int) -> NDArray[np.float32] | N
         else:
             found = True
     return broad if found else None
+
+
+def _without_lines(ink: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Remove the rules of lined paper: thin, straight, parallel lines from the left edge to the right edge.
+
+    Ink that is both above and below a line stays.
+    """
+    height, width = ink.shape
+    is_ink = ndimage.maximum_filter1d(ink > 0.25, 3, axis=0)
+    columns = np.linspace(0, width - 1, min(width, 60)).astype(int)
+    rows = np.arange(height)[:, None]
+    best, covered, slope = 0, np.zeros(height), 0.0
+    for candidate in SLOPES:
+        at = rows + np.rint(candidate * (columns - width / 2)).astype(int)
+        shares = np.where((at >= 0) & (at < height), is_ink[at.clip(0, height - 1), columns], False).mean(axis=1)
+        if (shares > 0.95).sum() > best:
+            best, covered, slope = int((shares > 0.95).sum()), shares, candidate
+    labels, count = ndimage.label(covered > 0.6)
+    lines = [np.flatnonzero(labels == number) for number in range(1, count + 1)]
+    lines = [line for line in lines if covered[line].max() > 0.95 and len(line) - 2 <= max(3, LINE * max(ink.shape))]
+    cleared, shift = ink.copy(), np.rint(slope * (np.arange(width) - width / 2)).astype(int)
+    for line in lines:
+        top, bottom = (
+            ink[(edge + shift).clip(0, height - 1), np.arange(width)] for edge in (line[0] - 2, line[-1] + 2)
+        )
+        for row in range(line[0] - 1, line[-1] + 2):
+            at = row + shift
+            inside = (at >= 0) & (at < height)
+            cleared[at[inside], np.flatnonzero(inside)] = np.minimum(top, bottom)[inside]
+    return cleared
 
 
 def _sharpened(ink: NDArray[np.float32]) -> NDArray[np.float32]:

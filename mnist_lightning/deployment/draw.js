@@ -198,7 +198,7 @@ function decode({ shape, base64, units }) {
   return { shape, data: Float32Array.from(integers, (n, i) => n * units[Math.floor(i / row)]) };
 }
 
-const { shape: imageShape, classes, placing, inverted, ...content } = JSON.parse(document.getElementById("networks").textContent);
+const { shape: imageShape, classes, placing, inverted, doubtful, ...content } = JSON.parse(document.getElementById("networks").textContent);
 
 /** Compute all nodes that the known values allow; every ten milliseconds, let the pen handle events. */
 async function run(values, nodes) {
@@ -329,7 +329,9 @@ function show(index, probabilities) {
     row.querySelector("output").textContent = probabilities ? `${percent.toFixed(1)} %` : "";
     row.classList.toggle("best", i === best);
   });
-  return probabilities ? `${classes[best]}, ${(100 * probabilities[best]).toFixed(1)} %` : "nothing drawn yet";
+  if (!probabilities) return "nothing drawn yet";
+  const doubt = probabilities[best] < doubtful ? ", unsure" : "";
+  return `${classes[best]}, ${(100 * probabilities[best]).toFixed(1)} %${doubt}`;
 }
 
 /** Show the picture as the networks see it, and their answers; repeat if the drawing has changed meanwhile. */

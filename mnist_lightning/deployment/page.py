@@ -15,7 +15,7 @@ from torch import Tensor, fx, nn
 from torch.export import ExportedProgram, default_decompositions
 from torch.export.graph_signature import InputKind
 
-from mnist_lightning.data import ImageDataModule
+from mnist_lightning.data import DOUBTFUL, ImageDataModule
 from mnist_lightning.deployment import formats
 from mnist_lightning.system.errors import UserError
 
@@ -89,6 +89,7 @@ def panel(models: Sequence[PadModel], classes: Sequence[str], room: int | None =
         "shape": data.image_shape,
         "classes": classes,
         "placing": data.placing and data.placing._asdict() | {"stroke": data.strokes and data.strokes.median},
+        "doubtful": DOUBTFUL,
         "inverted": data.test.scaled(range(min(1000, len(data.test)))).mean().item() > 0.5,
     }
     fragment = jinja2.Template(parts["html"], autoescape=True, undefined=jinja2.StrictUndefined).render(

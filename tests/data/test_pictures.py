@@ -14,7 +14,7 @@ import psutil
 import pytest
 from helpers.commands import ROOT, in_process
 from helpers.pictures import write_files
-from PIL import Image, ImageOps
+from PIL import Image, ImageDraw, ImageOps
 
 from mnist_lightning.data import MNISTDataModule
 from mnist_lightning.data.ink import ink_of
@@ -70,6 +70,16 @@ def likeness(image, digit):
     return max(np.corrcoef(np.roll(image, shift, (0, 1)).ravel(), digit.ravel())[0, 1] for shift in shifts)
 
 
+def ruled(digit, is_squared=False):
+    y, x = np.mgrid[:360, :320]
+    rules = (y - 0.03 * x) % 40 < 2
+    if is_squared:
+        rules |= (x + 0.03 * y) % 40 < 2
+    values = np.where(rules, 170.0, 240.0)
+    values[40:320, 20:300] *= 1 - 0.8 * np.asarray(enlarged(digit), float) / 255
+    return Image.fromarray(values.astype(np.uint8))
+
+
 KINDS = {
     "light on dark": enlarged,
     "dark on light": lambda digit: ImageOps.invert(enlarged(digit)),
@@ -82,6 +92,8 @@ KINDS = {
     "shadow": in_shadow,
     "edge of a shadow": at_an_edge,
     "grain": grainy,
+    "lined paper": ruled,
+    "squared paper": lambda digit: ruled(digit, is_squared=True),
 }
 
 
@@ -134,6 +146,24 @@ def test_parts_of_one_digit_are_joined_and_specks_left_out():
     assert count_characters(Image.fromarray(np.uint8(255 * (1 - ink)))) == 2
     assert five.shape == (40, 30)
     assert one.shape == (40, 4)
+
+
+@pytest.mark.parametrize("pen", [2, 5, 12, 40])
+def test_strokes_get_a_usual_width(pen, mnist):
+    picture = Image.new("L", (400, 400), 255)
+    ImageDraw.Draw(picture).line([(80, 100), (300, 110), (180, 320)], fill=0, width=pen, joint="curve")
+    image = mnist.from_picture(picture)[0, 0] / 255
+    strokes = mnist.strokes
+    length = (220 + 242) * (20 - strokes.median) / 220  # of the path, in pixels of the image
+    assert strokes.low < strokes.median < strokes.high
+    assert 0.8 * strokes.low < image.sum() / length < 1.2 * strokes.high
+    assert np.ptp(np.flatnonzero(image.any(axis=1))) == 19
+
+
+def test_a_line_alone_is_a_character(mnist):
+    picture = Image.new("L", (200, 400), 255)
+    picture.paste(0, (98, 0, 102, 400))
+    assert mnist.from_picture(picture)[0, 0].any(axis=1).sum() == 20
 
 
 @pytest.mark.parametrize("noise", [0, 3])
