@@ -28,4 +28,5 @@ def executed(folder: Path, is_short: bool = False) -> Any:
 
 if __name__ == "__main__":
     with tempfile.TemporaryDirectory() as folder:
-        nbformat.write(executed(Path(folder)), PATH)
+        text = nbformat.writes(executed(Path(folder)))
+    PATH.write_text(text.replace(f"{folder}/", "") + "\n", encoding="utf-8")  # the report's commands have whole paths

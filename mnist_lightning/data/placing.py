@@ -12,7 +12,7 @@ from scipy import ndimage
 from scipy.sparse.csgraph import connected_components
 
 from mnist_lightning.data.ink import ink_of
-from mnist_lightning.data.pictures import PictureError, opaque
+from mnist_lightning.data.pictures import SIDE, PictureError, opaque
 
 EDGE, STROKE = 0.25, 0.6
 """Least ink at a stroke's edge and in its middle: a part that is nowhere darker is a stain."""
@@ -116,21 +116,23 @@ def place_ink(
 
 
 def _with_strokes(ink: NDArray[np.float32], longer: float, strokes: Strokes) -> NDArray[np.float32]:
-    """Return a character's ink with strokes of a usual width, after it is scaled.
+    """Return a character's ink with strokes that will have a usual width when the ink is scaled.
 
     Args:
         ink: The character's ink.
         longer: The longer side that it will get, in pixels of the data set's images.
         strokes: The usual widths.
     """
-    ink = _enlarged(ink, -(-8 * round(longer) // max(ink.shape)))
-    side, width = max(ink.shape), _stroke_width(ink)
-    usual = min(max(width * longer / side, strokes.low), strokes.high)
+    fine = _enlarged(ink, -(-8 * round(longer) // max(ink.shape)))
+    if max(fine.shape) > SIDE:  # distances take forty bytes a pixel
+        fine = ndimage.maximum_filter(fine, 2)[::2, ::2]
+    side, width = max(fine.shape), _stroke_width(fine)
+    usual = min(max(width * longer / side, min(strokes.low, longer / 2)), strokes.high)
     if not 0 < width < side or usual == width * longer / side:
         return ink
     # the pen's path, which is as long as the side without the width, keeps its size
     grown = (usual * (side - width) / (longer - usual) - width) / 2
-    is_ink = np.pad(ink, max(1, math.ceil(grown) + 1)) > 0.5
+    is_ink = np.pad(fine, max(1, math.ceil(grown) + 1)) > 0.5
     outside, inside = ndimage.distance_transform_edt(~is_ink), ndimage.distance_transform_edt(is_ink)
     changed = (0.5 + grown - np.where(is_ink, 0.5 - inside, outside - 0.5)).clip(0, 1).astype(np.float32)
     rows, columns = np.nonzero(changed > 0.5)
@@ -150,9 +152,11 @@ def _stroke_width(ink: NDArray[np.float32]) -> float:
 
 
 def _enlarged(ink: NDArray[np.float32], factor: int) -> NDArray[np.float32]:
+    if factor == 1:
+        return ink
     height, width = ink.shape
     large = Image.fromarray(ink).resize((width * factor, height * factor), Image.Resampling.BICUBIC)
-    return np.asarray(large).clip(0, 1) if factor > 1 else ink
+    return np.asarray(large).clip(0, 1)
 
 
 def _edges(boxes: Sequence[tuple[slice, slice]], parts: NDArray[np.intp], whole: bool = False) -> NDArray[np.intp]:

@@ -274,7 +274,7 @@ function character(strokes, smallest) {
   const [xs, ys] = [0, 1].map((axis) => strokes.flat().map((point) => point[axis]));
   const [left, top] = [xs, ys].map((values) => values.reduce((a, b) => Math.min(a, b)));
   const sides = [xs, ys].map((values, axis) => values.reduce((a, b) => Math.max(a, b)) - [left, top][axis]);
-  const pen = FINE * placing.stroke, longer = FINE * placing.share * Math.min(...imageShape.slice(1));
+  const longer = FINE * placing.share * Math.min(...imageShape.slice(1)), pen = Math.min(FINE * placing.stroke, longer / 2);
   const scale = (longer - pen) / Math.max(...sides, smallest);
   [fine.canvas.width, fine.canvas.height] = sides.map((side) => Math.ceil(scale * side + pen + 2));
   trace(fine, strokes, pen, scale, 1 + pen / 2 - scale * left, 1 + pen / 2 - scale * top);
