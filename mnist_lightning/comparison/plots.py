@@ -59,8 +59,8 @@ def predictions(models: Sequence[Model], indices: NDArray[np.intp]) -> Figure:
 
 def curves(models: Sequence[Model]) -> Figure:
     """Draw all metrics over the epochs, with a band from the lowest to the highest run of a model."""
-    histories = {model.name: [run.history for run in model.runs] for model in models}
-    return figures.curves(histories, metrics(models), {model.name: model.color for model in models})
+    table = figures.tidy({model.name: [run.history for run in model.runs] for model in models})
+    return figures.curves(table, metrics(models), {model.name: model.color for model in models})
 
 
 def confusion_matrix(model: Model) -> Figure:

@@ -1,6 +1,7 @@
 """TensorBoard's events of a run, and the notebook's pictures there and in the run's folder."""
 
 import copy
+import math
 import re
 import time
 from collections.abc import Mapping, Sequence
@@ -27,6 +28,9 @@ from mnist_lightning.training.checkpoints import RunCheckpoint
 
 OF_EPOCHS = {"train/loss", "val/loss", "test/loss"}
 """Metrics that are logged together with all others of an epoch."""
+
+SHOWN_EPOCHS = 10
+"""Most epochs with a confusion matrix in TensorBoard, which shows ten pictures of a name."""
 
 COMPARED = ("max_epochs", "precision", "accumulate_grad_batches", "gradient_clip_val", "limit_train_batches")
 """Keys of the trainer that TensorBoard's page "HParams" has."""
@@ -66,8 +70,8 @@ class RunLogger(TensorBoardLogger):
 class Figures(Callback):
     """The notebook's figures, in ``figures/`` of the run folder and in TensorBoard.
 
-    TensorBoard also gets a confusion matrix for each epoch, the graph, a chart of train against validation for each
-    metric (page "Custom scalars") and the hyper-parameters with the validation metrics (page "HParams").
+    TensorBoard also gets the confusion matrices of up to ten epochs, the graph, a chart of train against validation for
+    each metric (page "Custom scalars") and the hyper-parameters with the validation metrics (page "HParams").
 
     Args:
         checkpoint: Keeps the history that the curves show.
@@ -128,13 +132,12 @@ class Figures(Callback):
         counts = trainer.strategy.reduce(self._confusion, reduce_op="sum").cpu().numpy()
         if trainer.sanity_checking or not trainer.is_global_zero:
             return
-        if trainer.loggers:
-            title = f"validation, epoch {trainer.current_epoch + 1}"
+        epochs = trainer.current_epoch + 1
+        if trainer.loggers and epochs % max(1, math.ceil((trainer.max_epochs or 0) / SHOWN_EPOCHS)) == 0:
+            title = f"validation, epoch {epochs}"
             names = trainer.datamodule.names(len(counts))  # type: ignore[attr-defined]
-            figure = figures.confusion_matrix(counts, title, names, dpi=80)
-            _log_image(
-                trainer.loggers, "confusion_matrix/val", figures.render(figure), trainer, trainer.current_epoch + 1
-            )
+            figure = figures.confusion_matrix(counts, title, names, is_quick=True)
+            _log_image(trainer.loggers, "confusion_matrix/val", figures.render(figure), trainer, epochs)
         if self._is_first:
             self._is_first = False
             names = [name.removeprefix("val/") for name in trainer.callback_metrics if name.startswith("val/")]
@@ -187,11 +190,10 @@ class Figures(Callback):
     def _draw_curves(self, trainer: Trainer, loggers: Sequence[Logger] = ()) -> None:
         """Draw the curves of the epochs so far."""
         model = self._checkpoint.run_dir.parent.name
-        history = self._checkpoint.history
-        logged = {key.partition("/")[2] for row in history for key in row if key.startswith(("train/", "val/"))}
+        table = figures.tidy({model: [self._checkpoint.history]})
         for name, metrics in (("accuracy", ["accuracy"]), ("loss", ["penalized_loss", "loss"])):
-            if shown := [metric for metric in metrics if metric in logged]:
-                figure = figures.curves({model: [history]}, shown, {model: figures.COLORS[0]}, self._run)
+            if logged := [metric for metric in metrics if metric in table["metric"].unique()]:
+                figure = figures.curves(table, logged, {model: figures.COLORS[0]}, self._run)
                 self._show(trainer, name, figure, loggers)
         self._drawn_at = time.monotonic()
 

@@ -1,11 +1,10 @@
 """The notebook's pictures, as matplotlib figures without global state, and the theme of all pictures."""
 
 import math
-import statistics
 import warnings
 from collections.abc import Mapping, Sequence
 from functools import cache
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from matplotlib import rc_context
@@ -20,14 +19,16 @@ from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 from torch import Tensor
 
+if TYPE_CHECKING:
+    import pandas as pd
+
 COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00")
 """Colors of models, by Okabe and Ito, which color-blind people can tell apart; the lightest on white come last."""
 AGAINST, FOR = COLORS[:2]
 RIGHT, WRONG = "#1a7f37", "#cf222e"
 DIGIT_WIDTH, DIGIT_HEIGHT = 0.636, 0.73  # of DejaVu Sans, matplotlib's own font, in units of its size
 GRID = "#d0d7de"
-STAGES = {"val": "-", "train": "--"}
-"""Line styles of the curves."""
+STAGES = {"val": "validation", "train": "training"}
 
 themed = rc_context(
     {
@@ -172,7 +173,7 @@ def predictions(images: NDArray[Any], labels: Sequence[str], predicted: Sequence
 
 @themed
 def confusion_matrix(
-    counts: NDArray[Any], title: str, classes: Sequence[str], color: str = COLORS[0], dpi: int = 150
+    counts: NDArray[Any], title: str, classes: Sequence[str], color: str = COLORS[0], is_quick: bool = False
 ) -> Figure:
     """Draw a confusion matrix, colored by the share of each true class.
 
@@ -181,49 +182,62 @@ def confusion_matrix(
         title: Title above the matrix.
         classes: Names of the classes.
         color: Color of a class that is always right.
-        dpi: Pixels of an inch, fewer if the picture would have more than 3000 a side.
+        is_quick: Whether to draw smaller and without seaborn, in a third of the time. More than 30 classes are always
+            drawn without it, which would take a minute for a hundred.
     """
     text = max(map(len, classes))
     size, margin = 5.5 * max(1, len(classes) / 10) ** 0.7, 0.6 + 0.1 * text  # in inches, of the matrix and the names
     width, height = margin + size + 0.2, margin + size + 0.4
-    figure = Figure(figsize=(width, height), dpi=min(dpi, 3000 / height))
+    figure = Figure(figsize=(width, height), dpi=50 if is_quick else min(150, 3000 / height))
     axes = figure.add_axes((margin / width, margin / height, size / width, size / height))
     # the root makes a handful of mistakes visible next to a thousand right answers
     shares = np.sqrt(counts / counts.sum(axis=1, keepdims=True).clip(min=1))
-    colors = LinearSegmentedColormap.from_list("shares", ["white", color])
-    axes.imshow(shares, colors, vmin=0, vmax=1, extent=(0, len(counts), len(counts), 0))
+    style: Any = {"cmap": LinearSegmentedColormap.from_list("shares", ["white", color]), "vmin": 0, "vmax": 1}
     digits = len(str(counts.max()))
     points = min(12, 72 * size / len(classes) / (0.75 * max(3, digits)))  # the longest number fits into its cell
-    number_size = points * len(classes) / size / 72  # in cells
-    _draw_numbers(axes, counts, shares > 0.6, number_size, "white")
-    _draw_numbers(axes, counts, (shares <= 0.6) & (counts > 0), number_size, "black")
-    lines = np.arange(1, len(classes))
-    axes.hlines(lines, 0, len(classes), GRID, linewidth=0.5)
-    axes.vlines(lines, 0, len(classes), GRID, linewidth=0.5)
+    if is_quick or len(classes) > 30:
+        _draw_quickly(axes, counts, shares, style, points * len(classes) / size / 72)
+    else:
+        import seaborn as sns  # slow to import
+
+        numbers = np.where(counts > 0, counts.astype(str), "")
+        sns.heatmap(
+            shares, annot=numbers, fmt="", annot_kws={"size": points}, cbar=False, linewidths=0.5, linecolor=GRID,
+            ax=axes, **style,
+        )  # fmt: skip
+    places, angle, gap = np.arange(len(classes)) + 0.5, 90 if text > 2 else 0, len(classes) / 100
     axes.set_title(title, y=1)  # without y, matplotlib lays out the ticks to find a free place
-    axes.set_axis_off()  # ticks take as long to draw as everything else
-    figure.text((margin + size / 2) / width, 0.1 / height, "predicted", ha="center", va="bottom")
-    figure.text(0.1 / width, (margin + size / 2) / height, "true", ha="left", va="center", rotation=90)
-    gap = len(classes) / 100
-    for place, name in enumerate(classes):
-        axes.text(place + 0.5, len(classes) + gap, name, ha="center", va="top", rotation=90 if text > 2 else 0)
-        axes.text(-gap, place + 0.5, name, ha="right", va="center")
+    if is_quick:  # ticks take as long to draw as everything else
+        axes.set_axis_off()
+        figure.text((margin + size / 2) / width, 0.1 / height, "predicted", ha="center", va="bottom")
+        figure.text(0.1 / width, (margin + size / 2) / height, "true", ha="left", va="center", rotation=90)
+        for place, name in zip(places, classes, strict=True):
+            axes.text(place, len(classes) + gap, name, ha="center", va="top", rotation=angle)
+            axes.text(-gap, place, name, ha="right", va="center")
+    else:
+        axes.set_xticks(places, classes, rotation=angle)
+        axes.set_yticks(places, classes, rotation=0)
+        axes.set(xlabel="predicted", ylabel="true")
+        axes.tick_params(length=0)
+        axes.grid(False)
     return figure
 
 
-def _draw_numbers(axes: Axes, numbers: NDArray[Any], cells: NDArray[np.bool_], size: float, color: str) -> None:
-    """Draw the numbers of some cells as one path: a hundred texts take ten times as long."""
-    paths = []
-    for row, column in zip(*np.nonzero(cells), strict=True):
-        number = str(numbers[row, column])
-        for place, character in enumerate(number, start=-len(number)):
-            digit = _digit(character)
-            offset = (
-                column + 0.5 + size * DIGIT_WIDTH * (place + len(number) / 2),
-                row + (1 + size * DIGIT_HEIGHT) / 2,
-            )
-            paths.append(Path(digit.vertices * (size, -size) + offset, digit.codes))
-    axes.add_artist(PathPatch(Path.make_compound_path(*paths), color=color, linewidth=0))  # add_patch is slow
+def _draw_quickly(axes: Axes, counts: NDArray[Any], shares: NDArray[Any], style: Any, size: float) -> None:
+    """Draw a matrix and its numbers as one image and two paths: a hundred texts take ten times as long to draw."""
+    axes.imshow(shares, extent=(0, len(counts), len(counts), 0), **style)
+    for color, cells in (("white", shares > 0.6), ("black", (shares <= 0.6) & (counts > 0))):
+        paths = []
+        for row, column in zip(*np.nonzero(cells), strict=True):
+            number = str(counts[row, column])
+            for place, character in enumerate(number, start=-len(number)):
+                digit = _digit(character)
+                offset = (
+                    column + 0.5 + size * DIGIT_WIDTH * (place + len(number) / 2),
+                    row + (1 + size * DIGIT_HEIGHT) / 2,
+                )
+                paths.append(Path(digit.vertices * (size, -size) + offset, digit.codes))
+        axes.add_artist(PathPatch(Path.make_compound_path(*paths), color=color, linewidth=0))  # add_patch is slow
 
 
 @cache
@@ -231,43 +245,55 @@ def _digit(character: str) -> TextPath:
     return TextPath((0, 0), character, size=1)
 
 
-@themed
-def curves(
-    histories: Mapping[str, Sequence[History]], metrics: Sequence[str], colors: Mapping[str, str], title: str = ""
-) -> Figure:
-    """Draw metrics over the epochs: for each model the mean of its runs, in a band from the lowest to the highest.
+def tidy(histories: Mapping[str, Sequence[History]]) -> "pd.DataFrame":
+    """Return a table with a row for each value: model, run, epoch (from 1), stage, metric, value.
 
     Args:
-        histories: For each model the histories of its runs. A value that is not finite is a gap.
+        histories: For each model the histories of its runs. A value that is not finite becomes NaN, which is a gap.
+    """
+    import pandas as pd  # slow to import
+
+    rows = [
+        (model, run, int(row["epoch"]) + 1, STAGES[stage], metric, value if math.isfinite(value) else math.nan)
+        for model, histories_of in histories.items()
+        for run, history in enumerate(histories_of)
+        for row in history
+        for key, value in row.items()
+        for stage, _, metric in [key.partition("/")]
+        if stage in STAGES
+    ]
+    return pd.DataFrame(rows, columns=["model", "run", "epoch", "stage", "metric", "value"])
+
+
+@themed
+def curves(table: "pd.DataFrame", metrics: Sequence[str], colors: Mapping[str, str], title: str = "") -> Figure:
+    """Draw metrics over the epochs: a line for each model and stage, with a band from its lowest to its highest run.
+
+    Args:
+        table: A table from :func:`tidy`.
         metrics: Names without their stage; each has its own panel.
         colors: Color of each model.
         title: Title above all panels.
     """
+    import seaborn as sns  # slow to import
+
     figure = Figure(figsize=(6.5 * len(metrics), 4.8), layout="constrained")
     panels = figure.subplots(1, len(metrics), squeeze=False)[0]
-    style: Any = {"marker": "o", "markersize": 5, "markeredgewidth": 0}
+    style: Any = {"marker": "o", "markeredgewidth": 0, "markersize": 5, "style_order": [*STAGES.values()]}
+    if len(colors) > 1:
+        style |= {"hue": "model", "hue_order": [*colors], "palette": colors}
+    else:
+        style |= {"color": next(iter(colors.values()))}
     for axes, metric in zip(panels, metrics, strict=True):
-        for model, runs in histories.items():
-            for stage, line in STAGES.items():
-                values: dict[int, list[float]] = {}
-                for row in [row for history in runs for row in history]:
-                    value = row.get(f"{stage}/{metric}", math.nan)
-                    if math.isfinite(value):
-                        values.setdefault(int(row["epoch"]) + 1, []).append(value)
-                epochs = sorted(values)
-                means = [statistics.fmean(values[epoch]) for epoch in epochs]
-                axes.plot(epochs, means, line, color=colors[model], **style)
-                if len(runs) > 1:
-                    lowest, highest = ([pick(values[epoch]) for epoch in epochs] for pick in (min, max))
-                    axes.fill_between(epochs, lowest, highest, color=colors[model], alpha=0.2, linewidth=0)
+        values = table[table["metric"] == metric]
+        style["legend"] = axes is panels[0]
+        # by default, seaborn would draw random numbers for the band
+        sns.lineplot(values, x="epoch", y="value", style="stage", errorbar=("pi", 100), ax=axes, **style)
+        if axes.get_legend():
+            axes.legend(title=None)
         name = metric.replace("_", " ")
         axes.set(title=name, xlabel="epoch", ylabel=name)
         integer_axis(axes)
-    color = "black" if len(histories) > 1 else next(iter(colors.values()))
-    (line,), (dashed,) = (panels[0].plot([], [], style, color=color) for style in STAGES.values())
-    lines = {model: panels[0].plot([], [], color=colors[model])[0] for model in histories if len(histories) > 1}
-    lines |= {"validation": line, "training": dashed}
-    panels[0].legend([*lines.values()], [*lines])
     figure.suptitle(title)
     return figure
 
