@@ -96,9 +96,9 @@ def ruled(digit: NDArray[Any], is_squared: bool = False) -> Image.Image:
     share[100:380, 50:330] = np.asarray(smooth(digit), float) / 255
     y, x = np.mgrid[:480, :380]
     slope = generator.uniform(-0.05, 0.05)
-    rules = (y - slope * x + generator.uniform(46)) % 46 < 2
+    rules = (y - slope * x + generator.uniform(0, 46)) % 46 < 2
     if is_squared:
-        rules |= (x + slope * y + generator.uniform(46)) % 46 < 2
+        rules |= (x + slope * y + generator.uniform(0, 46)) % 46 < 2
     paper = np.where(rules[..., None], (150, 170, 200), (245, 243, 235)).astype(float)
     values = paper + share[..., None] * (np.array((30, 30, 60)) - paper) + generator.normal(0, 3, paper.shape)
     return Image.fromarray(values.clip(0, 255).astype(np.uint8))
