@@ -41,7 +41,6 @@ def ink_of(picture: Image.Image, is_sheet: bool = False) -> NDArray[np.float32]:
     Raises:
         PictureError: If there is no ink.
     """
-    nothing = PictureError("there is no ink on it")
     width, height = picture.size
     scale = min(1.0, 96 / max(width, height))
     small_size = max(1, round(width * scale)), max(1, round(height * scale))
@@ -69,7 +68,7 @@ def ink_of(picture: Image.Image, is_sheet: bool = False) -> NDArray[np.float32]:
         noise = _noise(ink)
     strong = ink[ink > max(6 * noise, CONTRAST)]
     if not strong.size:
-        raise nothing
+        raise PictureError("there is no ink on it")
     level = np.percentile(strong, 90)  # not the median: strokes with few full pixels would become too thick
     low = min(2 * noise, 0.3 * level)
     ink = np.asarray(((ink - low) / (level - low)).clip(0, 1), np.float32)

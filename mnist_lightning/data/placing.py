@@ -133,8 +133,9 @@ def _with_strokes(ink: NDArray[np.float32], longer: float, strokes: Strokes) -> 
     # the pen's path, which is as long as the side without the width, keeps its size
     grown = (usual * (side - width) / (longer - usual) - width) / 2
     is_ink = np.pad(fine, max(1, math.ceil(grown) + 1)) > 0.5
-    outside, inside = ndimage.distance_transform_edt(~is_ink), ndimage.distance_transform_edt(is_ink)
-    changed = (0.5 + grown - np.where(is_ink, 0.5 - inside, outside - 0.5)).clip(0, 1).astype(np.float32)
+    # how far a pixel lies inside; only the side to which the edge moves matters
+    depth = 1 - ndimage.distance_transform_edt(~is_ink) if grown > 0 else ndimage.distance_transform_edt(is_ink)
+    changed = (depth + grown).clip(0, 1).astype(np.float32)
     rows, columns = np.nonzero(changed > 0.5)
     if not len(rows):  # all strokes are far thinner than the widest
         return ink

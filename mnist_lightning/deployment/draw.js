@@ -270,12 +270,12 @@ const FINE = 10; // pixels of a character's picture for a pixel of the image
 const fine = document.createElement("canvas").getContext("2d", { willReadFrequently: true });
 
 /** Return the picture of a character: whatever the size of the drawing, its strokes are as wide as the data set's. */
-function character(strokes, smallest) {
+function character(strokes) {
   const [xs, ys] = [0, 1].map((axis) => strokes.flat().map((point) => point[axis]));
   const [left, top] = [xs, ys].map((values) => values.reduce((a, b) => Math.min(a, b)));
   const sides = [xs, ys].map((values, axis) => values.reduce((a, b) => Math.max(a, b)) - [left, top][axis]);
   const longer = FINE * placing.share * Math.min(...imageShape.slice(1)), pen = Math.min(FINE * placing.stroke, longer / 2);
-  const scale = (longer - pen) / Math.max(...sides, smallest);
+  const scale = (longer - pen) / Math.max(...sides, pad.width / 20); // a tap, which is smaller, stays a dot
   [fine.canvas.width, fine.canvas.height] = sides.map((side) => Math.ceil(scale * side + pen + 2));
   trace(fine, strokes, pen, scale, 1 + pen / 2 - scale * left, 1 + pen / 2 - scale * top);
   return read(fine);
@@ -341,8 +341,7 @@ async function update() {
   if (isRunning) return;
   for (isRunning = true; isStale; ) {
     isStale = false;
-    // a tap is a dot: it is not enlarged to the size of a character
-    const image = prepare(placing && strokes.length ? character(strokes, pad.width / 20) : read(pen));
+    const image = prepare(placing && strokes.length ? character(strokes) : read(pen));
     const shown = new ImageData(seen.width, seen.height);
     shown.data.fill(255).forEach((_, i, all) => { if (i % 4 < 3) all[i] = image ? 255 * image[i >> 2] : 0; });
     seen.getContext("2d").putImageData(shown, 0, 0);

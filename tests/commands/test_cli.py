@@ -624,6 +624,17 @@ CYCLE = ["--model.lr_scheduler=OneCycleLR", "--model.lr_scheduler.max_lr=0.1"]
 
 
 @pytest.mark.slow
+def test_tensorboard_shows_by_step_a_rate_that_changes_within_an_epoch(quick, tmp_path):
+    quick(tmp_path, "fit", "--trainer.max_epochs=1", "--trainer.log_every_n_steps=4", *CYCLE)
+    events = EventAccumulator(str(run_of(tmp_path, "baseline")))
+    events.Reload()
+    points = events.Scalars("train/lr_by_step")
+    rates = schedule("OneCycleLR", 16, max_lr=0.1, total_steps=16, cycle_momentum=False)
+    assert [point.step for point in points] == [4, 8, 12, 16]
+    assert [point.value for point in points[:3]] == pytest.approx(rates[4::4])
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("options", "more", "rates", "line"),
     [

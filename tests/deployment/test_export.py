@@ -314,7 +314,7 @@ def test_a_drawing_of_any_size_becomes_the_same_image_as_a_picture_of_it_with_an
         pictures.append(mnist.from_picture(picture)[0, 0])
     found = in_browser(
         page,
-        f"found.images = {json.dumps(drawings)}.map((strokes) => [...prepare(character(strokes, pad.width / 20))]);",
+        f"found.images = {json.dumps(drawings)}.map((strokes) => [...prepare(character(strokes))]);",
     )
     alike = [
         max(  # rounding the center of mass may shift an image by a pixel
