@@ -30,9 +30,11 @@ if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # a shell makes backgroun
     signal.signal(signal.SIGINT, signal.default_int_handler)  # otherwise the tested commands would ignore it, too
 
 
+@pytest.hookimpl(tryfirst=True)  # before xdist's, which reads the groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Start with the slowest files, so that no worker ends late; a worker runs a whole file or group."""
-    longest = ["test_conformance.py", "test_faults.py", "test_search.py", "test_cli.py", "test_report.py"]
+    longest = ["test_conformance.py", "test_cli.py", "test_faults.py", "test_search.py", "test_report.py"]
+    longest += ["test_examples.py", "test_export.py", "test_notebook.py", "test_metrics.py", "test_structure.py"]
     items.sort(key=lambda item: longest.index(item.path.name) if item.path.name in longest else len(longest))
     for item in items:
         if item.get_closest_marker("xdist_group") is None:
@@ -45,7 +47,7 @@ def _cache(tmp_path_factory: pytest.TempPathFactory) -> None:
     os.environ["XDG_CACHE_HOME"] = str(tmp_path_factory.mktemp("cache"))
 
 
-BLANK = {name: lambda *_, **__: None for name in ("sample_grid", "predictions", "confusion_matrix", "curves")}
+BLANK = {name: lambda *_, **__: None for name in ("image_grid", "predictions", "confusion_matrix", "curves")}
 
 
 @pytest.fixture(autouse=True)

@@ -36,7 +36,7 @@ def test_a_study_is_shown_and_kept(whole):
     cwd, output = whole
     study = load(cwd)
     assert "  model.network.init_args.units.0  8 to 32, step 1\n" in output
-    assert "5 completed, 0 pruned, 0 failed" in output
+    assert "5 complete, 0 pruned, 0 failed" in output
     assert f"Best: trial {study.best_trial.number}, val/accuracy {study.best_value:.4f}" in output
     assert "Importance" not in output  # five trials are too few
     for trial in study.trials:
@@ -53,10 +53,9 @@ def test_a_study_is_shown_and_kept(whole):
 def test_a_terminal_shows_what_each_worker_runs_and_how_much_is_done(whole):
     cwd, output = whole
     shown = (cwd / "terminal.txt").read_text()
-    for execution in re.findall(r"trial +\d, execution (\S+?), epoch +[12]/2", shown):
-        assert execution in ("1/2", "2/2")
+    executions = re.findall(r"trial   [0-4], execution (\S+?), epoch +[12]/2", shown)
+    assert {*executions} in ({"1/2"}, {"2/2"}, {"1/2", "2/2"})  # it is shown once a second, and a trial may be faster
     assert "Loading …" in shown
-    assert "trial   0, execution " in shown
     counts = re.findall(r"(\d+) % \|.*?\| (\d+)/20 epochs, (\d)/5 trials", shown)
     assert all(int(share) == round(100 * int(epochs) / 20) and 4 * int(n) <= int(epochs) for share, epochs, n in counts)
     assert counts[-1] == ("100", "20", "5")
@@ -117,14 +116,14 @@ def test_a_larger_total_continues_with_any_number_of_workers(whole, tune, tmp_pa
     best = first.best_trial
     code, output, _ = tune("--n_trials=5", "--workers=2")
     assert code == 0
-    assert "5 completed" in output
+    assert "5 complete" in output
     study = load(tmp_path / "here")
     assert [trial.number for trial in study.trials] == list(range(5))
     assert study.trials[best.number].value == best.value
     assert outcome(study) == outcome(load(whole[0]))
     _, output, _ = tune("--n_trials=5")  # nothing is left to do
     assert len(load(tmp_path / "here").trials) == 5
-    assert "5 completed" in output
+    assert "5 complete" in output
 
 
 @pytest.mark.slow
@@ -201,7 +200,7 @@ def test_the_baseline_can_be_a_trial(tune, tmp_path):
     assert drawn()[2] == given
     code, output, _ = tune(*options, "--n_trials=3", f"--model.network.dropout=[{other()},0.2]")
     assert code == 0
-    assert "enqueue_baseline: skipped, the study has its 3 trials. --n_trials 4 makes room" in output
+    assert "enqueue_baseline: left out, because the study is full. --n_trials 4 makes room" in output
     code, _, errors = tune(*options, "--model.network.dropout=[0.4,0.2]", folder="new")
     assert code == 1
     assert f"{key} is 0.4, which is not searched (one of 0.1, 0.15, 0.2, 0.25, 0.3)" in errors
@@ -240,7 +239,7 @@ def test_trials_come_from_a_file_or_another_study_and_the_best_keeps_its_weights
     assert load(tmp_path / "here", "next").trials[0].params == trial.params
     space = choices(**{"model.optimizer.class_path": ["KerasAdam", "KerasSGD", "KerasRMSprop"]})
     _, output, _ = tune("--executions_per_trial=1", "--n_trials=1", "--like=tune", "--study_name=small", space)
-    assert "like tune: l2.1, units.0 not taken: not in this search space" in output
+    assert "like tune: left out, as this search space lacks them: l2.1, units.0" in output
     drawn = load(tmp_path / "here", "small").trials[0].params["model.optimizer.class_path"]
     assert trial.params["model.optimizer.class_path"].endswith(drawn)
 
@@ -249,7 +248,7 @@ def test_trials_come_from_a_file_or_another_study_and_the_best_keeps_its_weights
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("- {data.batch_size: 4}", "trial 1 of 1: data.batch_size is not searched."),
+        ("- {data.batch_size: 4}", "trial 1 of 1 has keys that are not searched: data.batch_size."),
         ("- {model.network.init_args.units.0: 9}\n- 3", "trial 2 of 2 is not a mapping"),
         ("- {model.network.init_args.units.0: 9, units.0: 8}", "trial 1 of 1 has two values for one key."),
         ("- {model.network.init_args.units.0: 1}", "units.0 is 1, which is not searched (8 to 32, step 1)"),
@@ -285,7 +284,7 @@ def test_several_metrics_have_a_pareto_front(tune, capfd, tmp_path):
         assert parameters == sum((into + 1) * out for into, out in layers)
         assert flops == sum(2 * into * out for into, out in layers)
     assert re.search(r"^trial +val/loss +parameters +flops", output, re.MULTILINE)
-    assert "Pareto front: 3 trials" in output
+    assert "Pareto front, which no other trial dominates: 3 of " in output
     small = min(
         (trial for trial in counted_trials(study) if trial.values[1] <= 30000), key=lambda trial: trial.values[0]
     )
@@ -307,7 +306,7 @@ def test_several_metrics_have_a_pareto_front(tune, capfd, tmp_path):
     assert "epochs is 3 in the study, 2 in the command" in errors
     code, _, errors = tune(*options, "--limits.parameters=3", epochs=3)
     assert code == 1
-    assert "No completed trial is within parameters 3:" in errors
+    assert "No complete trial is within parameters 3:" in errors
 
 
 @pytest.mark.slow
@@ -374,7 +373,7 @@ def test_a_study_is_of_its_data_and_its_training(tune, data_dir, tmp_path):
         "--grace_period=30", "--trainer.accelerator=cpu",
     )  # fmt: skip
     assert code == 0, errors
-    assert "2 completed" in output
+    assert "2 complete" in output
 
 
 @pytest.mark.slow
@@ -485,7 +484,7 @@ def test_each_execution_is_a_run_of_each_tracking_server(tune, tmp_path):
         "--trainer.logger+=WandbLogger", "--trainer.logger.offline=true", "--n_trials=2", "--workers=2",
     )  # fmt: skip
     assert code == 0, errors
-    assert "2 completed, 0 pruned, 0 failed" in output
+    assert "2 complete, 0 pruned, 0 failed" in output
     cwd = tmp_path / "here"
     assert len([*cwd.glob("lightning_logs/wandb/offline-run-*")]) == 4
     client = mlflow.MlflowClient(f"sqlite:///{cwd / 'm.db'}")
@@ -517,7 +516,7 @@ def test_a_search_ends_when_its_time_is_over(tune, whole, tmp_path, finish):
     count = len(study.trials) + 1  # without a time limit, the search continues to the end
     code, output, errors = tune(*options, f"--n_trials={count}", epochs=1)
     assert code == 0, errors
-    assert f"{count} completed" in output
+    assert f"{count} complete" in output
     study = load(tmp_path / "here")
     assert [t.params for t in study.trials[:5]] == [t.params for t in load(whole[0]).trials][: len(study.trials)]
 
