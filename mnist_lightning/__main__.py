@@ -14,11 +14,11 @@ from mnist_lightning.commands.help import print_help, stored_help
 from mnist_lightning.system import console, signals
 
 COMMANDS = {
-    "fit": "Train the network on MNIST and evaluate it on the test set.",
+    "fit": "Train the network on MNIST and evaluate it on the test images.",
     "validate": "Evaluate a checkpoint on the validation images.",
     "test": "Evaluate a checkpoint on the test images.",
     "predict": "Classify your own images, or the test images, into a CSV file.",
-    "tune": "Search hyper-parameters with an Optuna study and refit the best.",
+    "tune": "Search hyper-parameters with Optuna and refit the best trial.",
     "report": "Compare models, by default baseline and tuned, on one page.",
     "runs": "List all runs; delete or archive some.",
     "export": "Write a network as ONNX, or as a page to draw on.",
@@ -49,7 +49,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         prog="python -m mnist_lightning",
         description=mnist_lightning.__doc__,
-        epilog="Each command has its own --help. Without options, each does what the notebook does.",
+        epilog="Each command has its own --help. Without options, fit, tune and report do what the notebook does.",
     )
     parser.add_argument("--version", action="version", version=mnist_lightning.__version__)
     commands = parser.add_subparsers(title="commands", dest="command", metavar="<command>", required=True)

@@ -47,8 +47,6 @@ COUPLED = (
 TOTAL_STEPS = ("total_steps", "T_max", "total_iters")
 """Arguments of a scheduler for its total number of steps: -1 stands for that of the training."""
 
-BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
-
 SCHEDULE = ("lr_scheduler", "lr_interval", "lr_frequency")
 """Hyper-parameters that may differ when a run is continued."""
 
@@ -172,7 +170,9 @@ class Classifier(LightningModule):
         if self.class_weights != "balanced":
             return
         if getattr(data, "train", None) is None:
-            raise UserError("class_weights balanced needs a data module with training images: give a list of weights.")
+            raise UserError(
+                "class_weights balanced needs a data module with training images. Add one, or give a list of weights."
+            )
         self.loss_weights = balanced_weights(data.train.labels, data.classes)
 
     def check_images(self, shape: Sequence[int], classes: int) -> None:
@@ -215,17 +215,6 @@ class Classifier(LightningModule):
         """The current kernels with a penalty, each with its λ; a kernel that several layers share appears once."""
         return {layer.weight: layer.l2 for layer in self.penalized}
 
-    def needs_two_images(self) -> bool:
-        """Return whether a batch normalization gets one value per channel from one image and so refuses to train."""
-        network, counts = copy.deepcopy(self.network).eval(), []
-        norms = [layer for layer in network.modules() if isinstance(layer, BATCH_NORMS)]
-        for norm in norms:
-            norm.register_forward_pre_hook(lambda _, inputs: counts.append(inputs[0][:, :1].numel()))
-        if norms:
-            with torch.no_grad():
-                network(self.example_input_array.to(next(network.parameters())))  # type: ignore[union-attr]
-        return 1 in counts
-
     def configure_optimizers(self) -> Any:
         """Make the optimizer, with one parameter group for each distinct λ, and the scheduler."""
         optimizer, l2 = self.optimizer(self.parameters()), self.kernels
@@ -249,7 +238,7 @@ class Classifier(LightningModule):
             )
         if self.lr_scheduler is None:
             return optimizer
-        given = getattr(self.lr_scheduler, "keywords", {})  # a partial's
+        given = getattr(self.lr_scheduler, "keywords", {})  # of a functools.partial
         totals = [name for name in TOTAL_STEPS if given.get(name) == -1]
         if "total_steps" in given and given["total_steps"] is given.get("epochs") is None:  # OneCycleLR's defaults
             totals.append("total_steps")
@@ -267,7 +256,8 @@ class Classifier(LightningModule):
             total = self._scheduler_steps(interval, frequency)
             if math.isinf(total):
                 raise UserError(
-                    f"{' and '.join(totals)} of the lr_scheduler cannot be -1 in a training without max_epochs."
+                    f"{' and '.join(totals)} of the lr_scheduler cannot be -1 without max_epochs: set max_epochs, or "
+                    "give a number."
                 )
             steps = self.schedule_steps = dict.fromkeys(totals, max(1, int(total)))
         scheduler = self.lr_scheduler(optimizer, **steps)
@@ -391,7 +381,7 @@ class Classifier(LightningModule):
                     )
 
     def _reschedule(self) -> None:
-        """Advance a continued run's schedule to the current epoch if the schedule is another or longer now."""
+        """Advance a continued run's schedule to the current epoch if the schedule has changed or become longer."""
         trainer: Any = self.trainer
         (optimizer,), earlier, self.earlier_schedule = trainer.optimizers, self.earlier_schedule, None
         if not trainer.lr_scheduler_configs:
@@ -494,8 +484,8 @@ class Classifier(LightningModule):
             return
         if self.class_weights != "balanced":
             raise UserError(
-                f"class_weights has {len(self.loss_weights)} weights, but the network has {outputs} outputs: give one "
-                "weight for each."
+                f"The network has {outputs} outputs, but the length of class_weights is {len(self.loss_weights)}: give "
+                "one weight for each output."
             )
         self.loss_weights = F.pad(self.loss_weights, (0, outputs - len(self.loss_weights)), value=1.0)
 
@@ -551,7 +541,7 @@ def classifier_class(path: str) -> type[Classifier]:
         try:
             found = getattr(importlib.import_module(module), name, None)
         except (ImportError, ValueError) as error:
-            reason = f": {error}" if module else ", give its class path: my_module.MyClassifier"
+            reason = f": {error}" if module else ": give its class path, such as my_module.MyClassifier"
             raise UserError(f"model: there is no class {path}{reason}.") from error
     if found is None:
         raise UserError(f"model: there is no class {path}: {module} has no {name}.")

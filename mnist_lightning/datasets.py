@@ -280,12 +280,13 @@ class ImageFolder(ImageDataModule):
             with self._open(path) as image:
                 if self.channels is None and channels == 1 and image.mode not in GREY:
                     raise UserError(
-                        f"{path} is in color, the first image gray: add --data.channels 3, or 1 to make all gray."
+                        f"{path} is in color, but the first image is gray: add --data.channels 3, or 1 to make all "
+                        "gray."
                     )
                 if self.size is None and image.size != (width, height):
                     raise UserError(
-                        f"{path} has {image.height}x{image.width} pixels, the first image {height}x{width}: set one "
-                        f"size for all, such as --data.size [{height},{width}]"
+                        f"{path} has {image.height}x{image.width} pixels, but the first image has {height}x{width}: "
+                        f"set one size for all, such as --data.size [{height},{width}]"
                     )
                 images[index] = resized(image, (channels, height, width))
         if len(images) > 1 and (images == images[0]).all():
@@ -293,11 +294,6 @@ class ImageFolder(ImageDataModule):
                 f"{self.source}: all {len(images)} {split} images are the same, so nothing can be learned from them."
             )
         return images, np.array([label for _, label in files])
-
-    def from_picture(self, picture: Image.Image, is_sheet: bool = False) -> NDArray[np.uint8]:
-        if picture.mode[0] in "IF":  # load refuses these, too
-            raise PictureError("it has more than 8 bits a channel, which would be cut off")
-        return super().from_picture(picture, is_sheet)
 
     @cached_property
     def _files(self) -> tuple[list[str], dict[str, list[tuple[str, int]]]]:

@@ -94,7 +94,10 @@ def fit(network: Any = None, data: Any = None, *, config: str | Path | None = No
     arguments, objects = words({"config": config, "model.network": network, "data": data}, options)
     for value in objects.values():
         for each in value if isinstance(value, list) else [value]:
-            print(f"{type(each).__name__} is an object, so config.yaml does not hold it: to continue, give it again.")
+            print(
+                f"{type(each).__name__} is an object, so config.yaml does not hold it: to continue the run, give it "
+                "again."
+            )
     with as_function():
         command = FitCLI("fit", arguments, objects=objects)
         if not command.keeps_run:
@@ -126,13 +129,13 @@ class Study(optuna.Study):
         """The newest complete run of the best trial's config: its refit.
 
         Raises:
-            UserError: If no trial was completed, or the best has not been trained anew.
+            UserError: If no trial is complete, or the best has no refit.
         """
         origin = {"study_name": self.study_name, "trial": best_trial(self).number}
         complete = [Run(path.parent) for path in self._logs.glob("*/version_*/test.csv")]
         runs = [run for run in complete if run.config.get("origin") == origin]
         if not runs:
-            raise UserError(f"Trial {origin['trial']} has not been trained anew: give refit=True, or fit(config=…).")
+            raise UserError(f"Trial {origin['trial']} has no refit yet: call tune with refit=True, or fit(config=…).")
         return max(runs, key=lambda run: (run.path / "test.csv").stat().st_mtime)
 
     def runs(self, top: int | None = None) -> list[Run]:
@@ -168,7 +171,7 @@ def tune(
         The study.
 
     Raises:
-        UserError: If an option is wrong, or no trial was completed.
+        UserError: If an option is wrong, or no trial is complete.
         KeyboardInterrupt: If the search was stopped; the same call continues it.
     """
     own = {field.name: options.pop(field.name, None) for field in fields(SearchOptions) if field.name != "search_space"}

@@ -1,4 +1,4 @@
-"""Metrics of a whole epoch: those of torchmetrics by class path, F1 and top-k accuracy by a word."""
+"""Metrics of a whole epoch: those of torchmetrics by class path, F1 and top-k accuracy by a short name."""
 
 import re
 from collections.abc import Sequence
@@ -37,8 +37,8 @@ class EpochMetrics:
             name = metric if isinstance(metric, str) else _name(metric)
             if isinstance(metric, str) and not _is_word(metric):
                 raise UserError(
-                    f"metrics: {metric!r} is none of f1, top3_accuracy, top5_accuracy, ..., nor a class of "
-                    "torchmetrics, which is added as in --model.metrics+=MulticlassRecall."
+                    f"metrics: {metric!r} is not f1, top3_accuracy, top5_accuracy, ... For a class of torchmetrics, "
+                    "use --model.metrics+=MulticlassRecall."
                 )
             if name in (*SUMMED, *self._given):
                 raise UserError(

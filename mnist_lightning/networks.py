@@ -296,8 +296,8 @@ def _per_layer(name: str, values: Any, count: int, what: str) -> Sequence[Any]:
         return [values] * count
     if len(values) != count:
         raise ValueError(
-            f"{name} has {len(values)} values for {count} {what}: give one value for each layer, or a single value "
-            "for all"
+            f"the length of {name} is {len(values)}, but the number of {what} is {count}: give one value for each, or "
+            "a single value for all"
         )
     return values
 

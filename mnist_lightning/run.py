@@ -88,7 +88,7 @@ class Run:
         try:
             return pd.read_csv(self.path / file, index_col=index)
         except FileNotFoundError:
-            raise UserError(f"{self.path} has no {file}: the run was stopped before it was written.") from None
+            raise UserError(f"{self.path} has no {file}: the run was stopped before the file was written.") from None
         except ValueError as error:
             raise UserError(f"{self.path / file} is damaged: {' '.join(str(error).split())}") from error
 

@@ -214,7 +214,7 @@ PRUNER_ARGUMENTS = {
 def test_what_cannot_be_is_refused_in_a_line(tune, tmp_path, row):
     code, _, errors = tune(*f"--{row}".split())
     assert code in (1, 2)
-    errors = errors[errors.index("error: ") :].removesuffix("Options: add --help\n")
+    errors = errors[errors.index("error: ") :].removesuffix("For the options, add --help\n")
     assert REFUSED[row] in errors
     assert len(errors.splitlines()) == 1
     assert not (tmp_path / "here/lightning_logs").exists()

@@ -146,7 +146,7 @@ def test_a_folder_of_any_shape_and_labels_goes_through_all_commands(odd, monkeyp
     options = [f"--data.data_dir={odd}", "--data.batch_size=16", "--model.network.l2=0"]
     code, out, err = in_process(capfd, "fit", *options, "--trainer.max_epochs=6")
     assert code == 0, err
-    assert "the labels 2, 7, 30 to 31 are the network's classes 0 to 3" in out + err
+    assert "the labels are 2, 7, 30, 31; in the network, these are the classes 0 to 3" in out + err
     assert re.search(r"train +images \(240, 1, 12, 20\)", out)
     run = tmp_path / "lightning_logs/baseline/version_0"
     network = yaml.safe_load((run / "config.yaml").read_text())["model"]["network"]["init_args"]
@@ -379,8 +379,11 @@ def test_a_folder_of_validation_images_is_used(tmp_path):
     ("change", "message"),
     [
         (lambda folder: (folder / "red/3.png").write_bytes(b"no image"), r"red/3\.png cannot be read"),
-        (lambda folder: Image.new("L", (5, 5)).save(folder / "red/3.png"), r"5x5 pixels, the first image 8x10: .*size"),
-        (lambda folder: Image.new("RGB", (10, 8)).save(folder / "red/3.png"), "in color, the first image gray"),
+        (
+            lambda folder: Image.new("L", (5, 5)).save(folder / "red/3.png"),
+            r"5x5 pixels, but the first image has 8x10: .*size",
+        ),
+        (lambda folder: Image.new("RGB", (10, 8)).save(folder / "red/3.png"), "in color, but the first image is gray"),
         (lambda folder: Image.new("I;16", (10, 8)).save(folder / "red/3.png"), "more than 8 bits"),
         (lambda folder: (folder / "empty").mkdir(), "empty has no pictures"),
         (lambda folder: (folder / "train").mkdir(), "must have a folder of images for each class"),

@@ -136,7 +136,7 @@ def test_a_run_knows_what_it_has(small, tmp_path, mnist):
     (row,) = runs().to_dict("records")
     assert pd.isna(row["parameters"])
     assert pd.isna(row["test/accuracy"])
-    with pytest.raises(UserError, match="the run was stopped before it was written"):
+    with pytest.raises(UserError, match="the run was stopped before the file was written"):
         run.test  # noqa: B018
     with pytest.raises(UserError, match="has no checkpoint best"):
         run.saved("best")
@@ -182,7 +182,7 @@ def test_a_stopped_training_keeps_its_epochs_and_the_process_goes_on(small, caps
     [
         ({"epochs": 3}, "There is no option epochs: did you mean min_epochs, max_epochs?"),
         ({"zzz": 3}, "There is no option zzz: other options have dots"),
-        ({"max_epochs": "many"}, "trainer.max_epochs: many is none of int, null"),
+        ({"max_epochs": "many"}, "trainer.max_epochs: many is not one of int, null"),
         ({"network": "Nothing"}, "model.network: there is no class Nothing"),
         ({"network": Forgetting(3)}, "model.network: Forgetting does not keep its argument size."),
         ({"network": Misleading()}, "model.network: Misleading does not keep its arguments as attributes"),
@@ -204,7 +204,7 @@ def test_a_network_that_was_trained_is_not_made_anew(small):
         assert '"init_args"' in description[0]
         with torch.no_grad():
             next(network.parameters()).add_(1)
-        with pytest.raises(UserError, match="it has been trained or changed"):
+        with pytest.raises(UserError, match="this one has been trained or changed"):
             fit(network, small())
 
 
@@ -325,7 +325,7 @@ def test_the_command_runs_lists_filters_and_sorts(small, quick, tmp_path, capfd,
     assert "narrow, long" in (shown := quick(tmp_path, "runs", data=False).stdout)
     assert "two epochs, 8 units" in shown
     for options, message in (
-        (["--sort=size"], "--sort size is not a column: name, version, when"),
+        (["--sort=size"], "--sort size is not a column. Columns: name, version, when"),
         (["--filter=epoch > 1"], "--filter epoch > 1: name 'epoch' is not defined."),
         (["--name=three"], "There is no run in lightning_logs that matches."),
         (["--tags=wide"], "There is no run in lightning_logs that matches."),
@@ -350,7 +350,7 @@ def test_runs_are_archived_and_deleted_after_a_question(small, quick, tmp_path, 
     assert len(runs()) == 3
     (logs / "two/version_1/test.csv").unlink()
     output = answer("y\n", "--name=two", "--archive=old")
-    assert re.search(r"Move 2 runs, \d+ files, 0\.\d MB to old\? 1 of them may still be running", output)
+    assert re.search(r"Move 2 runs, \d+ files, 0\.\d MB to old\? Not tested, so perhaps still running: 1\.", output)
     assert [path.name for path in sorted(logs.glob("*/version_*"))] == ["version_0"]
     assert runs("old")["name"].tolist() == ["two", "two"]
     fit(MLP([8]), small(), name="two", max_epochs=1)

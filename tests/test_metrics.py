@@ -178,8 +178,8 @@ def test_names_and_directions():
     [
         (["f1", "f1"], "two metrics have the name f1"),
         ([MulticlassRecall(10), MulticlassRecall(10, average="micro")], "two metrics have the name recall"),
-        (["loss"], "'loss' is none of f1, top3_accuracy"),
-        ("top0_accuracy", "'top0_accuracy' is none of"),
+        (["loss"], "'loss' is not f1, top3_accuracy"),
+        ("top0_accuracy", "'top0_accuracy' is not f1"),
         ([MulticlassConfusionMatrix(10)], r"MulticlassConfusionMatrix is a tensor of shape \(10, 10\), but only a"),
         ([MulticlassF1Score(10, average=None)], r"MulticlassF1Score is a tensor of shape \(10,\), but only a"),
     ],
@@ -369,7 +369,7 @@ def test_a_limit_knows_the_direction_of_its_metric(tune, tmp_path):
     [
         (["--model.metrics+=MulticlassConfusionMatrix"], "only a single number can be logged"),
         (["--model.metrics+=MulticlassROC"], "the result of MulticlassROC is tuple"),
-        (["--model.metrics=accurcy"], "'accurcy' is none of f1"),
+        (["--model.metrics=accurcy"], "'accurcy' is not f1"),
         (["--model.metrics=[f1,f1]"], "two metrics have the name f1"),
         (["--model.metrics=top11_accuracy"], "needs at least 11 classes"),
         (["--model.metrics+=MulticlassRecall", "--model.metrics.averag=macro"], "Option 'averag' is not accepted"),
@@ -377,10 +377,10 @@ def test_a_limit_knows_the_direction_of_its_metric(tune, tmp_path):
             ["--model.metrics+=MulticlassRecall", "--model.metrics.average=foo"],
             "MulticlassRecall: average: foo is",
         ),
-        (["--model.class_weights=[1,2]"], "class_weights has 2 weights, but the network has 10 outputs"),
+        (["--model.class_weights=[1,2]"], "10 outputs, but the length of class_weights is 2"),
         (["--model.class_weights=[1,1,1,1,1,1,1,1,1,-1]"], "must be a finite number that is not negative"),
         (["--model.class_weights=[1,1,1,1,1,1,1,1,1,.nan]"], "must be a finite number"),
-        (["--model.class_weights=equal"], "equal is none of 'balanced', list"),
+        (["--model.class_weights=equal"], "equal is not one of 'balanced', list"),
     ],
 )
 def test_a_mistake_is_told_in_a_line(capfd, data_dir, tmp_path, monkeypatch, options, message):

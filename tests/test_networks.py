@@ -79,8 +79,8 @@ def test_an_mlp_normalizes_before_the_activation_and_drops_pixels():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"units": [5], "dropout": [0.2, 0.2]}, "dropout has 2 values for 1 hidden layers"),
-        ({"units": [5], "l2": [0.1, 0.1]}, "l2 has 2 values"),
+        ({"units": [5], "dropout": [0.2, 0.2]}, "the length of dropout is 2, but the number of hidden layers"),
+        ({"units": [5], "l2": [0.1, 0.1]}, "the length of l2 is 2"),
         ({"units": [5, 0]}, "at least one unit"),
         ({"l2": -0.1}, "a penalty must not be negative"),
         ({"dropout": 1.5}, "dropout 1.5, 1.5: a share must be between 0 and 1"),
@@ -153,7 +153,7 @@ def test_a_convolution_keeps_the_variance_under_relu():
     [
         ({"channels": []}, "there must be at least one stage"),
         ({"channels": [8, 0]}, "at least one channel"),
-        ({"convolutions": [1, 2]}, "convolutions has 2 values for 3 stages"),
+        ({"convolutions": [1, 2]}, "the length of convolutions is 2, but the number of stages"),
         ({"convolutions": 0}, "at least one channel and one convolution"),
         ({"kernel_size": 4}, "only an odd size"),
         ({"l2": -1.0}, "a penalty must not be negative"),

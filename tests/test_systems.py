@@ -57,7 +57,7 @@ def test_all_commands_work_without_what_windows_lacks(data_dir, tmp_path):
     killed.communicate()
     assert psutil.wait_procs(children, timeout=60)[1] == []
     finished = finished_executions(tmp_path)
-    assert "6 completed, 0 pruned, 0 failed" in run(*options)
+    assert "6 complete, 0 pruned, 0 failed" in run(*options)
     assert all(trial.state == TrialState.COMPLETE for trial in load(tmp_path).trials)
     assert all(execution in finished_executions(tmp_path) for execution in finished)
     run("report", "λ", "tuned")

@@ -1,4 +1,4 @@
-"""What this project has of its own: data, a network, a model with another loss, and a metric."""
+"""The project's own data, network, model with another loss, and metric."""
 
 from typing import Any
 

@@ -1,6 +1,6 @@
 """Draw the letters A to Z in many fonts, turned and moved a little: train/A/*.png, ..., test/Z/*.png.
 
-matplotlib brings the fonts, so the pictures are the same everywhere. Those of the test are of other fonts.
+matplotlib brings the fonts, so the pictures are the same everywhere. The test pictures use other fonts.
 """
 
 import argparse

@@ -1,6 +1,5 @@
 """Base of the commands: a LightningCLI whose defaults are the notebook's."""
 
-import importlib
 import json
 import logging
 import re
@@ -9,6 +8,7 @@ import warnings
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
+from pkgutil import resolve_name
 from types import MappingProxyType
 from typing import Any
 
@@ -69,7 +69,7 @@ FINDERS = (BatchSizeFinder, LearningRateFinder)
 
 
 class RunCLI(LightningCLI):
-    """Parses the options of a command and builds data module, model and trainer from them.
+    """Parse the options of a command and build data module, model and trainer from them.
 
     A command is a subclass with its own options and a :meth:`run` method.
 
@@ -147,7 +147,7 @@ class RunCLI(LightningCLI):
         rank_zero_print(line)
 
     def add_core_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """Add the options of the trainer, the model and the data, and a key for a model's class of the user's own."""
+        """Add the options of the trainer, the model and the data, and a key for the class of the user's own model."""
         if self.model_class is not Classifier:
             path = f"{self.model_class.__module__}.{self.model_class.__qualname__}"
             parser.add_argument("--model.class_path", type=str, default=path, help="Class of the model.")
@@ -185,7 +185,7 @@ class RunCLI(LightningCLI):
             seed = self.config.seed_everything = secrets.randbelow(2**32)
             self.say(f"Seed: --seed_everything {seed}, drawn for this run")
         if not 0 <= seed < 2**32:
-            raise UserError(f"seed_everything {seed} is not from 0 to 2^32 - 1.")
+            raise UserError(f"seed_everything {seed} must be from 0 to 2^32 - 1.")
         self.use_finders()
         trainer = self.config.trainer
         if str(trainer.precision).startswith("bf16") and has_bf16(trainer.accelerator) is False:
@@ -223,11 +223,13 @@ class RunCLI(LightningCLI):
             UserError: If the checkpoint cannot be used.
         """
         if not path.is_file():
-            raise UserError(f"No checkpoint at {path}; `last` and `best` mean those of the newest run.")
+            raise UserError(
+                f"There is no checkpoint at {path}. Give another path, or last or best for that of the newest run."
+            )
         self.saved = SavedRun.read(path)
         found = self.saved.model_class
         if self.named not in (None, found):
-            raise UserError(f"{path} was trained by {found.__name__}, not {self.named.__name__}: leave out --model.")
+            raise UserError(f"{path} holds a {found.__name__}, not a {self.named.__name__}: leave out --model.")
         if found is not self.model_class:  # the parser has the options of another class
             self.model_class = self._model_class = found
             self.setup_parser(False, self.parser_kwargs, {})
@@ -248,7 +250,7 @@ class RunCLI(LightningCLI):
         self.parser.exit_on_error = True
         for key, value in model.items():
             if given.get(key, value) != value:
-                self.say(f"The checkpoint's model.{key} is used, not the one given: {value}")
+                self.say(f"model.{key} is {value}, as in the checkpoint: the given value is not used")
 
     def _check_paths(self, checkpoint: Path, paths: dict[str, str]) -> None:
         """Check that a checkpoint from elsewhere, which may be untrusted, makes nothing write outside the new run.
@@ -268,14 +270,14 @@ class RunCLI(LightningCLI):
     def use_finders(self) -> None:
         """Remove Lightning's BatchSizeFinder and LearningRateFinder, which only a new training needs."""
         for finder in self.take_finders():
-            self.say(f"{get_class(finder.class_path).__name__} is not used: it needs a new training.")
+            self.say(f"{resolve_name(finder.class_path).__name__} is not used: it needs a new training.")
             return
 
     def take_finders(self) -> list[Namespace]:
         """Remove Lightning's finders from the callbacks and return them."""
         trainer = self.config.trainer
         given = trainer.callbacks if isinstance(trainer.callbacks, list) else [trainer.callbacks]
-        finders = [each for each in given if each and get_class(each.class_path) in FINDERS]
+        finders = [each for each in given if each and resolve_name(each.class_path) in FINDERS]
         if finders:
             trainer.callbacks = [each for each in given if each not in finders] or None
         return finders
@@ -500,16 +502,9 @@ def chosen_classes(config: Any, option: str = "") -> dict[type, str]:
             found |= chosen_classes(each, option)
     elif isinstance(config, dict):
         with suppress(ImportError, AttributeError, KeyError, ValueError):
-            found[get_class(config["class_path"])] = option
+            found[resolve_name(config["class_path"])] = option
         for key, value in config.items():
             found |= chosen_classes(value, option if key == "init_args" else f"{option}.{key}".lstrip("."))
-    return found
-
-
-def get_class(path: str) -> type:
-    """Return the class of a class path."""
-    module, _, name = path.rpartition(".")
-    found: type = getattr(importlib.import_module(module), name)
     return found
 
 

@@ -10,7 +10,7 @@ from mnist_lightning.system.errors import UserError
 
 
 class EvaluateCLI(RunCLI):
-    """Evaluates a checkpoint, by default the last of the newest run."""
+    """Evaluate a checkpoint, by default the last of the newest run."""
 
     default_checkpoint = "last"
 

@@ -7,6 +7,7 @@ import tempfile
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
+from pkgutil import resolve_name
 from typing import Any
 
 import torch
@@ -22,7 +23,7 @@ from lightning.pytorch.utilities.model_summary import get_human_readable_count, 
 from lightning.pytorch.utilities.seed import isolate_rng
 
 from mnist_lightning.classifier import SCHEDULE, Classifier
-from mnist_lightning.commands.cli import TRAINING_OPTIONS, RunCLI, add_method_options, add_training_options, get_class
+from mnist_lightning.commands.cli import TRAINING_OPTIONS, RunCLI, add_method_options, add_training_options
 from mnist_lightning.system.console import command_line, format_table, rank_zero_print, shorten_middle, show_status
 from mnist_lightning.system.errors import UserError, library_errors
 from mnist_lightning.system.files import write_csv
@@ -96,7 +97,7 @@ class FitCLI(RunCLI):
             super().use_finders()
             return
         for finder in self.take_finders():
-            kind = get_class(finder.class_path)
+            kind = resolve_name(finder.class_path)
             if str(trainer.devices) != "1":
                 raise UserError(
                     f"{kind.__name__} works on one device: run it with --trainer.devices 1, then give the found value."
@@ -106,7 +107,7 @@ class FitCLI(RunCLI):
             if found is None:
                 rank_zero_print(f"{kind.__name__} found nothing in so few steps: {option} stays {self.config[key]}.")
             else:
-                rank_zero_print(f"{kind.__name__} found {option} {found:.4g}: the run continues with it.")
+                rank_zero_print(f"{kind.__name__} found {option} {found:.4g}: the run uses it.")
                 self.config[key] = found
 
     def find(self, kind: type, arguments: dict[str, Any]) -> tuple[str, float | None]:
@@ -137,7 +138,8 @@ class FitCLI(RunCLI):
                 if images.shape != (2, *shape):
                     raise UserError(
                         f"--data.augmentation {type(augment).__name__} makes images of shape {tuple(images.shape)} "
-                        f"(batch, channels, height, width) from a batch of shape {(2, *shape)}."
+                        f"(batch, channels, height, width) from a batch of shape {(2, *shape)}: use one that keeps "
+                        "the shape."
                     )
 
     @property
@@ -253,7 +255,9 @@ class FitCLI(RunCLI):
         if self.run_dir is not None:
             write_csv(self.run_dir / "test.csv", [{"weights": name, **metrics} for name, metrics in rows.items()])
         if not all(math.isfinite(value) for metrics in rows.values() for value in metrics.values()):
-            rank_zero_print("The training has diverged: some weights are not finite. A smaller learning rate may help.")
+            rank_zero_print(
+                "The training has diverged: some test metrics are not finite. A lower learning rate may help."
+            )
         titles = ["weights after the", *(name.replace("/", " ").replace("_", " ") for name in results)]
         cells = [[weights, *(f"{value:.4f}" for value in metrics.values())] for weights, metrics in rows.items()]
         show_status("")
@@ -261,7 +265,7 @@ class FitCLI(RunCLI):
 
 
 def describe_layers(model: Classifier) -> str:
-    """Return a table of the network's layers, of 80 columns or less, and a line with their sums."""
+    """Return a table of the network's layers, at most 80 columns wide, and a line with their sums."""
     summary = summarize(model, max_depth=2)
     names = [shorten_middle(name, 28) for name in summary.layer_names]
     types = [shorten_middle(name, 16) for name in summary.layer_types]

@@ -147,7 +147,7 @@ def _arguments(value: Any, name: str) -> dict[str, Any]:
     """Return the arguments that an object was made with: its attributes of the same names, or its ``hparams``.
 
     Raises:
-        UserError: If an argument is not among them.
+        UserError: If neither has an argument.
     """
     made = type(value)
     known = {**getattr(value, "hparams", {}), **vars(value)}
@@ -158,7 +158,8 @@ def _arguments(value: Any, name: str) -> dict[str, Any]:
         if parameter.name not in known and not hasattr(value, parameter.name):
             raise UserError(
                 f"{name}: {made.__name__} does not keep its argument {parameter.name}. Give the class and its "
-                f"arguments instead, functools.partial({made.__name__}, ...), or keep it as self.{parameter.name}."
+                f"arguments instead, functools.partial({made.__name__}, ...), or keep the argument as "
+                f"self.{parameter.name}."
             )
         arguments[parameter.name] = known.get(parameter.name, getattr(value, parameter.name, None))
     return arguments
@@ -186,6 +187,6 @@ def _check_unchanged(value: nn.Module, arguments: Mapping[str, Any], name: str) 
     ]
     if states[0] != states[1]:
         raise UserError(
-            f"{name}: a run makes a new {made} from its arguments, and this one differs from that: it has been trained "
-            f"or changed. Give functools.partial({made}, ...), or to continue a run, its checkpoint: ckpt_path."
+            f"{name}: a run makes a new {made} from the arguments, but this one has been trained or changed since. "
+            f"Give functools.partial({made}, ...) or, to continue a run, ckpt_path."
         )

@@ -1,4 +1,4 @@
-"""``--model``: which class the model is; its arguments stay in the keys of the Classifier's own."""
+"""``--model``: the class of the model; its arguments share the keys of the Classifier's."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""The command line's parser: errors in one line, checked files, corrections of jsonargparse.
+"""The command line's parser: errors in one line, checked files, corrections to jsonargparse.
 
 The corrections wrap private functions of jsonargparse (4.53). They apply only within :func:`patched_jsonargparse`,
 which every command enters, so importing the package does not affect other programs.
@@ -69,7 +69,7 @@ typed: set[str] = set()
 
 
 class Parser(LightningArgumentParser):
-    """Reports an error in one line instead of a page of usage.
+    """Report an error in one line instead of a page of usage.
 
     Attributes:
         typed: The options of the last command line, without their dashes.
@@ -328,7 +328,7 @@ def shorten(message: str) -> str:
             if not re.match(r"Expected a (<class|typing.Literal)|Does not validate", error)
         ]
         reason = re.sub(rf"{of_class}|\. Got value: Namespace\(.*", "", reasons[0]) if reasons else ""
-        text = f"{text[: match.start()]}{value} is none of {types}{f' ({reason})' if reason else ''}"
+        text = f"{text[: match.start()]}{value} is not one of {types}{f' ({reason})' if reason else ''}"
     text = re.sub(r"\. Got value: Namespace\(.*", "", text)
     text = re.sub(r"Expected a dot import path string: (\S+)", r"there is no class \1", text)
     text = re.sub(r"<class '([\w.]+)'>", r"\1", text)

@@ -42,7 +42,10 @@ class PredictCLI(RunCLI):
             "--output", type=str, default="predictions.csv", help="CSV file to write; it must not exist yet."
         )
         parser.add_argument(
-            "--images", type=str, nargs="+", help="Pictures to predict instead: files, folders or patterns."
+            "--images",
+            type=str,
+            nargs="+",
+            help="Pictures to predict instead of the test images: files, folders or patterns.",
         )
         parser.add_argument("--sheet", action="store_true", help="Whether each picture has many digits to cut out.")
         parser.add_argument(
@@ -93,7 +96,7 @@ class PredictCLI(RunCLI):
         table.insert(1, "predicted", names[probabilities.argmax(dim=1)])
         with atomic_write(output, overwrite=False) as partial:
             table.to_csv(partial, index_label="index", encoding="utf-8")
-        print(f"{len(table)} predictions in {output}")
+        print(f"{len(table)} prediction{'s' * (len(table) != 1)} in {output}")
 
     def predict_pictures(self, output: Path) -> None:
         """Write and print class, probability and runner-up of each picture, and draw it as the network sees it."""
@@ -117,7 +120,9 @@ class PredictCLI(RunCLI):
             Image.fromarray(pixels).save(partial, "PNG")
         limit = f" (the first {SHOWN})" if len(rows) > SHOWN else ""
         left_out = f", {skipped} left out" if skipped else ""
-        print(f"{len(rows)} predictions{left_out}: {output}\nWhat the network sees{limit}: {sheet}")
+        print(
+            f"{len(rows)} prediction{'s' * (len(rows) != 1)}{left_out}: {output}\nWhat the network sees{limit}: {sheet}"
+        )
 
     def print_rows(self, rows: Sequence[dict[str, Any]]) -> None:
         """Print the answers as a table, the doubtful ones with a question mark."""
@@ -132,7 +137,7 @@ class PredictCLI(RunCLI):
         for row, line in zip(rows, lines, strict=True):
             print(colored(line, "yellow") if _is_doubtful(row) else line)
         if count := sum(map(_is_doubtful, rows)):
-            print(f"? marks the probabilities below {DOUBTFUL}: {count} of {len(rows)} answers are doubtful")
+            print(f"? marks answers with a probability below {DOUBTFUL}: {count} of {len(rows)}")
 
     def read_pictures(self) -> tuple[list[tuple[str, int]], NDArray[np.uint8], int]:
         """Read the pictures, and report which are left out and why.
@@ -157,7 +162,7 @@ class PredictCLI(RunCLI):
             if remark:
                 print(f"{path}: {remark}", file=sys.stderr)
             if self.datamodule.placing and not self.config.sheet and (count := count_characters(picture)) > 1:
-                things = "digits" if all(name.isdigit() for name in self.datamodule.classes) else "objects"
+                things = "digits" if all(name.isdigit() for name in self.datamodule.classes) else "characters"
                 print(f"{path} seems to hold {count} {things}: try --sheet", file=sys.stderr)
             file = str(path).encode(errors="backslashreplace").decode()  # a name may not be valid UTF-8
             places += [(file, number + 1) for number in range(len(found))]

@@ -29,11 +29,15 @@ def main(command: str, description: str, arguments: list[str]) -> None:
                 ) from error
         if options.sort:
             if options.sort not in table:
-                raise UserError(f"--sort {options.sort} is not a column: {', '.join(map(str, table))}.")
+                raise UserError(f"--sort {options.sort} is not a column. Columns: {', '.join(map(str, table))}.")
             table = table.sort_values(options.sort, ascending=options.ascending)
         if table.empty:
             is_all = not (options.name or options.tags or options.filter)
-            remedy = "yet. Start one: python -m mnist_lightning fit" if is_all else "that matches."
+            remedy = (
+                "yet. Start one: python -m mnist_lightning fit"
+                if is_all
+                else "that matches: change --name, --tags or --filter."
+            )
             raise UserError(f"There is no run in {options.logs} {remedy}")
         shown = table.drop(columns=[label for label in ("tags", "notes") if not table[label].any()])
         print(shown.to_string(index=False, na_rep="-", float_format="{:.4f}".format))
@@ -60,7 +64,7 @@ def clear(folders: list[Path], archive: Path | None) -> None:
     files = [path for folder in folders for path in folder.rglob("*") if path.is_file()]
     size = sum(path.stat().st_size for path in files) / 1e6
     untested = sum(not (folder / "test.csv").is_file() for folder in folders)
-    warning = f" {untested} of them may still be running: they were not tested." if untested else ""
+    warning = f" Not tested, so perhaps still running: {untested}." if untested else ""
     what = f"{len(folders)} run{'s' if len(folders) > 1 else ''}, {len(files)} files, {size:.1f} MB"
     question = f"\n{'Move' if archive else 'Delete'} {what}{f' to {archive}' if archive else ''}?{warning} [y/N] "
     print(question, end="", flush=True)
@@ -86,8 +90,8 @@ def parse(command: str, description: str, arguments: list[str]) -> argparse.Name
     parser.add_argument("--ascending", action="store_true", help="sort smallest first")
     parser.add_argument("--logs", type=Path, default=Path("lightning_logs"), help="(default: lightning_logs)")
     action = parser.add_mutually_exclusive_group()
-    action.add_argument("--delete", action="store_true", help="delete the listed runs, after a question")
+    action.add_argument("--delete", action="store_true", help="delete the listed runs, after asking")
     action.add_argument(
-        "--archive", type=Path, metavar="FOLDER", help="move the listed runs here, after a question; --logs lists them"
+        "--archive", type=Path, metavar="FOLDER", help="move the listed runs here, after asking; --logs lists them"
     )
     return parser.parse_args(arguments)

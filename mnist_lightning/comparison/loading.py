@@ -61,10 +61,10 @@ def find_runs(name: str, pattern: str) -> list[Path]:
     ]
     left_out = ", ".join(str(path) for path in matches if path not in complete)
     if not complete:
-        remedy = f"; without a checkpoint, or stopped early: {left_out}" if left_out else ""
+        remedy = f" (incomplete: {left_out})" if left_out else ""
         raise UserError(f"{name}: no complete run matches {pattern}{remedy}.")
     if left_out:
-        print(f"{name}: left out, without a checkpoint or stopped early: {left_out}\n")
+        print(f"{name}: incomplete runs are left out: {left_out}\n")
     return complete
 
 
@@ -80,7 +80,10 @@ def load_study(name: str | None, storage: str | None, logs: Path, models: Sequen
     if study is None:
         source = hide_password(source)
         if name is None and storage is None:
-            print(f"{origins[found].name} is from study {found}, which is not in {source}. Show it: --storage URL\n")
+            print(
+                f"{origins[found].name} is from study {found}, which is not in {source}. To show the study, add "
+                "--storage URL\n"
+            )
             return None
         raise UserError(f"There is no study {found} in {source}.")
     if not study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,)):

@@ -281,7 +281,7 @@ if (data.gallery) {
       const isRight = model.predicted[i] === labels[i];
       return element("div", {}, swatch(m), ` ${model.name}: `, element("b", { className: isRight ? "right" : "wrong", textContent: `${says(model, i)} ${isRight ? "✓" : "✗"}` }));
     }));
-    const choices = [[-1, "the image alone"], ...data.models.map((model, m) => [m, `why ${model.name} errs`])].filter(([m]) => m < 0 || explained[m] >= 0);
+    const choices = [[-1, "the image alone"], ...data.models.map((model, m) => [m, `why ${model.name} is wrong`])].filter(([m]) => m < 0 || explained[m] >= 0);
     if (choices.length > 1)
       byId("card-said").append(element("p", {}, ...choices.map(([m, name]) => {
         const radio = element("input", { type: "radio", name: "evidence", checked: m === whose });

@@ -60,7 +60,7 @@ def write(
         print(f"{report.quantities.rename_axis(None).to_string()}\n")
     print("\n".join([*report.verdict, *report.notes]))
     if report.commands:
-        print("\nTo train three more seeds of each, and to compare all:\n  " + "\n  ".join(report.commands))
+        print("\nTo train three more seeds of each model, and to compare all runs:\n  " + "\n  ".join(report.commands))
     print(f"\nReport: {output / 'report.html'}")
     report.path = (output / "report.html").absolute()
     return report
@@ -145,7 +145,7 @@ def _keep_others(old: Path, new: Path) -> None:
     for path in old.rglob("*"):
         name = path.relative_to(old)
         is_of_report = str(name) in ("report.html", "report.json", "comparison.csv", "trials.csv") or (
-            (name.parent, name.suffix) == (Path("figures"), ".png") or str(name).startswith("events.out.tfevents.")
+            (name.parent, name.suffix) == (Path("figures"), ".png")
         )
         if path.is_dir():
             (new / name).mkdir(exist_ok=True)

@@ -101,7 +101,7 @@ def classes(models: Sequence[Model]) -> Section:
 def calibration_and_cost(models: Sequence[Model]) -> Section:
     """Return the calibration of the probabilities, and accuracy against size and time."""
     text = (
-        "A well-calibrated model gets 90 % right of the images that it is 90 % sure of. The calibration error is the "
+        "A well-calibrated model gets right 90 % of the images that it is 90 % sure of. The calibration error is the "
         "mean distance from this ideal."
     )
     errors = [(model.name, model.test.calibration_error) for model in models]
@@ -141,7 +141,7 @@ def all_numbers(report: Report) -> Section:
         )
     if others := [model.name for model in models if not have_same("val", models[0].runs[0], model.runs[0])]:
         text += (
-            f" {' and '.join(others)} had other validation images than {models[0].name}: the test metrics can be "
+            f" {' and '.join(others)} had different validation images from {models[0].name}: the test metrics can be "
             "compared, the validation metrics cannot."
         )
     table = report.quantities.rename(index=in_words)
@@ -167,11 +167,15 @@ def study(report: Report) -> list[Section]:
         table = table.copy()
         table.insert(0, "front", ["yes" if number in front else "" for number in table.index])
         several = (
-            f"{len(front)} trials are on the Pareto front: no other trial beats them in every metric. "
+            f"On the Pareto front, no other trial dominates: {len(front)} of {len(table)}. "
             f"Scores, history and importances are for {metrics_of(study)[0].name}."
         )
     cut = f"The table has the best {TRIALS} of {len(table)} trials; trials.csv has all." if len(table) > TRIALS else ""
-    few = f"{len(table)} trials are too few to tell which parameters matter." if len(table) < ENOUGH_TRIALS else ""
+    few = (
+        f"It takes {ENOUGH_TRIALS} complete trials to tell which hyper-parameters matter."
+        if len(table) < ENOUGH_TRIALS
+        else ""
+    )
     text = " ".join(filter(None, [several, few, cut]))
     shares = {short_key(key): share for key, share in importances(study).items()}
     data = {"importances": shares, "metric": metrics_of(study)[0].name, "parameters": len(searched(study))}

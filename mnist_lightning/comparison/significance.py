@@ -87,7 +87,7 @@ def holm(p_values: Sequence[float]) -> list[float]:
 
 
 def compare(
-    first: NDArray[np.bool_], second: NDArray[np.bool_], level: float = 0.95, samples: int = 10_000, seed: int = 0
+    first: NDArray[np.bool_], second: NDArray[np.bool_], level: float = 0.95, samples: int = 10_000
 ) -> Comparison:
     """Compare which images two classifiers get right.
 
@@ -99,14 +99,13 @@ def compare(
         second: Whether the second classifier is right, of shape (n,).
         level: Confidence level of the interval.
         samples: Number of bootstrap samples.
-        seed: Seed of the bootstrap.
     """
     count = len(first)
     corrected, broken = int((second & ~first).sum()), int((first & ~second).sum())
     p_value = float(stats.binomtest(corrected, corrected + broken).pvalue) if corrected + broken else 1.0
     # in n images drawn with replacement, the counts of corrected, broken and other images are multinomial
     shares = np.array([corrected, broken, count - corrected - broken]) / count
-    drawn = np.random.default_rng(seed).multinomial(count, shares, samples)
+    drawn = np.random.default_rng(0).multinomial(count, shares, samples)
     low, high = np.quantile((drawn[:, 0] - drawn[:, 1]) / count, [(1 - level) / 2, (1 + level) / 2])
     return Comparison((corrected - broken) / count, (float(low), float(high)), corrected, broken, p_value, p_value)
 
@@ -204,13 +203,19 @@ def verdict(
     """
     numbers = (
         f"of {count:,} images, {name} corrects {comparison.corrected} that {other} gets wrong and breaks "
-        f"{comparison.broken} that it gets right (exact McNemar test: {_format_p(comparison, models)})"
+        f"{comparison.broken} that {other} gets right (exact McNemar test: {_format_p(comparison, models)})"
     )
     seeds = comparison.seeds
     if seeds is None:
         text = f"{_judge(name, other, comparison, 'test accuracy', 'chance')}: {numbers}."
         for weights, found in (again or {}).items():
-            word = "no difference" if found.adjusted_p_value >= 0.05 else "better" if found.difference > 0 else "worse"
+            word = (
+                "no clear difference"
+                if found.adjusted_p_value >= 0.05
+                else "better"
+                if found.difference > 0
+                else "worse"
+            )
             text += f" With {weights}: {word} ({100 * found.difference:+.2f} points, {_format_p(found, models)})."
         return text
     sides = [
@@ -219,7 +224,7 @@ def verdict(
     ]
     return (
         f"{_judge(name, other, seeds, 'mean test accuracy', 'the luck of seeds')}: {sides[1]} against {sides[0]} "
-        f"(Welch's t-test: {_format_p(seeds, models)}). Of the first runs, {numbers}."
+        f"(Welch's t-test: {_format_p(seeds, models)}). In the first runs, {numbers}."
     )
 
 
@@ -229,10 +234,10 @@ def _judge(name: str, other: str, found: Comparison | Seeds, what: str, luck: st
         word = "better" if points > 0 else "worse"
         low, high = (low, high) if points > 0 else (-high, -low)
         size = f"{abs(points):.2f} points of {what} (95 % interval {low:.2f} to {high:.2f})"
-        who = "" if isinstance(found, Seeds) else "In these trainings, "
+        who = "" if isinstance(found, Seeds) else "In these runs, "
         return f"{who}{name} is {word} than {other} by {size}"
     size = f"{points:+.2f} points of {what} (95 % interval {low:+.2f} to {high:+.2f})"
-    return f"No difference between {name} and {other} can be told from {luck}: {size}"
+    return f"The difference between {name} and {other} cannot be told from {luck}: {size}"
 
 
 def _format_p(found: Comparison | Seeds, models: int) -> str:

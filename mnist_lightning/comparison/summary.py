@@ -41,7 +41,7 @@ class Report:
 
     Attributes:
         verdict: A comparison of each model with the first, or the accuracy of a single model; empty for a study alone.
-        notes: Advice how to settle it, and remarks on the study.
+        notes: Advice on how to settle it, and remarks on the study.
         commands: Commands that train more seeds, if each model has one run.
         path: Path of the page, once it is written.
         quantities: A table of the models: a row for each quantity, as text.
@@ -186,7 +186,7 @@ def _advise(models: Sequence[Model], comparisons: dict[str, Comparison]) -> list
             deviation, source = max(map(statistics.stdev, several)), "as those of these runs do"
         sentences = []
         if not found.seeds:
-            sentences.append(f"With other seeds, {models[0].name} and {model.name} may compare otherwise.")
+            sentences.append(f"With other seeds, {models[0].name} and {model.name} may compare differently.")
         if difference := (found.seeds or found).difference:
             needed = seeds_needed(difference, deviation)
             sentences.append(
@@ -216,7 +216,7 @@ def _more_seeds(models: Sequence[Model]) -> list[str]:
 
 
 def _describe_refits(models: Sequence[Model], study: optuna.Study) -> list[str]:
-    """Say what the value of a trial came to when its settings were trained anew."""
+    """Say what the value of a trial came to when its settings were trained again."""
     metric, trials = metrics_of(study)[0], {trial.number: trial for trial in study.get_trials(deepcopy=False)}
     lines = []
     for model in models:
@@ -226,8 +226,9 @@ def _describe_refits(models: Sequence[Model], study: optuna.Study) -> list[str]:
         if trial is not None and trial.values and values:
             lines.append(
                 f"{model.name} is trial {trial.number} of study {study.study_name}: its {metric.name} of "
-                f"{trial.values[0]:.4f} was chosen from {len(ranked_trials(study))} values that vary by chance; its "
-                f"settings, trained anew for {len(values)} epochs, came to {metric.best(values):.4f}."
+                f"{trial.values[0]:.4f} was the choice among {len(ranked_trials(study))}, so chance played a part; its "
+                f"settings, trained again for {len(values)} epoch{'s' * (len(values) != 1)}, came to "
+                f"{metric.best(values):.4f}."
             )
     return lines
 

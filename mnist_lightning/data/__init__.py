@@ -1,4 +1,4 @@
-"""Data modules: split, scale, augment and serve images from memory; MNIST is inside."""
+"""Data modules: split, scale, augment and serve images from memory; MNIST is included."""
 
 import hashlib
 import re
@@ -89,12 +89,13 @@ class Split(Dataset[Batch]):
 class TensorBatchSampler(BatchSampler):
     """A ``BatchSampler`` that yields the indices of a batch as a tensor: one slice instead of 64 numbers in turn.
 
+    A single index that is left over joins the batch before it: batch normalization cannot train on one image.
+
     Args:
         sampler: Yields the indices of an epoch.
         batch_size: Number of indices in a batch.
         drop_last: Whether to leave out a last, smaller batch.
         device: Device of the data; all indices of an epoch are sent there in one transfer.
-        join_single: Whether to add a single last index to the batch before it.
     """
 
     def __init__(
@@ -103,18 +104,16 @@ class TensorBatchSampler(BatchSampler):
         batch_size: int,
         drop_last: bool = False,
         device: torch.device | None = None,
-        join_single: bool = False,
     ) -> None:
         super().__init__(sampler, batch_size, drop_last)
         self.device = device
-        self.join_single = join_single
 
     def __len__(self) -> int:
         return super().__len__() - self._joins()
 
     def _joins(self) -> bool:
         count = len(self.sampler)  # type: ignore[arg-type]
-        return self.join_single and count > 1 and count % self.batch_size == 1
+        return not self.drop_last and count > 1 and count % self.batch_size == 1
 
     def __iter__(self) -> Iterator[Tensor]:  # type: ignore[override]
         """Return an iterator over index tensors of shape (batch,), in the order of the sampler."""
@@ -129,7 +128,7 @@ class TensorBatchSampler(BatchSampler):
 
 
 class ImageDataModule(LightningDataModule):
-    """Labeled images, held in memory: training images, validation images (by default their tail) and test images.
+    """Labeled images, held in memory: training images, validation images (by default the end of these) and test images.
 
     Your own data set is a subclass with a method :meth:`load`. The network gets the size of the images and the number
     of classes from the data module.
@@ -299,7 +298,9 @@ class ImageDataModule(LightningDataModule):
                 validation = images[split:], labels[split:]
                 images, labels = images[:split], labels[:split]
             if not min(len(labels), len(validation[1])):
-                raise UserError(f"{self.source}: there are too few training images to split.")
+                raise UserError(
+                    f"{self.source}: there are too few training images to split: add some, or change --data.val_split."
+                )
             if (missing := lacks(labels, validation[1])) is not None:
                 raise UserError(
                     f"{self.source}: class {self.classes[missing]} has validation images, but no training images."
@@ -336,7 +337,7 @@ class ImageDataModule(LightningDataModule):
         """Return a line that describes the loaded data."""
         parts = [f"Data: {self.source}", "standardized" if self.standardize else "scaled to [0, 1]"]
         if self.val is not None:
-            of = "each class's training images" if self.is_split_by_class else "training images"
+            of = "each class's training images" if self.is_split_by_class else "the training images"
             held_out = f"{self.val_split:.4g} of {of} held out"
             parts.append(f"{'its own images' if self.has_own_val else held_out} for validation")
         augmentation = ", ".join(type(each).__name__ for each in self.augmentation)
@@ -357,7 +358,7 @@ class ImageDataModule(LightningDataModule):
         trained, own = [*state_dict["classes"]], self._own_classes or self.classes
         if unknown := [name for name in own if name not in trained]:
             raise UserError(
-                f"{self.source} has a class {unknown[0]}, but the checkpoint's network is for {', '.join(trained)}."
+                f"{self.source} has the class {unknown[0]}, but the checkpoint's network is for {', '.join(trained)}."
             )
         if trained != self.classes:
             self._trained_classes = trained
@@ -382,34 +383,8 @@ class ImageDataModule(LightningDataModule):
     def train_dataloader(self) -> DataLoader[Batch]:
         """Return the training batches, reshuffled in every epoch; Lightning distributes them among devices."""
         train = self._on_device(self.train)
-        sampler = TensorBatchSampler(
-            RandomSampler(train), self.batch_size, device=train.images.device, join_single=self._joins_single()
-        )
+        sampler = TensorBatchSampler(RandomSampler(train), self.batch_size, device=train.images.device)
         return DataLoader(train, batch_sampler=sampler, collate_fn=_identity)
-
-    def _joins_single(self) -> bool:
-        """Return whether there would be a training batch of one image that the network cannot take.
-
-        Raises:
-            UserError: If there is no other batch to which the image can be added.
-        """
-        assert self.train is not None
-        share = -(-len(self.train) // getattr(self.trainer, "world_size", 1))
-        if self.batch_size > 1 and share % self.batch_size != 1:
-            return False
-        needs_two = getattr(getattr(self.trainer, "lightning_module", None), "needs_two_images", None)
-        if needs_two is None or not needs_two():
-            return False
-        if self.batch_size == 1 or share == 1:
-            raise UserError(
-                "The network has batch normalization, which cannot train on batches of one image: increase "
-                f"--data.batch_size (now {self.batch_size}), or use another normalization."
-            )
-        rank_zero_print(
-            "The last training batch would have one image, which batch normalization cannot take: the image is added "
-            "to the batch before it."
-        )
-        return True
 
     def val_dataloader(self) -> DataLoader[Batch]:
         """Return the validation batches, in order."""
@@ -484,7 +459,8 @@ class ImageDataModule(LightningDataModule):
         if numbers != [*range(len(numbers))]:
             if split == "train":
                 rank_zero_print(
-                    f"{self.source}: the labels {_ranges(numbers)} are the network's classes 0 to {len(numbers) - 1}"
+                    f"{self.source}: the labels are {', '.join(map(str, numbers))}; in the network, these are the "
+                    f"classes 0 to {len(numbers) - 1}"
                 )
             labels = torch.searchsorted(torch.tensor(numbers), labels)
         return images, self._as_trained(labels)
@@ -599,17 +575,6 @@ def _statistics(images: Tensor) -> tuple[Tensor, Tensor]:
         stds.append(values.std(correction=0).clamp(min=1e-7))
     mean, std = (torch.stack(values).float().view(-1, 1, 1) for values in (means, stds))
     return mean, std
-
-
-def _ranges(numbers: Sequence[int]) -> str:
-    """Return sorted numbers in words, such as ``1 to 26`` or ``0, 3 to 5``."""
-    parts: list[list[int]] = []
-    for number in numbers:
-        if parts and number == parts[-1][-1] + 1:
-            parts[-1].append(number)
-        else:
-            parts.append([number])
-    return ", ".join(f"{part[0]} to {part[-1]}" if len(part) > 1 else str(part[0]) for part in parts)
 
 
 def _identity(batch: Any) -> Any:

@@ -19,7 +19,7 @@ MD5 = {
 """MNIST's four files and the MD5 of their unpacked bytes, as published with the database."""
 
 MAX_BYTES = 2**30
-"""Most bytes read from a file, whatever its header says: 1.3 million images of 28x28 pixels."""
+"""The most bytes read from a file, whatever its header says: 1.3 million images of 28x28 pixels."""
 
 
 def find_idx(folders: Sequence[Path], name: str) -> Path | None:

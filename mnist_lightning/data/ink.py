@@ -17,7 +17,7 @@ TINY = 20
 """Pixels on the longer side that are too few to tell ink from uneven light, so light is assumed to be even."""
 
 LINE, SLOPES = 0.015, np.linspace(-0.1, 0.1, 81)
-"""Most width of the lines of ruled paper, as a share of the picture's longer side, and the slopes that are tried."""
+"""The largest width of the lines of ruled paper, as a share of the picture's longer side, and the slopes to try."""
 
 SHADOW = 0.18, 0.14
 """Widths of discs that fit into a shadow but not into a stroke, as shares of the longer side; tried in turn."""

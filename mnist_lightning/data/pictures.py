@@ -1,4 +1,4 @@
-"""Pictures of one's own: find them, read them, and resize them to the form of a data set."""
+"""Your own pictures: find, read and resize them to the form of a data set."""
 
 import os
 import warnings
@@ -15,7 +15,7 @@ SIDE = 1200
 """Pictures whose longer side has at least twice as many pixels are reduced to more than this."""
 
 PIXELS = 25_000_000
-"""Most pixels of a picture, so none takes 180 MB to decode. JPEG can be decoded at a smaller size."""
+"""The most pixels of a picture, so none takes 180 MB to decode. JPEG can be decoded at a smaller size."""
 
 FRUGAL = ("JPEG", "MPO", "PNG", "TIFF", "GIF", "BMP")
 """Formats that take at most seven bytes a pixel; others (WebP, JPEG 2000) take up to 19, and may have a quarter."""

@@ -1,8 +1,5 @@
 """``export``: write the network of a run for other programs, or as a page to draw on."""
 
-import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -14,7 +11,7 @@ from mnist_lightning.deployment import formats
 from mnist_lightning.deployment.page import write_page
 from mnist_lightning.system.console import rank_zero_print
 from mnist_lightning.system.errors import UserError
-from mnist_lightning.system.files import place
+from mnist_lightning.system.files import atomic_write
 from mnist_lightning.training.runs import newest_result
 from mnist_lightning.training.saved_run import check_finite, outputs
 
@@ -46,6 +43,8 @@ class ExportCLI(RunCLI):
         for option, path in (("output", output), ("page", page)):
             if path is not None and path.exists():
                 raise UserError(f"{path} exists and is not overwritten: choose another --{option}.")
+            if path is not None:
+                path.parent.mkdir(parents=True, exist_ok=True)
         form = None if output is None else formats.format_of(output)
         checkpoint, data, classifier = self.config.ckpt_path, self.datamodule, self.model.eval()
         data.setup("test")
@@ -64,7 +63,7 @@ class ExportCLI(RunCLI):
     def write_file(self, path: Path, form: formats.Format, expected: Tensor) -> None:
         """Write a file for other programs, if it predicts what the checkpoint predicts."""
         data, checkpoint = self.datamodule, self.config.ckpt_path
-        with _new_file(path) as partial:
+        with atomic_write(path, overwrite=False) as partial:
             program = formats.exported(self.model.network, data)
             form.write(program, formats.metadata(data, expected, checkpoint), partial)
             difference = formats.compare(expected, formats.predict(form.read(partial), data), form.checker)
@@ -76,19 +75,9 @@ class ExportCLI(RunCLI):
     def write_page(self, path: Path, expected: Tensor) -> None:
         """Write a page to draw on."""
         html, weights = write_page(self.model.network, self.datamodule, expected)
-        with _new_file(path) as partial:
+        with atomic_write(path, overwrite=False) as partial:
             partial.write_text(html, encoding="utf-8")
         rank_zero_print(f"{path}: {path.stat().st_size / 2**10:,.0f} KiB, {weights} Open it in a browser.")
-
-
-@contextmanager
-def _new_file(path: Path) -> Iterator[Path]:
-    """Yield a temporary path with the same suffix; the file there becomes ``path``, unless an error is raised."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=".export-", dir=path.parent) as folder:
-        partial = Path(folder, path.name)
-        yield partial
-        place(partial, path)
 
 
 main = ExportCLI.main

@@ -122,7 +122,7 @@ def compare(expected: Tensor, found: Tensor, what: str, tolerance: float = TOLER
     labels = int((expected.argmax(dim=1) != found.argmax(dim=1)).sum())
     if labels or not difference <= tolerance:  # also refuses NaN
         raise UserError(
-            f"Nothing is written: {what} gives {labels} of {len(expected)} test images another label than the "
+            f"Nothing is written: {what} gives {labels} of {len(expected)} test images a different label from the "
             f"checkpoint, and probabilities differ by up to {difference:.1e}, more than rounding ({tolerance:.0e})."
         )
     return difference
@@ -138,7 +138,7 @@ def write_onnx(program: ExportedProgram, metadata: dict[str, str], path: Path) -
         while cause.__cause__ is not None:
             cause = cause.__cause__
         reason = str(cause).strip().partition("\n")[0]
-        raise UserError(f"ONNX does not support this network: {reason} Use .pt2.") from error
+        raise UserError(f"ONNX does not support this network: {reason.rstrip('.')}. Use a .pt2 file.") from error
     assert onnx is not None
     onnx.model.metadata_props.update(metadata)
     onnx.save(path, external_data=False)  # weights inside the file

@@ -80,8 +80,9 @@ class SearchOptions:
     """Options of ``tune``.
 
     Args:
-        search_space: From each key of this config (for an item of a list, its index) to class path and arguments of the
-            Optuna distribution of its values. A key may lack its first parts, as long as one key ends so: lr, units.0.
+        search_space: Maps each key of this config (for an item of a list, its index) to class path and arguments of the
+            Optuna distribution of its values. A key may omit its first parts, as long as only one key ends that way:
+            lr, units.0.
         metric: A trial's value is this metric at its best epoch, averaged over the trial's executions. To search for
             several metrics, repeat the option: the others are taken at the best epoch of the first. parameters, flops
             and seconds are also metrics.
@@ -95,19 +96,19 @@ class SearchOptions:
         timeout: Time after which no trial starts, such as 90 (seconds), 30m, 2h or 1d; all commands that share the
             study at the same time use that of the first.
         finish_trials: Whether running trials finish when the time is up; otherwise they are re-queued.
-        executions_per_trial: Trainings of a trial, with the seeds seed_everything, seed_everything + 1, ...
+        executions_per_trial: Executions of a trial, with the seeds seed_everything, seed_everything + 1, ...
         study_name: Name of the study, and of its folder in lightning_logs.
         storage: Path of a journal file or URL of an Optuna storage; by default journal.log in the study's folder.
         workers: Number of processes, each of which trains one trial at a time; by default one per GPU or, without a
             GPU, one per CPU core.
         grace_period: Seconds after which other machines take over the trials of a machine that has vanished.
-        enqueue_baseline: Whether to run the config's own values as a trial, in a new study as the first one.
+        enqueue_baseline: Whether to run the config's own values as a trial; in a new study, as the first.
         enqueue: YAML file with a list of trials to run first. Each is a mapping from keys of the search space to
             values, or a config such as best.yaml; missing values are drawn.
         like: Name of another study, in lightning_logs or the storage: the values of its best trial are run first.
         keep_checkpoints: Whether to keep the weights of the best trial, as checkpoints of its executions.
-        trial: Take this trial of the study, instead of continuing the search and taking the best.
-        refit: Whether to train the best config again at the end, as an ordinary run.
+        trial: Trial to take, instead of continuing the search and taking the best.
+        refit: Whether to train the best trial's config again at the end, as an ordinary run.
         refit_epochs: Epochs of the refit, unless trainer.max_epochs was searched.
     """
 
@@ -199,7 +200,9 @@ def _metrics(
             f"Each metric needs one direction: metric is {', '.join(names)}, direction {', '.join(map(str, given))}."
         )
     if names[0] in COMPUTED:
-        raise UserError(f"The first metric determines the best epoch, which {names[0]} cannot: give it later.")
+        raise UserError(
+            f"The first metric determines the best epoch, which {names[0]} cannot: give another metric first."
+        )
     return [Metric(name, direction or known(name)) for name, direction in zip(names, given, strict=True)]
 
 
@@ -234,7 +237,7 @@ def show(run: SearchCLI) -> None:
     if study is None:
         raise UserError(f"There is no study {name} in {hide_password(source)}.")
     if not isinstance(study.user_attrs.get("settings"), dict):
-        raise UserError(f"The study {name} was not made by tune.")
+        raise UserError(f"The study {name} was not made by tune. Use another --study_name.")
     _print_results(study, run.config.limits)
 
 
@@ -274,14 +277,17 @@ def tune(run: SearchCLI, command: str, interrupt: Interrupt) -> Study:
         sys.exit(130)
     if chosen is None:
         failed = [trial for trial in study.trials if "error" in trial.user_attrs]
-        reason = f" The first failed: {failed[0].user_attrs['error']}" if failed else ""
-        raise UserError(f"No trial was completed, so there is nothing to refit.{reason}")
+        reason = f" The first failure: {failed[0].user_attrs['error']}" if failed else ""
+        raise UserError(f"No trial is complete, so there is nothing to refit.{reason}")
     if options.refit:
         # several commands that share a study end at the same time: only one refits
         finished = [t for t in study.get_trials(deepcopy=False) if t.datetime_complete is not None and is_counted(t)]
         last = TrialRecord.of(max(finished, key=lambda trial: (trial.datetime_complete, trial.number))).owner
         if pool is not None and last not in pool.names:
-            print(f"Refit: left to the command of {last}, which finished the last trial. Run this one again to do it.")
+            print(
+                f"Refit: left to the command of {last}, which finished the last trial. Run this command again to do it "
+                "here."
+            )
         else:
             _refit(*chosen, run)
     return study
@@ -328,14 +334,14 @@ def _enqueue(study: Study, first: Iterable[tuple[str, dict[str, Any]]], n_trials
         if has_trial_with(study, params):
             continue
         if count >= n_trials:
-            print(f"{source}: skipped, the study has its {count} trials. --n_trials {count + 1} makes room")
+            print(f"{source}: left out, because the study is full. --n_trials {count + 1} makes room")
         else:
             study.enqueue_trial(params)
 
 
 def _print_ways_to_look(search: Search, logs: Path) -> None:
     storage = ["--storage", search.options.storage] if search.options.storage else []
-    print("While it runs, elsewhere:")
+    print("To watch the search from another terminal:")
     print(f"  {command_line('tune', '--show', '--study_name', search.options.study_name, *storage)}")
     print(f"  tensorboard --logdir {shlex.quote(str(logs))}")
     if not search.storage.startswith("grpc://"):  # the dashboard reads only journals and databases
@@ -378,7 +384,8 @@ def _first_trials(run: SearchCLI, space: SearchSpace, base: dict[str, Any]) -> l
         params = params_of(found, space, source)
         if values.keys() <= space.keys() and (ignored := values.keys() - params.keys()):
             raise UserError(
-                f"{source}: {', '.join(ignored)} is not drawn with the other values. Leave it out, or change those."
+                f"{source} has keys that are not drawn with the other values: {', '.join(ignored)}. Leave them out, or "
+                "change the other values."
             )
         if params:
             trials.append((source, params))
@@ -395,7 +402,7 @@ def _best_of(name: str, run: SearchCLI, space: SearchSpace) -> dict[str, Any]:
     values = {key: best[key] for key in space if key in best and in_distribution(best[key], space[key])}
     values = params_of(values, space, "")  # drop keys whose conditions no longer hold
     if left := sorted(best.keys() - values.keys()):
-        print(f"like {name}: {', '.join(map(short_key, left))} not taken: not in this search space")
+        print(f"like {name}: left out, as this search space lacks them: {', '.join(map(short_key, left))}")
     return values
 
 
@@ -417,7 +424,7 @@ def _read_trials(path: str, space: SearchSpace, base: dict[str, Any]) -> Iterato
                 raise UserError(f"{source} has two values for one key.")
             item = dict(zip(named, item.values(), strict=True))
             if unknown := item.keys() - space.keys():
-                raise UserError(f"{source}: {', '.join(unknown)} is not searched.")
+                raise UserError(f"{source} has keys that are not searched: {', '.join(unknown)}.")
         yield source, item
 
 
@@ -485,7 +492,7 @@ def _settings(config: dict[str, Any], digest: str | None) -> dict[str, Any]:
 def _print_results(study: Study, limits: dict[str, float]) -> None:
     trials = study.get_trials(deepcopy=False)
     complete = [trial for trial in trials if trial.state == TrialState.COMPLETE]
-    states = [("completed", TrialState.COMPLETE), ("pruned", TrialState.PRUNED), ("failed", TrialState.FAIL)]
+    states = [("complete", TrialState.COMPLETE), ("pruned", TrialState.PRUNED), ("failed", TrialState.FAIL)]
     numbers = [f"{sum(t.state == state and is_counted(t) for t in trials)} {name}" for name, state in states]
     unfinished = [("running", TrialState.RUNNING), ("waiting", TrialState.WAITING)]
     counts = [(sum(t.state == state for t in trials), name) for name, state in unfinished]
@@ -498,7 +505,7 @@ def _print_results(study: Study, limits: dict[str, float]) -> None:
     if len(study.directions) > 1:
         front = {str(trial.number) for trial in pareto_front(study)}
         table = table[table["trial"].isin(front)]
-        print(f"Pareto front: {len(table)} trials, which no other trial dominates")
+        print(f"Pareto front, which no other trial dominates: {len(table)} of {len(complete)} trials")
     print(table.head(10 if len(study.directions) == 1 else 30).to_string(index=False))
     limits = limits or study.user_attrs.get("limits", {})
     best = best_trial(study, limits)

@@ -140,8 +140,8 @@ class Pool:
         self._early_deaths = 0 if trials else self._early_deaths + 1
         if self._early_deaths == ATTEMPTS:
             raise UserError(
-                f"{ATTEMPTS} workers died before they started a trial, the last with exit code {code}. "
-                f"Is there enough memory for {len(self._workers) + 1} workers?"
+                f"{ATTEMPTS} workers died before they started a trial, the last with exit code {code}. Is there enough "
+                "memory? Try fewer --workers."
             )
 
     def _show_progress(self) -> None:

@@ -1,4 +1,4 @@
-"""Imports for Python's fork server, which ends with its parent meanwhile."""
+"""Imports for Python's fork server, which ends with its parent even while it imports."""
 
 import os
 import threading

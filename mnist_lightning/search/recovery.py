@@ -54,7 +54,7 @@ def _start_time(pid: int) -> str | None:
 
 
 class Recovery:
-    """Puts the running trials of dead processes back into the queue of a study.
+    """Put  the running trials of dead processes back into the queue of a study.
 
     Processes on this machine are looked up. Commands on other machines change the ``heartbeat`` of their workers'
     trials. Sweeps without a change are counted, not seconds, so clocks need not agree, and an outage of the storage

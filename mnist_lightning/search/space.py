@@ -337,13 +337,6 @@ def _order(key: str) -> tuple[int, int]:
     return {"class_path": 0, "length": 1}.get(last, 2), int(last) if last.isdigit() else 0
 
 
-def max_epochs(space: SearchSpace, base: dict[str, Any]) -> Any:
-    """Return the epochs of the longest execution."""
-    epochs = space.get("trainer.max_epochs")
-    is_base = epochs is None or "trainer.max_epochs" in space.conditions
-    return max([*(bounds(epochs) if epochs else []), *([base["trainer"]["max_epochs"]] if is_base else [])])
-
-
 def bounds(distribution: BaseDistribution) -> list[Any]:
     """Return the lowest and the highest value of a distribution, or all of its choices."""
     if isinstance(distribution, CategoricalDistribution):

@@ -105,7 +105,7 @@ def open_study(
     if found is None and not study.get_trials(deepcopy=False):
         study.set_user_attr("settings", own)
     elif not isinstance(found, dict):
-        raise UserError(f"The study {name} was not made by tune. Take another --study_name.")
+        raise UserError(f"The study {name} was not made by tune. Use another --study_name.")
     elif differences := _differences(found, own, defaults):
         raise UserError(
             f"The study {name} has other settings: {'; '.join(differences)}. "
@@ -141,7 +141,7 @@ def check_study(study: Study, space: SearchSpace | None = None) -> None:
 
     Args:
         study: The study, which need not be from ``tune``: missing attributes are not checked.
-        space: The study's search space, if known: each completed trial must have values for all of it.
+        space: The study's search space, if known: each complete trial must have values for all of it.
 
     Raises:
         UserError: If the contents are not as ``tune`` writes them.
@@ -166,14 +166,14 @@ def _damage(what: str) -> Iterator[None]:
         yield
     except (AttributeError, KeyError, OverflowError, TypeError, ValueError) as error:
         reason = shorten(str(error) if isinstance(error, ValueError) else repr(error))
-        raise UserError(f"{what} is damaged or was not made by tune: {reason}. Take another study.") from error
+        raise UserError(f"{what} is damaged or was not made by tune: {reason}. Use another --study_name.") from error
 
 
 def _check_trial(trial: FrozenTrial, n_values: int) -> None:
     if trial.state == TrialState.COMPLETE:
         check_finite(trial.values)
         if len(trial.values) != n_values:
-            raise ValueError(f"it has {len(trial.values)} values of {n_values} metrics")
+            raise ValueError(f"the number of its values is {len(trial.values)}, not {n_values}")
     for step, value in trial.intermediate_values.items():
         index(step)
         value + 0.0
@@ -232,7 +232,7 @@ def best_trial(study: Study, limits: Mapping[str, float] | None = None) -> Froze
         limits: From the name of a metric to the worst allowed value; by default the limits of the last search command.
 
     Raises:
-        UserError: If no completed trial is within the limits.
+        UserError: If no complete trial is within the limits.
     """
     metrics, limits = metrics_of(study), study.user_attrs.get("limits", {}) if limits is None else limits
     check_limits(limits)
@@ -240,9 +240,11 @@ def best_trial(study: Study, limits: Mapping[str, float] | None = None) -> Froze
     if limits:
         limited = limited_metrics(limits, metrics, study.user_attrs.get("directions", {}))
         trials = [trial for trial in trials if _is_within(trial, metrics, limits, limited)]
+    if not trials and not limits:
+        raise UserError(f"The study {study.study_name} has no complete trial.")
     if not trials:
         raise UserError(
-            f"No completed trial is within {', '.join(f'{name} {limit:g}' for name, limit in limits.items())}: "
+            f"No complete trial is within {', '.join(f'{name} {limit:g}' for name, limit in limits.items())}: "
             "change --limits, or choose a trial with --trial N."
         )
 
@@ -253,7 +255,7 @@ def best_trial(study: Study, limits: Mapping[str, float] | None = None) -> Froze
 
 
 def pareto_front(study: Study) -> list[FrozenTrial]:
-    """Return the completed trials that no other trial dominates; limits are ignored, since they may change."""
+    """Return the complete trials that no other trial dominates; limits are ignored, since they may change."""
     trials = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
     signs = [metric.sign for metric in metrics_of(study)]
     values = [[sign * value for sign, value in zip(signs, trial.values, strict=True)] for trial in trials]
@@ -287,7 +289,7 @@ def limited_values(executions: Iterable[Mapping[str, Any]], limits: Iterable[str
 
 
 def ranked_trials(study: Study) -> list[FrozenTrial]:
-    """Return the completed trials, those with the best first metric first; limits are ignored."""
+    """Return the complete trials, those with the best first metric first; limits are ignored."""
     trials, metric = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,)), metrics_of(study)[0]
     return sorted(trials, key=lambda trial: -metric.sign * trial.values[0])
 
@@ -300,7 +302,7 @@ def format_value(value: float) -> str:
 def importances(study: Study) -> dict[str, float]:
     """Return the importance of each parameter that all trials have (fANOVA) for the first metric, largest first.
 
-    It is empty for fewer than :data:`ENOUGH_TRIALS` completed trials, and if their values are all the same.
+    It is empty for fewer than :data:`ENOUGH_TRIALS` complete trials, and if their values are all the same.
     """
     trials = ranked_trials(study)
     if len(trials) < ENOUGH_TRIALS or len({trial.values[0] for trial in trials}) == 1:
@@ -310,7 +312,7 @@ def importances(study: Study) -> dict[str, float]:
 
 
 def trial_numbers(study: Study) -> "pd.DataFrame":
-    """Return a table of the completed trials, best first: number, values, scores of the executions, parameters."""
+    """Return a table of the complete trials, best first: number, values, scores of the executions, parameters."""
     import pandas as pd  # slow to import
 
     names = [metric.name for metric in metrics_of(study)]
@@ -388,6 +390,4 @@ def is_complete(study: Study, n_trials: int) -> bool:
 def has_room(study: Study, n_trials: int) -> bool:
     """Return whether a trial is waiting or can be added."""
     trials = study.get_trials(deepcopy=False)
-    if len(trials) < n_trials:
-        return True
     return sum(map(is_counted, trials)) < n_trials or any(trial.state == TrialState.WAITING for trial in trials)

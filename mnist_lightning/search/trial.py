@@ -33,7 +33,7 @@ from mnist_lightning.networks import count_parameters
 from mnist_lightning.search.record import Direction, Metric, TrialRecord, is_counted, limited_metrics, ordinal
 from mnist_lightning.search.recovery import ATTEMPTS, process_name
 from mnist_lightning.search.sampler import draw, make_sampler
-from mnist_lightning.search.space import SearchSpace, config_with, instantiate, max_epochs
+from mnist_lightning.search.space import SearchSpace, bounds, config_with, instantiate
 from mnist_lightning.search.study import best_trial, has_room, is_time_up, limited_values
 from mnist_lightning.system.errors import UserError
 from mnist_lightning.system.files import write_csv
@@ -80,7 +80,9 @@ class Search:
     @property
     def epochs(self) -> int:
         """The epochs of the longest execution."""
-        return int(max_epochs(self.space, self.base))
+        epochs = self.space.get("trainer.max_epochs")
+        is_base = epochs is None or "trainer.max_epochs" in self.space.conditions
+        return int(max([*(bounds(epochs) if epochs else []), *([self.base["trainer"]["max_epochs"]] * is_base)]))
 
     def lock(self) -> FileLock:
         """Return a lock that one worker on this machine can hold.
@@ -89,7 +91,7 @@ class Search:
             FileNotFoundError: If the study's folder was moved or deleted; the lock would create it again.
         """
         if not self.folder.is_dir():
-            raise FileNotFoundError(f"{self.folder} was moved or deleted while its study was searched.")
+            raise FileNotFoundError(f"{self.folder} was moved or deleted while the search ran.")
         return FileLock(self.folder / ".lock")
 
     @property

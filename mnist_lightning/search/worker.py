@@ -144,7 +144,10 @@ def _work(search: "Search", device: str | None, connection: "Connection[str, Non
             run_trials(search, storage)
     except Exception as error:  # a fault of the machine, such as a full disk
         reason = describe_os_error(error) if isinstance(error, OSError) else str(error) or repr(error)
-        connection.send(f"{reason}. Finished work is kept: fix the problem, then run the command again.")
+        advice = (
+            "" if "Finished work is kept" in reason else " Finished work is kept: fix the problem, then run it again."
+        )
+        connection.send(f"{reason.rstrip('.')}.{advice}")
         sys.exit(1)
 
 

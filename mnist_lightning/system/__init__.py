@@ -1,1 +1,1 @@
-"""Errors, notes, files and signals: nothing of it knows about learning."""
+"""Errors, notes, files and signals: nothing here knows about machine learning."""

@@ -1,4 +1,4 @@
-"""Errors that a user can mend, told in one line."""
+"""Errors that a user can fix, told in one line."""
 
 import os
 import re
@@ -49,13 +49,13 @@ def user_errors() -> Iterator[None]:
         if not is_for_users(error):
             raise
         if isinstance(error, OptionError):
-            print(f"{_error()} {error}\nOptions: add --help", file=sys.stderr)
+            print(f"{_error()} {error}\nFor the options, add --help", file=sys.stderr)
             sys.exit(2)
         sys.exit(f"{_error()} {describe_os_error(error) if isinstance(error, OSError) else one_line(error)}")
 
 
 def _error() -> str:
-    """Return the word in front of an error, for a terminal in red, after removing the line that shows what runs."""
+    """Return the word in front of an error, for a terminal in red, after removing the status line."""
     show_status("")
     return colored("error:", "red", sys.stderr)
 
@@ -86,7 +86,7 @@ def library_errors(folder: Path | None = None, options: Mapping[type, str] = Map
         path = (folder or Path(tempfile.mkdtemp(prefix="mnist_lightning-"))) / "traceback.txt"
         with suppress(OSError):
             path.write_text("".join(traceback.format_exception(error)), encoding="utf-8")
-        sys.exit(f"{_error()} {explain(error, options)}. The traceback is in {path}")
+        sys.exit(f"{_error()} {explain(error, options).rstrip('.')}. The traceback is in {path}")
 
 
 def is_from_user_code(error: BaseException) -> bool:

@@ -23,13 +23,14 @@ def atomic_write(path: Path, overwrite: bool = True) -> Iterator[Path]:
         OSError: If the file cannot be written; an existing file is not changed.
         UserError: If the file exists and must not be replaced.
     """
-    partial = path.with_name(f".{path.name[:100]}.{secrets.token_hex(4)}.partial")  # unique for each writer
+    # unique for each writer; some writers look at the suffix
+    partial = path.with_name(f".{path.stem[:100]}.{secrets.token_hex(4)}.partial{path.suffix}")
     try:
         yield partial
         if overwrite:
             _replace(partial, path)
         else:
-            place(partial, path)
+            _place(partial, path)
     except OSError as error:
         raise OSError(error.errno, error.strerror, str(path)) from error  # on a full disk, the name is missing
     finally:
@@ -46,7 +47,7 @@ def _replace(source: Path, target: Path) -> None:
     source.replace(target)
 
 
-def place(source: Path, target: Path) -> None:
+def _place(source: Path, target: Path) -> None:
     """Rename a file, unless the new name exists.
 
     Raises:
@@ -56,7 +57,9 @@ def place(source: Path, target: Path) -> None:
         target.hardlink_to(source)  # atomic: no second writer can interfere
         source.unlink()
     except FileExistsError as error:
-        raise UserError(f"{target} exists and is not overwritten: another command wrote it meanwhile.") from error
+        raise UserError(
+            f"{target} exists and is not overwritten: another command has written it in the meantime."
+        ) from error
     except OSError:  # a file system without links
         if target.exists():
             raise UserError(f"{target} exists and is not overwritten.") from None

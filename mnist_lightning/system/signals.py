@@ -1,4 +1,4 @@
-"""Handle SIGINT (Ctrl-C), SIGTERM and SIGHUP, also several at once."""
+"""Handle SIGINT (Ctrl-C), SIGTERM and SIGHUP, even several at once."""
 
 import math
 import os

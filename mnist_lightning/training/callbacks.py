@@ -30,7 +30,7 @@ OF_EPOCHS = {"train/loss", "val/loss", "test/loss"}
 """Metrics that are logged together with all others of an epoch."""
 
 SHOWN_EPOCHS = 10
-"""Most epochs with a confusion matrix in TensorBoard, which shows ten pictures of a name."""
+"""The most epochs with a confusion matrix in TensorBoard, which shows ten pictures of a name."""
 
 COMPARED = ("max_epochs", "precision", "accumulate_grad_batches", "gradient_clip_val", "limit_train_batches")
 """Keys of the trainer that TensorBoard's page "HParams" has."""
@@ -95,7 +95,8 @@ class Figures(Callback):
         with isolate_rng():  # augmentation draws, and a continued run must not draw more often
             images, _ = data.train.__getitems__(indices)
         names = [data.classes[label] for label in data.train.labels[: len(indices)]]
-        self._show(trainer, "samples", figures.sample_grid(figures.pictures(images), names), trainer.loggers)
+        grid = figures.image_grid(figures.pictures(images), names, columns=5, title="training images")
+        self._show(trainer, "samples", grid, trainer.loggers)
         for logger in _tensorboards(trainer):
             # evaluation mode does not use the random state
             network: Any = copy.deepcopy(pl_module.network)
@@ -106,7 +107,7 @@ class Figures(Callback):
 
     @rank_zero_only
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Draw the curves at most once a minute, for a run that is killed."""
+        """Draw the curves at most once a minute, in case the run is killed."""
         if time.monotonic() - self._drawn_at > 60:
             self._draw_curves(trainer)
 

@@ -187,7 +187,7 @@ class RunCheckpoint(ModelCheckpoint):
         """
         if self._done_batches:
             raise UserError(
-                f"{self._resumed_from} was written inside an epoch, after {self._done_batches} batches, so the run "
+                f"{self._resumed_from} was written inside an epoch, after batch {self._done_batches}, so the run "
                 "cannot be continued exactly. Use a checkpoint from an epoch's end, or start a new run."
             )
 
@@ -307,7 +307,9 @@ class RunCheckpoint(ModelCheckpoint):
             score = {"best_k_models": {str(new): state_dict["best_model_score"]}, "last_model_path": ""}
             super().load_state_dict({**state_dict, **moved, **score, "dirpath": self.dirpath})
         elif state_dict["best_model_path"]:
-            reason = "is of a later epoch" if epoch_of_best < math.inf else "is damaged" if old.is_file() else "is gone"
+            reason = (
+                "is from a later epoch" if epoch_of_best < math.inf else "is damaged" if old.is_file() else "is gone"
+            )
             rank_zero_warn(f"{old} {reason}: only epochs from here on can become the best epoch.")
 
     def _set_random_state(self, states: list[dict[str, Any]]) -> None:
@@ -315,8 +317,8 @@ class RunCheckpoint(ModelCheckpoint):
         rank, size = (torch.distributed.get_rank(), torch.distributed.get_world_size()) if is_distributed else (0, 1)
         if len(states) != size:
             rank_zero_warn(
-                f"The checkpoint is from {len(states)} processes, this run has {size}: it continues, but not with "
-                "identical results."
+                f"This run has another number of processes ({size}) than its checkpoint ({len(states)}): its results "
+                "will not be identical."
             )
             return
         state = states[rank]

@@ -147,16 +147,6 @@ def mosaic(images: NDArray[Any], columns: int) -> NDArray[Any]:
     return cells.swapaxes(1, 2).reshape(rows * height, columns * width, *channels)
 
 
-def sample_grid(images: NDArray[Any], labels: Sequence[str]) -> Figure:
-    """Draw the first 25 images in five rows, each under its label.
-
-    Args:
-        images: Images from :func:`pictures`.
-        labels: Names of their classes.
-    """
-    return image_grid(images[:25], labels[:25], columns=5, title="training images")
-
-
 def predictions(images: NDArray[Any], labels: Sequence[str], predicted: Sequence[str]) -> Figure:
     """Draw the first ten images in two rows, each under its prediction: green if it is right, red if it is wrong.
 

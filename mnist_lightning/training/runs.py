@@ -78,7 +78,7 @@ def newest_result(logs: Path, kind: str) -> Path:
         if newest := newest_file(path for path in complete if path.is_file()):
             return newest
     raise UserError(
-        f"No run tuned or baseline in {logs} is complete. Train one with `{PROG} fit`, "
+        f"There is no complete tuned or baseline run in {logs}. Train one with `{PROG} fit`, "
         "or name another with --name or --ckpt_path."
     )
 

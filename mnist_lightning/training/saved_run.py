@@ -1,4 +1,4 @@
-"""A run as a checkpoint holds it; nothing else opens a checkpoint."""
+"""A run as a checkpoint holds it; no other module opens a checkpoint."""
 
 import traceback
 import zipfile
@@ -216,8 +216,8 @@ def check_finite(probabilities: Tensor, path: Any) -> None:
     """
     if not probabilities.isfinite().all():
         raise UserError(
-            f"{path} has diverged: its probabilities are not numbers, so nothing is written. Train with a lower "
-            "learning rate, or use the best.ckpt of an earlier epoch."
+            f"The training of {path} has diverged: its probabilities are not numbers, so nothing is written. Train "
+            "with a lower learning rate, or use the best.ckpt of an earlier epoch."
         )
 
 

@@ -572,7 +572,7 @@ def test_a_checkpoint_brings_its_network(quick, monkeypatch, capfd, data_dir, tm
         "--trainer.logger=false", "--model.network.units=[9,9]", "--data.batch_size=60",
     )  # fmt: skip
     assert code == 0, err
-    assert "The checkpoint's model.network is used, not the one given" in out
+    assert "as in the checkpoint: the given value is not used" in out
     for line in ("data.batch_size 60: the run had 50", "trainer.max_epochs 2: the run had 1"):
         assert f"Continuing with {line}" in out
     assert out.count("Continuing with") == 3  # the third is the logger
@@ -745,7 +745,7 @@ def test_a_run_is_evaluated_on_its_own_data(quick, monkeypatch, capfd, data_dir,
     code, out, err = in_process(capfd, "validate", path)
     assert code == 0, err
     assert f"Data: MNIST in {data_dir}" in out
-    assert "0.4 of training images held out" in out
+    assert "0.4 of the training images held out" in out
     accuracy = float(re.search(r"val/accuracy\s+(\S+)", out)[1])
     assert accuracy == pytest.approx(float(row["val/accuracy"]))
     code, out, err = in_process(capfd, "predict", path)
@@ -753,7 +753,7 @@ def test_a_run_is_evaluated_on_its_own_data(quick, monkeypatch, capfd, data_dir,
     assert len(pd.read_csv("predictions.csv")) == 300  # the size of the small data set
     code, out, err = in_process(capfd, "validate", path, "--data.data_dir=null", "--data.val_split=0.1")
     assert code == 0, err
-    assert "Data: MNIST, scaled to [0, 1], 0.1 of training images" in out
+    assert "Data: MNIST, scaled to [0, 1], 0.1 of the training images" in out
 
 
 # --- mistakes -----------------------------------------------------------------------------------------------
@@ -768,11 +768,11 @@ def damaged(path: Path, content: bytes) -> str:
     ("arguments", "message"),
     [
         (["--nope=3"], "unrecognized arguments: --nope=3"),
-        (["--trainer.max_epochs=many"], "trainer.max_epochs: many is none of int, null"),
+        (["--trainer.max_epochs=many"], "trainer.max_epochs: many is not one of int, null"),
         (["--data.batch_size=0"], "data.batch_size: Not of type PositiveInt: 0"),
         (["--data.batch_size=x"], "error: data.batch_size: "),
         (["--data.val_split=1"], "error: data.val_split: "),
-        (["--model.lr_interval=batch"], "error: model.lr_interval: batch is none of 'epoch', 'step', null"),
+        (["--model.lr_interval=batch"], "error: model.lr_interval: batch is not one of 'epoch', 'step', null"),
         (["--model.network=Foo"], "error: model.network: there is no class Foo"),
         (["--model.network.units=x"], "error: model.network.units: Expected a Sequence. Got value: x"),
         (["--model.optimizer.lr=fast"], "error: model.optimizer.lr: Expected a float. Got value: fast"),
@@ -782,7 +782,7 @@ def damaged(path: Path, content: bytes) -> str:
         (["--model.network=Nope"], "Nope"),
         (
             ["--model.network.units=[5]", "--model.network.dropout=[0.2,0.2]"],
-            "dropout has 2 values for 1 hidden layers",
+            "the length of dropout is 2, but the number of hidden layers",
         ),
         (["--model.network.activation=relu"], "activation 'relu' is not an activation in torch.nn; try ReLU"),
         (["--model.optimizer=KerasSGD", "--model.optimizer.lr=-1"], "Invalid learning rate: -1"),
@@ -799,7 +799,7 @@ def damaged(path: Path, content: bytes) -> str:
             "T_max of the lr_scheduler cannot be -1",
         ),
         (["--data.data_dir=/nowhere"], "/nowhere has no file train-images-idx3-ubyte"),
-        (["--ckpt_path=none.ckpt"], "No checkpoint at none.ckpt"),
+        (["--ckpt_path=none.ckpt"], "There is no checkpoint at none.ckpt"),
         (["--ckpt_path=last"], "has a last.ckpt. Train one with"),
         (["--ckpt_path={truncated}"], "truncated.ckpt cannot be used: it is damaged or not a checkpoint"),
         (["--ckpt_path={text}"], "text.ckpt cannot be used: it is damaged or not a checkpoint"),
@@ -1022,7 +1022,7 @@ def test_a_training_that_ended_inside_an_epoch_is_evaluated_but_not_continued(qu
     quick(tmp_path, "fit", f"--ckpt_path={run_of(tmp_path, 'baseline') / 'checkpoints/last.ckpt'}", "--name=evaluated")
     assert (run_of(tmp_path, "evaluated") / "test.csv").is_file()
     code, _, error = in_process(capfd, "fit", "--ckpt_path=last", "--trainer.max_steps=60")
-    assert (code, "last.ckpt was written inside an epoch, after 4 batches" in error) == (1, True)
+    assert (code, "last.ckpt was written inside an epoch, after batch 4" in error) == (1, True)
     assert len(list((tmp_path / "lightning_logs/baseline").iterdir())) == 1
 
 
@@ -1055,7 +1055,7 @@ def test_what_a_finder_finds_is_in_the_config(quick, tmp_path, finders, found):
     }
     assert {name for name in values if values[name] != {"lr": 0.001, "batch_size": 8}[name]} == found
     for name in found:
-        assert f".{name} {values[name]:.4g}: the run continues with it." in out
+        assert f".{name} {values[name]:.4g}: the run uses it." in out
     assert {path.name for path in tmp_path.iterdir()} == {"lightning_logs"}
     quick(tmp_path, "fit", f"--config={run_of(tmp_path, 'baseline') / 'config.yaml'}", "--name=again")
     assert rows(run_of(tmp_path, "again")) == rows(run_of(tmp_path, "baseline"))

@@ -159,7 +159,7 @@ def mutated(content, generator):
         (b"trainer: 5", "trainer"),
         (b"name: !!binary aGVsbG8=", "error: name: "),
         (b"num_threads: 99999999999999999999", "error: num_threads: "),
-        (b"seed_everything: -5", "seed_everything -5 is not from 0"),
+        (b"seed_everything: -5", "seed_everything -5 must be from 0"),
     ],
     ids=lambda value: value[:12] if isinstance(value, bytes) else "",
 )  # fmt: skip
@@ -281,7 +281,7 @@ def test_an_option_has_a_value_or_is_refused(tune_with, option):
         code, error = tune_with(**{option: value})
         assert code in (0, 1, 2)
         assert code == 0 or error.startswith("error: "), (value, error)
-        assert len(error.removesuffix("\nOptions: add --help\n").splitlines()) <= 1, (value, error)
+        assert len(error.removesuffix("\nFor the options, add --help\n").splitlines()) <= 1, (value, error)
         assert code != 2 or option in error, (value, error)
 
 

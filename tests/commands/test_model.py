@@ -109,7 +109,7 @@ def test_a_model_is_trained_and_its_checkpoint_brings_it(run, capfd):
         capfd, "test", "--model=my_models.Focal", "--ckpt_path=lightning_logs/plain/version_0/checkpoints/last.ckpt"
     )
     assert code == 1
-    assert "last.ckpt was trained by Classifier, not Focal: leave out --model." in errors
+    assert "last.ckpt holds a Classifier, not a Focal: leave out --model." in errors
 
 
 def test_the_objective_is_what_is_minimized(run):
@@ -194,7 +194,7 @@ def test_naming_the_classifier_changes_nothing(run):
     [
         (["--model=nowhere.Module"], "model: there is no class nowhere.Module: No module named 'nowhere'."),
         (["--model=my_models.Nope"], "model: there is no class my_models.Nope: my_models has no Nope."),
-        (["--model=Focal"], "model: there is no class Focal, give its class path"),
+        (["--model=Focal"], "model: there is no class Focal: give its class path"),
         (["--model=my_models.Foreign"], "my_models.Foreign is not a subclass of mnist_lightning.Classifier. It lacks"),
         (["--model=my_models.function"], "my_models.function is not a subclass of mnist_lightning.Classifier"),
         (["--model=os.system"], "os.system is not a subclass"),

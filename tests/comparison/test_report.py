@@ -153,7 +153,7 @@ def test_one_seed_is_said_to_be_one_seed(made, reported):
     one, two = (metrics[name]["test/accuracy (best epoch)"][0] for name in ("baseline", "tuned"))
     assert "With the weights of the best validation epoch: " in reported["verdict"]
     assert f"({100 * (two - one):+.2f} points, p " in reported["verdict"]
-    assert "With other seeds, baseline and tuned may compare otherwise." in output
+    assert "With other seeds, baseline and tuned may compare differently." in output
     difference = reported["differences"]["tuned"]["difference"]
     needed = seeds_needed(difference, 0.004)
     assert f"it takes {needed} seeds of each model to find a difference of {100 * abs(difference):.2f} points" in output
@@ -164,7 +164,7 @@ def test_one_seed_is_said_to_be_one_seed(made, reported):
         f"epochs, came to {history['val/accuracy'].max():.4f}." in output
     )
     text = (cwd / "lightning_logs/report/report.html").read_text()
-    assert "3 trials are too few to tell which parameters matter." in text
+    assert "It takes 20 complete trials to tell which hyper-parameters matter." in text
     assert f"<td>{platform.platform()}</td>" in text
     assert "for seed in 43 44 45; do python -m mnist_lightning fit --config" in text
 
@@ -557,7 +557,7 @@ def test_several_seeds_give_means_and_a_test_over_seeds(run, made):
     assert seeds["difference"] == pytest.approx(np.mean(values[1]) - np.mean(values[0]))
     mean = f"{np.mean(values[0]):.4f} ± {np.std(values[0], ddof=1):.4f}"
     assert mean in output
-    assert f"against {mean} over 2 seeds (Welch's t-test: p = {expected.pvalue:.3f}). Of the first runs, " in output
+    assert f"against {mean} over 2 seeds (Welch's t-test: p = {expected.pvalue:.3f}). In the first runs, " in output
     assert found["study"] is None
 
 
@@ -704,7 +704,7 @@ def test_other_validation_images_leave_the_test_comparable(run):
     lines = {line.rpartition("  ")[0].split("  ")[0]: line.split()[-1] for line in output.splitlines() if "/" in line}
     assert lines["val/accuracy (last epoch)"] == lines["val/loss (best epoch)"] == "-"
     assert re.fullmatch(r"[+-]\d\.\d+", lines["test/loss (last epoch)"])
-    assert "tuned had other validation images than baseline" in Path("lightning_logs/report/report.html").read_text(
+    assert "tuned had different validation images from baseline" in Path("lightning_logs/report/report.html").read_text(
         encoding="utf-8"
     )
 
@@ -751,7 +751,7 @@ def test_a_pattern_takes_the_complete_runs_in_natural_order(run, made):
     assert code == "error: all: no complete run matches nowhere/*."
     code, output = run(f"all={base}/version_?,{base}/version_2")
     assert code == 0, output
-    assert f"all: left out, without a checkpoint or stopped early: {base}/version_0, {base}/version_1\n" in output
+    assert f"all: incomplete runs are left out: {base}/version_0, {base}/version_1\n" in output
     runs = json.loads(Path("lightning_logs/report/report.json").read_text(encoding="utf-8"))["models"]["all"]["runs"]
     assert runs == [f"{base}/version_2"]
     code, _ = run("a=lightning_logs/tuned/version_0", "a=lightning_logs/tuned/version_0")
@@ -828,7 +828,6 @@ def test_what_others_have_put_into_an_old_report_stays(tmp_path):
     for path in (
         "figures/accuracy.png",
         "figures/mine.txt",
-        "events.out.tfevents.1",
         "notes.md",
         "more/report.html",
         "more/figures/a.png",
@@ -854,15 +853,17 @@ def test_a_clear_difference_and_none():
     assert found.interval[0] < found.difference < found.interval[1]
     assert found.interval[0] > 0
     assert verdict("tuned", "baseline", found, 10_000).startswith(
-        f"In these trainings, tuned is better than baseline by {100 * found.difference:.2f} points"
+        f"In these runs, tuned is better than baseline by {100 * found.difference:.2f} points"
     )
     back = compare(better, first)
     text = verdict("tuned", "baseline", back, 10_000)
-    assert text.startswith(f"In these trainings, tuned is worse than baseline by {100 * found.difference:.2f} points")
+    assert text.startswith(f"In these runs, tuned is worse than baseline by {100 * found.difference:.2f} points")
     assert back.interval == pytest.approx((-found.interval[1], -found.interval[0]), abs=1e-3)
     same = compare(first, first)
     assert (same.p_value, same.difference, same.interval) == (1.0, 0.0, (0.0, 0.0))
-    assert verdict("tuned", "baseline", same, 10_000).startswith("No difference between tuned and baseline")
+    assert verdict("tuned", "baseline", same, 10_000).startswith(
+        "The difference between tuned and baseline cannot be told from chance"
+    )
 
 
 def test_the_interval_covers_the_truth_as_often_as_it_says():
@@ -1008,5 +1009,8 @@ def test_nothing_is_said_by_a_network_that_has_diverged(diverged, capfd, data_di
     before = {*Path().rglob("*")}
     code, _, errors = in_process(capfd, *options, f"--ckpt_path={diverged}", f"--data.data_dir={data_dir}")
     assert code == 1
-    assert f"error: {diverged} has diverged: its probabilities are not numbers, so nothing is written." in errors
+    assert (
+        f"error: The training of {diverged} has diverged: its probabilities are not numbers, so nothing is written."
+        in errors
+    )
     assert {*Path().rglob("*")} == before

@@ -225,7 +225,7 @@ def test_predict_names_what_it_leaves_out(fitted, digits, monkeypatch, capfd, tm
     assert err.count("try --sheet") == 1
     doubtful = [line.split()[0] for line in out.splitlines() if re.search(r" 0\.\d{4}\? ", line)]
     assert [name[:5] for name in doubtful] == [name[:5] for name in table.file[table.probability < 0.8]]
-    assert (f"{len(doubtful)} of 5 answers are doubtful" in out) == bool(doubtful)
+    assert (f"below 0.8: {len(doubtful)} of 5\n" in out) == bool(doubtful)
     assert max(len(line) for line in out.splitlines() if not line.startswith("Trained on")) <= 80
     assert (table.probability > table.runner_up_probability).all()
     assert "Traceback" not in err
@@ -299,7 +299,7 @@ def test_the_newest_tuned_run_is_taken_unless_another_is_named(fitted, digits, m
         capfd, "predict", "--images", "digit.png", f"--trainer.default_root_dir={tmp_path / 'none'}"
     )
     assert code == 1
-    assert "No run tuned or baseline" in err
+    assert "There is no complete tuned or baseline run" in err
 
 
 def test_tiny_pictures_are_sharpened(digits):

@@ -161,7 +161,7 @@ def test_what_onnx_cannot_have_is_named(run, monkeypatch):
 
     monkeypatch.setattr(torch.onnx, "export", fail)
     code, _, errors = run("--output=digit.onnx")
-    message = "error: ONNX does not support this network: No ONNX function found for aten.x. Use .pt2.\n"
+    message = "error: ONNX does not support this network: No ONNX function found for aten.x. Use a .pt2 file.\n"
     assert (code, errors.endswith(message)) == (1, True)
     assert files() == before
 

@@ -52,7 +52,7 @@ def test_a_trial_that_kills_its_workers_fails_and_the_study_goes_on(tune, monkey
         "--sampler=BruteForceSampler", "--workers=1", epochs=1,
     )  # fmt: skip
     assert code == 0, errors
-    assert "1 completed, 0 pruned, 1 failed" in output
+    assert "1 complete, 0 pruned, 1 failed" in output
     reasons = [t.user_attrs["error"] for t in load(tmp_path / "here").trials if "error" in t.user_attrs]
     assert reasons == ["3 processes died while running it"]
 
@@ -127,7 +127,7 @@ def test_machines_share_a_database_that_is_restarted_while_one_of_them_vanishes(
     outputs = [parent.communicate(timeout=300)[0] for parent in parents]
     for parent, output in zip(parents[1:], outputs[1:], strict=True):
         assert parent.returncode == 0, output
-        assert "14 completed, 0 pruned, 0 failed" in output
+        assert "14 complete, 0 pruned, 0 failed" in output
         assert "The storage answers again." in output
     assert sum("Refit: left to" in output for output in outputs) == 1
     assert len([*tmp_path.glob("lightning_logs/tuned/version_*")]) == 1
@@ -183,7 +183,7 @@ def test_a_study_is_shown_while_it_is_searched_and_ends_when_it_is_moved_away(tu
     wait_for(lambda: reported(cwd))
     code, output, errors = tune("--show")
     assert code == 0, errors
-    assert re.search(r"^Trials of study tune: \d+ completed, 0 pruned, 0 failed, 1 running$", output, re.MULTILINE)
+    assert re.search(r"^Trials of study tune: \d+ complete, 0 pruned, 0 failed, 1 running$", output, re.MULTILINE)
     assert "Best: trial" in output
     assert "Refit" not in output
     code, _, errors = tune("--show", "--study_name=none")
@@ -262,11 +262,11 @@ def test_a_trial_that_diverges_or_raises_is_recorded_with_its_reason(tune, tmp_p
     assert diverged.startswith("ArithmeticError: ")
     assert "after epoch 1" in diverged
     assert "Bogus" in trials[1e-3, "Bogus"].user_attrs["error"]
-    assert "1 completed, 0 pruned, 3 failed" in output
+    assert "1 complete, 0 pruned, 3 failed" in output
 
 
 def test_a_study_without_any_success_ends_with_the_reason(tune):
     code, _, errors = tune(choices(**{"model.network.init_args.activation": ["Bogus"]}), "--n_trials=1")
     assert code == 1
-    assert "No trial was completed" in errors
+    assert "No trial is complete" in errors
     assert "Bogus" in errors

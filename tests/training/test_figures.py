@@ -15,12 +15,12 @@ from mnist_lightning.training.callbacks import Figures
 from mnist_lightning.training.checkpoints import RunCheckpoint
 
 
-def test_sample_grid_shows_the_first_25_digits_under_their_labels(mnist):
-    images, labels = figures.pictures(mnist.train.scaled(range(30))), mnist.train.labels[:30].numpy()
-    (axes,) = figures.sample_grid(images, [*map(str, labels)]).axes
-    assert [int(text.get_text()) for text in axes.texts] == labels[:25].tolist()
+def test_a_grid_shows_digits_under_their_labels(mnist):
+    images, labels = figures.pictures(mnist.train.scaled(range(25))), mnist.train.labels[:25].numpy()
+    (axes,) = figures.image_grid(images, [*map(str, labels)], columns=5, title="training images").axes
+    assert [int(text.get_text()) for text in axes.texts] == labels.tolist()
     mosaic = axes.images[0].get_array()
-    assert mosaic.sum() == pytest.approx(images[:25].sum())
+    assert mosaic.sum() == pytest.approx(images.sum())
     for index, text in ((0, axes.texts[0]), (7, axes.texts[7]), (24, axes.texts[24])):
         x, y = (int(value) for value in text.get_position())  # a digit is centered right below its title
         assert np.array_equal(mosaic[y + 2 : y + 30, x - 14 : x + 14], images[index])

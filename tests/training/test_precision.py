@@ -104,4 +104,4 @@ def test_a_trainer_of_one_s_own_takes_it_as_well(monkeypatch):
 def test_another_word_is_refused(capfd):
     code, _, errors = in_process(capfd, "fit", "--trainer.precision=fast")
     assert code == 2
-    assert errors.startswith("error: trainer.precision: fast is none of")
+    assert errors.startswith("error: trainer.precision: fast is not one of")

@@ -1,4 +1,4 @@
-"""Help of the commands, stored in JSON: the parsers that it comes from take seconds to load."""
+"""Help of the commands, stored in JSON: the parsers that generate it take seconds to load."""
 
 import argparse
 import json
