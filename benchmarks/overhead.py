@@ -67,7 +67,7 @@ def worker(n_trials: int, is_trained: bool) -> None:
     from mnist_lightning.search import command
     from mnist_lightning.search.trial import Objective, run_trials
 
-    train = Objective.train
+    execute = Objective.execute
 
     class Here(command.Pool):
         def run(self, interrupt: Any) -> bool:
@@ -77,10 +77,10 @@ def worker(n_trials: int, is_trained: bool) -> None:
             def counted(objective: Any, trial: optuna.Trial, number: int, executions: Any) -> dict[str, Any]:
                 count()
                 if is_trained:
-                    return train(objective, trial, number, executions)
+                    return execute(objective, trial, number, executions)
                 return {"execution": number, "seed": 0, "score": 0.5, "values": [[0, 0.5]]}
 
-            Objective.train = counted  # type: ignore[assignment, method-assign]
+            Objective.execute = counted  # type: ignore[assignment, method-assign]
             run_trials(self.search, self.storage)
             return False
 

@@ -83,7 +83,7 @@ class RunCLI(LightningCLI):
         trains: Whether the command trains; only then are the user's loggers used.
         default_checkpoint: The checkpoint to use if none is given: ``last``, or None for no checkpoint.
         common_options: Options of trainer, model and data that the command's short help lists.
-        kept: Arguments of the model for which the given value takes precedence over the checkpoint's.
+        given_over_saved: Arguments of the model for which the given value takes precedence over the checkpoint's.
         saved: The run of the checkpoint, if one is used.
         options: From each class that the config names to the option that names it.
     """
@@ -100,7 +100,7 @@ class RunCLI(LightningCLI):
         *("trainer.accelerator", "trainer.devices", "trainer.precision"),
         *("data", "data.data_dir", "data.eval_batch_size"),
     )
-    kept: Sequence[str] = ("metrics",)
+    given_over_saved: Sequence[str] = ("metrics",)
 
     def __init__(
         self,
@@ -210,7 +210,7 @@ class RunCLI(LightningCLI):
             return newest_checkpoint(self.logs / self.config.name, given)
         return None if given is None else Path(given)
 
-    def taken(self, saved: SavedRun) -> dict[str, Any]:
+    def saved_options(self, saved: SavedRun) -> dict[str, Any]:
         """Return what a checkpoint provides besides model and data: the options that affect the results of ``fit``."""
         if not saved.config:
             return {}
@@ -233,14 +233,14 @@ class RunCLI(LightningCLI):
         if found is not self.model_class:  # the parser has the options of another class
             self.model_class = self._model_class = found
             self.setup_parser(False, self.parser_kwargs, {})
-        values = {**self.taken(self.saved), "model": self.saved.model, "data": self.saved.data}
+        values = {**self.saved_options(self.saved), "model": self.saved.model, "data": self.saved.data}
         self.parser.exit_on_error = False
         try:
             config = self.parser.parse_args([f"--config={json.dumps(values)}", *args])
             self._check_paths(path, paths_in(self.plain_config(config)["trainer"], "trainer"))
             self.normalize(config)
             given = self.plain_config(config)["model"]
-            model = self.saved.model | {name: given[name] for name in self.kept if name in given}
+            model = self.saved.model | {name: given[name] for name in self.given_over_saved if name in given}
             self.config = self.parser.parse_object({"model": model, "ckpt_path": str(path)}, config)
         except ArgumentError as error:
             reason = shorten(str(error))
@@ -351,7 +351,7 @@ class RunCLI(LightningCLI):
             self.say(line)
         self.config_dump = self.plain_config()
         super().instantiate_classes()
-        self.datamodule.share(data)
+        self.datamodule.reuse_loaded(data)
         if self.saved is not None and self.saved.data_state is not None:  # Lightning restores only the same data class
             self.datamodule.load_state_dict(self.saved.data_state)
         self.model.check_images(self.datamodule.image_shape, len(self.datamodule.classes))

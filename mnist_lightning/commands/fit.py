@@ -47,7 +47,7 @@ class FitCLI(RunCLI):
 
     trains = True
     common_options = TRAINING_OPTIONS
-    kept = ("metrics", *SCHEDULE)
+    given_over_saved = ("metrics", *SCHEDULE)
     checkpoint: RunCheckpoint | None = None
     job: SlurmJob | None = None
     run_dir: Path | None = None
@@ -66,14 +66,14 @@ class FitCLI(RunCLI):
         path = self.job.checkpoint(self.logs / self.config.name) if self.job else None
         return path or super().find_checkpoint()
 
-    def taken(self, saved: SavedRun) -> dict[str, Any]:
+    def saved_options(self, saved: SavedRun) -> dict[str, Any]:
         return saved.config  # all of it: the run continues as it was
 
     def use_checkpoint(self, path: Path, args: Sequence[str]) -> None:
         """Take the run's config from the checkpoint, and report where the given options differ."""
         super().use_checkpoint(path, args)
         assert self.saved is not None
-        before = self.taken(self.saved)
+        before = self.saved_options(self.saved)
         if "trainer" not in before:
             rank_zero_print(
                 f"{path} was not written by fit and does not hold the trainer's options: those of this command are "
@@ -115,7 +115,7 @@ class FitCLI(RunCLI):
         config = {key: value for key, value in self.plain_config().items() if key in ("name", *RUN_KEYS)}
         with tempfile.TemporaryDirectory() as folder:  # the finder saves a checkpoint there, to restore it afterwards
             config["trainer"] |= {"callbacks": None, "logger": False, "default_root_dir": folder}
-            trial = TrainingCLI(config)
+            trial = SilentFit(config)
             tuner: Any = Tuner(trial.trainer)
             if kind is not LearningRateFinder:
                 size = tuner.scale_batch_size(trial.model, datamodule=trial.datamodule, **arguments)
@@ -280,7 +280,7 @@ def describe_layers(model: Classifier) -> str:
     return f"{format_table([titles, *zip(*columns, strict=True)])}\n{', '.join(sums)}"
 
 
-class TrainingCLI(FitCLI):
+class SilentFit(FitCLI):
     """A silent training without a run folder, for a search or for a finder.
 
     Args:

@@ -40,7 +40,8 @@ def main(command: str, description: str, arguments: list[str]) -> None:
             )
             raise UserError(f"There is no run in {options.logs} {remedy}")
         shown = table.drop(columns=[label for label in ("tags", "notes") if not table[label].any()])
-        print(shown.to_string(index=False, na_rep="-", float_format="{:.4f}".format))
+        text = {"seconds": "{:.1f}".format}
+        print(shown.to_string(index=False, na_rep="-", float_format="{:.4f}".format, formatters=text))
         if options.delete or options.archive:
             names = table[["name", "version"]].itertuples(index=False)
             clear([options.logs / name / f"version_{version}" for name, version in names], options.archive)

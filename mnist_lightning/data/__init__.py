@@ -314,7 +314,7 @@ class ImageDataModule(LightningDataModule):
             self.test = Split(*self._labeled("test"), statistics=self.train.statistics if self.train else None)
         self._loaded.clear()
 
-    def take_images(self, other: "ImageDataModule") -> None:
+    def reuse_splits(self, other: "ImageDataModule") -> None:
         """Take the images that another data module has loaded, if this one would load and split them the same way."""
         names = ("data_dir", "val_split", "split_seed", "standardize")
         own, others = ({**each.hparams, **{n: getattr(each, n) for n in names}} for each in (self, other))
@@ -329,7 +329,7 @@ class ImageDataModule(LightningDataModule):
                 setattr(self, name, Split(split.images, split.labels, augmentation, split.statistics))
         self.has_own_val, self.is_split_by_class = other.has_own_val, other.is_split_by_class
 
-    def share(self, other: "ImageDataModule") -> None:
+    def reuse_loaded(self, other: "ImageDataModule") -> None:
         """Take the data that another data module with the same arguments has read, to avoid reading it again."""
         self._loaded, self._own_classes = other._loaded, other._own_classes
 

@@ -357,10 +357,12 @@ def _write_best(study: Study, run: SearchCLI, search: Search, command: str) -> t
         best_trial(study, options.limits) if options.trial is None else find_trial(study, options.trial, search.space)
     )
     path, config = _write_config(trial, run, search)
-    print(f"\nConfig of trial {trial.number}: {path}    Train it: {command_line('fit', '--config', path)}")
-    print(f"Config of another trial: {command} --trial N")
+    print(f"\nConfig of trial {trial.number}: {path}")
+    if not options.refit:
+        print(f"Train it: {command_line('fit', '--config', path)}")
     for weights in kept_weights(search, trial):
-        print(f"Its weights: {weights}    Test them: {command_line('test', '--ckpt_path', weights)}")
+        print(f"Its weights: {weights}\nTest them: {command_line('test', '--ckpt_path', weights)}")
+    print(f"Config of another trial: {command} --trial N")
     return path, config
 
 

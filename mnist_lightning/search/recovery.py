@@ -1,4 +1,7 @@
-"""Notice a trial whose process died, and put it back into the queue."""
+"""Notice a trial whose process died, and put it back into the queue.
+
+The command (``search.pool``) calls this for its own workers, and from time to time for the trials of all processes.
+"""
 
 import os
 import socket
@@ -54,7 +57,7 @@ def _start_time(pid: int) -> str | None:
 
 
 class Recovery:
-    """Put  the running trials of dead processes back into the queue of a study.
+    """Put the running trials of dead processes back into the queue of a study.
 
     Processes on this machine are looked up. Commands on other machines change the ``heartbeat`` of their workers'
     trials. Sweeps without a change are counted, not seconds, so clocks need not agree, and an outage of the storage

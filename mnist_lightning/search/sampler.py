@@ -20,7 +20,7 @@ from mnist_lightning.system.errors import UserError
 
 
 class TrialSampler(BaseSampler):
-    """Draw  each trial with its own sampler, seeded for the trial's ordinal.
+    """Draw each trial with its own sampler, seeded for the trial's ordinal.
 
     So a trial's draw depends on the seed, the ordinal and, if the sampler learns, the earlier trials. It does not
     depend on how often the study was interrupted or how many processes share it.

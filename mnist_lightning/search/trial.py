@@ -1,4 +1,8 @@
-"""One trial: draw its parameters, train its executions, tell its values."""
+"""One trial: draw its parameters, train its executions, tell its values.
+
+A worker calls :func:`run_trials`, which calls Optuna's ``Study.optimize`` with an :class:`Objective`. For each
+execution of a trial, :meth:`Objective.execute` keeps the books, and :meth:`Objective.train` trains as ``fit`` does.
+"""
 
 import copy
 import gc
@@ -27,7 +31,7 @@ from optuna.study import Study
 from optuna.trial import FrozenTrial, Trial, TrialState
 from torch.utils.flop_counter import FlopCounterMode
 
-from mnist_lightning.commands.fit import TrainingCLI
+from mnist_lightning.commands.fit import SilentFit
 from mnist_lightning.data import ImageDataModule
 from mnist_lightning.networks import count_parameters
 from mnist_lightning.search.record import Direction, Metric, TrialRecord, is_counted, limited_metrics, ordinal
@@ -152,7 +156,7 @@ class Objective:
         executions = [*record.executions]
         for number in range(self.search.options.executions_per_trial):
             if number not in [execution["execution"] for execution in executions]:
-                executions.append(self.train(trial, number, executions))
+                executions.append(self.execute(trial, number, executions))
                 executions.sort(key=lambda execution: execution["execution"])
                 trial.set_user_attr("executions", executions)
                 if record.attempts:  # a trial that makes progress does not kill its processes
@@ -231,16 +235,16 @@ class Objective:
             trial.report(steps[step], step)
         return bool(steps) and trial.should_prune()
 
-    def train(self, trial: Trial, number: int, executions: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    def execute(self, trial: Trial, number: int, executions: Sequence[dict[str, Any]]) -> dict[str, Any]:
         """Train an execution; return its record."""
         start = time.perf_counter()
         config = config_with(self.search.base, trial.params, self.search.space)
         config["seed_everything"] += number  # the same seeds in all trials, so that trials are comparable
         config["origin"] = {"study_name": self.search.options.study_name, "trial": trial.number}
         folder = _new_folder(self.search.folder, trial.number, number)
-        progress = Progress(self, trial, executions)
+        progress = TrialCallback(self, trial, executions)
         try:
-            self._fit(config, folder, progress)
+            self.train(config, folder, progress)
         except (OSError, UpdateFinishedTrialError):  # a fault of the machine, or another process has the trial
             raise
         except (Exception, SystemExit) as error:  # caused by this combination of values
@@ -261,7 +265,7 @@ class Objective:
             **progress.result(),
         }
 
-    def _fit(self, config: dict[str, Any], folder: Path, progress: "Progress") -> None:
+    def train(self, config: dict[str, Any], folder: Path, progress: "TrialCallback") -> None:
         """Train a config as ``fit`` would; write config, events and weights to a folder."""
         search = self.search
         gc.collect()  # the trainer and data of the last execution, however it ended, are in reference cycles
@@ -269,12 +273,12 @@ class Objective:
         named = copy.deepcopy(config)
         _name_loggers(named["trainer"]["logger"], "_".join([search.options.study_name, *folder.parts[-2:]]))
         try:
-            run = TrainingCLI(named)
+            run = SilentFit(named)
             complete = {key: value for key, value in run.plain_config().items() if key in config}
             complete["trainer"]["logger"] = config["trainer"]["logger"]
             (folder / "config.yaml").write_text(yaml.safe_dump(complete, sort_keys=False), encoding="utf-8")
             if self._data is not None:
-                run.datamodule.take_images(self._data)
+                run.datamodule.reuse_splits(self._data)
             self._data = run.datamodule
             loggers = [*run.trainer.loggers]
             if loggers:
@@ -379,7 +383,7 @@ def _name_loggers(config: Any, name: str) -> None:
             logger["init_args"][key] = name
 
 
-class Progress(Checkpoint):
+class TrialCallback(Checkpoint):
     """Reports the metric after each epoch, ends the training of a trial that is pruned or lost, and logs the score.
 
     Lightning calls a Checkpoint last, when the epoch's training metrics also exist.

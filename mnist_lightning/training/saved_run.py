@@ -33,7 +33,7 @@ class SavedRun:
         model: Arguments of the classifier, in plain types; with its class path if it is of a subclass.
         data: Class path and arguments of the data module, in plain types.
         data_state: State of the data module: the names of the classes. None if the data module did not store them.
-        progress: State of the run's :class:`RunCheckpoint`; empty if the run did not have one.
+        callback_state: State of the run's :class:`RunCheckpoint`; empty if the run did not have one.
     """
 
     path: Path
@@ -42,7 +42,7 @@ class SavedRun:
     model: dict[str, Any]
     data: dict[str, Any]
     data_state: dict[str, Any] | None
-    progress: dict[str, Any]
+    callback_state: dict[str, Any]
 
     @classmethod
     def read(cls, path: str | Path) -> "SavedRun":
@@ -74,7 +74,7 @@ class SavedRun:
     @property
     def config(self) -> dict[str, Any]:
         """The run's config; empty if the checkpoint was not written by ``fit``."""
-        return self.progress.get("config") or {}
+        return self.callback_state.get("config") or {}
 
     @property
     def history(self) -> list[dict[str, float]]:
@@ -84,7 +84,7 @@ class SavedRun:
             UserError: If the metrics are missing or damaged.
         """
         with checkpoint_errors(self.path):
-            return read_history(self.progress)
+            return read_history(self.callback_state)
 
     @property
     def seconds(self) -> float:
@@ -94,7 +94,7 @@ class SavedRun:
             UserError: If the training time is missing or damaged.
         """
         with checkpoint_errors(self.path):
-            return float(self.progress["seconds"])
+            return float(self.callback_state["seconds"])
 
     @property
     def model_class(self) -> type[Classifier]:

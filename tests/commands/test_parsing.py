@@ -9,7 +9,7 @@ import yaml
 from helpers.commands import ROOT, in_process
 from jsonargparse import _typehints
 
-from mnist_lightning.commands.fit import FitCLI, TrainingCLI
+from mnist_lightning.commands.fit import FitCLI, SilentFit
 from mnist_lightning.commands.parsing import Parser, patched_jsonargparse
 from mnist_lightning.training.runs import RUN_KEYS
 
@@ -83,7 +83,7 @@ def test_a_config_may_have_a_network_of_more_outputs(tmp_path, capfd, network, d
     with patched_jsonargparse():
         run = FitCLI("fit", [f"--config={tmp_path / 'config.yaml'}", *options])
         said = capfd.readouterr().out
-        again = TrainingCLI({key: run.plain_config()[key] for key in RUN_KEYS})  # as a search passes it
+        again = SilentFit({key: run.plain_config()[key] for key in RUN_KEYS})  # as a search passes it
         assert not capfd.readouterr().out
     for each in (run, again):
         assert each.model.network[-1].out_features == expected

@@ -225,7 +225,7 @@ def test_trials_come_from_a_file_or_another_study_and_the_best_keeps_its_weights
     folder = tmp_path / f"here/lightning_logs/tune/trial_{trial.number:03}/execution_0"
     assert kept == [folder / "checkpoints/best.ckpt", folder / "checkpoints/last.ckpt"]
     assert older.is_dir()
-    shown = re.search(r"Its weights: (\S+) .*Test them: .* test (.*)", output)
+    shown = re.search(r"Its weights: (\S+)\nTest them: .* test (.*)", output)
     assert tmp_path / "here" / shown[1] == kept[0]
     code, output, errors = in_process(capfd, "validate", *shown[2].split())
     assert code == 0, errors
