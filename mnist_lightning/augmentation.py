@@ -2,7 +2,7 @@
 
 The transforms of torchvision (``torchvision.transforms.v2``) have the same interface and can be used, too, for example
 ``MixUp`` and ``CutMix``, whose labels are shares of the classes, of shape (batch, classes). But torchvision draws only
-once for a whole batch. All draws come from torch's global generators, so a resumed run repeats them.
+once for a whole batch. All draws come from torch's global generators, so a continued run repeats them.
 """
 
 import math

@@ -63,7 +63,7 @@ TRAINING_OPTIONS = (
     *("data", "data.data_dir", "data.batch_size", "data.val_split", "data.augmentation"),
     *("model.network", "model.optimizer", "model.lr_scheduler"),
 )
-"""The options that users of a training change most often."""
+"""The training options that users change most often."""
 
 FINDERS = (BatchSizeFinder, LearningRateFinder)
 

@@ -166,7 +166,7 @@ def _arguments(value: Any, name: str) -> dict[str, Any]:
 
 
 def _check_unchanged(value: nn.Module, arguments: Mapping[str, Any], name: str) -> None:
-    """Check that a module is as its arguments make it: a run makes it anew from these, after setting the seed.
+    """Check that a module is as its arguments make it: a run makes a new one from these, after setting the seed.
 
     Raises:
         UserError: If it has been trained or changed since it was made.

@@ -28,7 +28,7 @@ from mnist_lightning.search.study import best_trial, pareto_front, ranked_trials
 from mnist_lightning.system.console import command_line
 
 DEVIATION = 0.004
-"""Standard deviation of the test accuracies of fifteen trainings of the defaults on MNIST (docs/results.md)."""
+"""Standard deviation of the test accuracies of fifteen runs of the defaults on MNIST (docs/results.md)."""
 
 
 class Report:

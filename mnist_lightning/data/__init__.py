@@ -135,8 +135,8 @@ class ImageDataModule(LightningDataModule):
 
     Args:
         data_dir: Folder with the data set; its files are never changed.
-        batch_size: Images in a training batch. The last, smaller batch of an epoch is kept; a single last
-            image is added to the batch before it if the network's batch normalization needs two.
+        batch_size: Images in a training batch. The last, smaller batch of an epoch is kept, but a single
+            image that is left over joins the batch before it: batch normalization cannot train on one.
         eval_batch_size: Images in a batch of validation, test and prediction; no result depends on it.
         val_split: Share of the training images, taken from their end, that is held out for validation; it is taken from
             the end of each class if a class would otherwise have no training images.

@@ -281,6 +281,21 @@ function character(strokes) {
   return read(fine);
 }
 
+/** Return how many characters strokes seem to be: groups of similar height, with clear gaps between them. */
+function countCharacters(strokes) {
+  const groups = [], boxes = strokes.map((stroke) => [0, 1].map((axis) => {
+    const values = stroke.map((point) => point[axis]);
+    return [values, values].map((all, i) => all.reduce((a, b) => Math[i ? "max" : "min"](a, b)));
+  }));
+  const side = Math.max(...boxes.map(([, [top, bottom]]) => bottom - top));
+  for (const [[left, right], [top, bottom]] of boxes.sort((a, b) => a[0][0] - b[0][0])) {
+    const last = groups.at(-1);
+    if (!last || left > last.right + Math.max(side / 6, 1)) groups.push({ right, top, bottom });
+    else Object.assign(last, { right: Math.max(last.right, right), top: Math.min(last.top, top), bottom: Math.max(last.bottom, bottom) });
+  }
+  return groups.filter(({ top, bottom }) => bottom - top > 0.6 * side).length;
+}
+
 /** Convert a picture to an image like the data set's, or null if it is empty. */
 function prepare(picture) {
   const { width, height, grey } = picture, [, rows, columns] = imageShape;
@@ -330,7 +345,8 @@ function show(index, probabilities) {
     row.classList.toggle("best", i === best);
   });
   if (!probabilities) return "nothing drawn yet";
-  const doubt = probabilities[best] < doubtful ? ", unsure" : "";
+  const count = placing ? countCharacters(strokes) : 1;
+  const doubt = count > 1 ? `, but these seem to be ${count} characters` : probabilities[best] < doubtful ? ", unsure" : "";
   return `${classes[best]}, ${(100 * probabilities[best]).toFixed(1)} %${doubt}`;
 }
 

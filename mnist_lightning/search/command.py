@@ -95,7 +95,7 @@ class SearchOptions:
         n_trials: Total number of trials of the study, including those of earlier commands and other processes.
         timeout: Time after which no trial starts, such as 90 (seconds), 30m, 2h or 1d; all commands that share the
             study at the same time use that of the first.
-        finish_trials: Whether running trials finish when the time is up; otherwise they are re-queued.
+        finish_trials: Whether running trials finish when the time is up; otherwise they are requeued.
         executions_per_trial: Executions of a trial, with the seeds seed_everything, seed_everything + 1, ...
         study_name: Name of the study, and of its folder in lightning_logs.
         storage: Path of a journal file or URL of an Optuna storage; by default journal.log in the study's folder.

@@ -97,7 +97,7 @@ class Pool:
             if time.monotonic() > next_sweep:
                 self._recovery.beat(self.names)
                 for number in self._recovery.sweep():
-                    self._print(f"Trial {number:3} is re-queued: its process died or was silent for too long")
+                    self._print(f"Trial {number:3} is requeued: its process died or was silent for too long")
                 next_sweep = time.monotonic() + self.search.options.grace_period / SWEEPS
             trials = [trial for trial in self.study.get_trials(deepcopy=False) if is_counted(trial)]
             is_running = any(trial.state == TrialState.RUNNING for trial in trials)
@@ -126,7 +126,7 @@ class Pool:
         return waiting + (0 if self._is_exhausted else max(0, self.search.options.n_trials - len(trials)))
 
     def _end(self, worker: Worker) -> None:
-        """Handle a worker's end: raise the error that it sent, or re-queue its trial if it died."""
+        """Handle a worker's end: raise the error that it sent, or requeue its trial if it died."""
         code, message = worker.end(), worker.error_line()
         if message is not None:
             raise UserError(message)

@@ -92,7 +92,7 @@ class Recovery:
             number: Number of the trial.
             died: Whether the trial's process died, rather than being stopped.
         """
-        # read again: another process may have finished or re-queued the trial since it was listed
+        # read again: another process may have finished or requeued the trial since it was listed
         trial = self._study.get_trials(deepcopy=False)[number]
         if trial.state != TrialState.RUNNING:
             return
@@ -101,7 +101,7 @@ class Recovery:
             self._storage.set_trial_state_values(self._id(number), TrialState.WAITING)
 
     def sweep(self) -> list[int]:
-        """Re-queue the running trials whose process is dead or whose machine has vanished; return their numbers."""
+        """Requeue the running trials whose process is dead or whose machine has vanished; return their numbers."""
         dead = []
         for trial in self._study.get_trials(deepcopy=False):
             if trial.state != TrialState.RUNNING:

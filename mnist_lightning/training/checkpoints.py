@@ -42,7 +42,7 @@ class CheckpointConnector(_CheckpointConnector):
 
 
 class FitLoop(_FitLoop):
-    """Lightning's loop over the epochs, which also starts and ends a resumed training with no epochs left.
+    """Lightning's loop over the epochs, which also starts and ends a continued training with no epochs left.
 
     This completes the run folder of a run that was killed between its last epoch and its evaluation.
 
@@ -122,7 +122,7 @@ class RunCheckpoint(ModelCheckpoint):
         self._since = time.perf_counter()
         self._val_metrics: dict[str, float] = {}
         self._validated: dict[str, torch.Tensor] = {}
-        self._resumed_from: Path | None = None
+        self._continued_from: Path | None = None
         self._is_stopped = False
         self._is_changed_at_end = False
         self._done_batches = 0
@@ -138,7 +138,7 @@ class RunCheckpoint(ModelCheckpoint):
         return Path(str(self.dirpath)).parent
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Record a resumed run's checkpoint before its state is loaded; refuse a checkpoint without the full state."""
+        """Record a continued run's checkpoint before its state is loaded; refuse a checkpoint without the full state."""
         if trainer.state.fn == TrainerFn.FITTING:
             parts = (
                 checkpoint["callbacks"][self.state_key],
@@ -155,13 +155,13 @@ class RunCheckpoint(ModelCheckpoint):
                 rank_zero_print(
                     f"{trainer.ckpt_path} has weights that a callback computed from the last ones, such as an average."
                 )
-            self._resumed_from = Path(str(trainer.ckpt_path))
+            self._continued_from = Path(str(trainer.ckpt_path))
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Bring the logs and the learning rate of a resumed run to the state of its checkpoint."""
+        """Bring the logs and the learning rate of a continued run to the state of its checkpoint."""
         super().on_train_start(trainer, pl_module)
         self._since = time.perf_counter()
-        if self._resumed_from is None:
+        if self._continued_from is None:
             return
         for row in self.history:
             metrics = {name: value for name, value in row.items() if name != "step"}
@@ -187,7 +187,7 @@ class RunCheckpoint(ModelCheckpoint):
         """
         if self._done_batches:
             raise UserError(
-                f"{self._resumed_from} was written inside an epoch, after batch {self._done_batches}, so the run "
+                f"{self._continued_from} was written inside an epoch, after batch {self._done_batches}, so the run "
                 "cannot be continued exactly. Use a checkpoint from an epoch's end, or start a new run."
             )
 
@@ -245,10 +245,10 @@ class RunCheckpoint(ModelCheckpoint):
             self._save_last_checkpoint(trainer, candidates)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Complete the run folder of a resumed run with no epochs left, and save weights that the end has changed."""
-        if self._resumed_from is not None and not self.last_model_path:
+        """Complete the run folder of a continued run with no epochs left, and save weights that the end has changed."""
+        if self._continued_from is not None and not self.last_model_path:
             self.last_model_path = str(Path(str(self.dirpath), "last.ckpt"))
-            _copy(self._resumed_from, Path(self.last_model_path))
+            _copy(self._continued_from, Path(self.last_model_path))
         if not self.last_model_path:
             return
         weights, is_changed = pl_module.state_dict(), False
@@ -287,15 +287,15 @@ class RunCheckpoint(ModelCheckpoint):
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restore the history, the random state and the best checkpoint of the resumed run."""
-        if self._resumed_from is None or self.dirpath is None:  # an evaluation needs only weights
+        """Restore the history, the random state and the best checkpoint of the continued run."""
+        if self._continued_from is None or self.dirpath is None:  # an evaluation needs only weights
             return
         self.history = read_history(state_dict)
         self.seconds = float(state_dict["seconds"])
         self._is_stopped = bool(state_dict.get("is_stopped"))
         self._set_random_state(state_dict["random_states"])
 
-        old, new = self._resumed_from.with_name("best.ckpt"), Path(self.dirpath, "best.ckpt")
+        old, new = self._continued_from.with_name("best.ckpt"), Path(self.dirpath, "best.ckpt")
         last_epoch = self.history[-1]["epoch"]
         epoch_of_best = math.inf
         with suppress(Exception):  # a damaged file may raise anything, but the run does not continue from it

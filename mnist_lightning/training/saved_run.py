@@ -212,7 +212,7 @@ def check_finite(probabilities: Tensor, path: Any) -> None:
     """Check that the probabilities of a checkpoint's network are numbers.
 
     Raises:
-        UserError: If one is not a number, as after a training that diverged.
+        UserError: If one is not a number, as after training that diverged.
     """
     if not probabilities.isfinite().all():
         raise UserError(

@@ -230,6 +230,9 @@ def test_a_stroke_changes_the_bars(page, width, flags):
         document.getElementById("undo").click();
         await wait();
         found.undone = state();
+        stroke([[0.8, 0.2], [0.75, 0.8]]);
+        await wait();
+        found.eleven = state();
         document.getElementById("clear").click();
         await wait();
         found.cleared = state();
@@ -257,6 +260,7 @@ def test_a_stroke_changes_the_bars(page, width, flags):
         doubt = ", unsure" if state["widths"][best] < 80 else ""
         assert state["said"] == f"{best}, {state['bars'][best]:.1f} %{doubt}"
     assert found["one"]["said"].startswith("1,")
+    assert found["eleven"]["said"].endswith("%, but these seem to be 2 characters")
     assert max(abs(a - b) for a, b in zip(found["one"]["bars"], found["seven"]["bars"], strict=True)) > 1
     ink = np.array(found["ink"]).reshape(28, 28)
     assert len(np.flatnonzero(ink.any(axis=1))) == 20

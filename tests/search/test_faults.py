@@ -139,7 +139,7 @@ def test_machines_share_a_database_that_is_restarted_while_one_of_them_vanishes(
     drawn = [list(trial.params.values()) for trial in counted]
     for trial in load(whole[0]).trials:  # the draws of an undisturbed process
         assert list(trial.params.values()) in drawn
-    assert all(f"Trial {number:3} is re-queued" in "".join(outputs) for number in killed)
+    assert all(f"Trial {number:3} is requeued" in "".join(outputs) for number in killed)
     for trial in counted:
         assert [execution["execution"] for execution in trial.user_attrs["executions"]] == [0, 1]
 
