@@ -138,7 +138,7 @@ class RunCheckpoint(ModelCheckpoint):
         return Path(str(self.dirpath)).parent
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Record a continued run's checkpoint before its state is loaded; refuse a checkpoint without the full state."""
+        """Record the checkpoint of a continued run before it is loaded; refuse one without the full state."""
         if trainer.state.fn == TrainerFn.FITTING:
             parts = (
                 checkpoint["callbacks"][self.state_key],
