@@ -171,7 +171,7 @@ def test_a_folder_of_any_shape_and_labels_goes_through_all_commands(odd, monkeyp
     write_pair(some, "t10k-{}", images, labels + 1)
     code, _, err = in_process(capfd, "test", f"--data.data_dir={some}")
     assert code == 1
-    assert "has a class 3, but the checkpoint's network is for 2, 7, 30, 31" in err
+    assert "has the class 3, but the checkpoint's network is for 2, 7, 30, 31" in err
     code, _, err = in_process(capfd, "test", "--data.data_dir=null")
     assert (code, "has a class 0, but the checkpoint" in err) == (1, True)
 

@@ -219,7 +219,7 @@ def test_a_config_runs_no_code(refused, cwd, model):
         ],
         (
             {"model.network.init_args.units.2": INTEGER, "model.network.init_args.dropout.0": INTEGER},
-            "dropout has 2 values for 3 hidden layers",
+            "the length of dropout is 2, but the number of hidden layers .units. is 3",
         ),
         ({5: INTEGER}, "have no key 5"),
         ({"model.network.init_args.units": INTEGER, UNITS: INTEGER}, "is a part of"),
@@ -617,7 +617,7 @@ def odd_journal(records, number, path, value):
     [
         (6, ["values", 0], math.nan, "Trial 0 of the study odd is damaged .*: nan is not a finite number"),
         (6, ["values", 1], math.inf, "Trial 0 of the study odd is damaged .*: inf is not a finite"),
-        (6, ["values"], [0.5], "Trial 0 of the study odd is damaged .*: it has 1 values of 2 metrics"),
+        (6, ["values"], [0.5], "Trial 0 of the study odd is damaged .*: the number of its values is 1, not 2"),
         (6, ["values"], None, "Trial 0 of the study odd is damaged"),
         (5, ["param_value_internal"], 99, "Trial 0 of the study odd is damaged .*: its .*units.0 is 99, not 8 to 32"),
         (5, ["param_name"], 5, "Trial 0 of the study odd is damaged"),

@@ -160,8 +160,8 @@ def test_one_seed_is_said_to_be_one_seed(made, reported):
     value = reported["study"]["best_value"]
     history = pd.read_csv(cwd / "lightning_logs/tuned/version_0/metrics.csv")
     assert (
-        f"val/accuracy of {value:.4f} was chosen from 3 values that vary by chance; its settings, trained anew for 2 "
-        f"epochs, came to {history['val/accuracy'].max():.4f}." in output
+        f"val/accuracy of {value:.4f} was the choice among 3, so chance played a part; its settings, trained again for "
+        f"2 epochs, came to {history['val/accuracy'].max():.4f}." in output
     )
     text = (cwd / "lightning_logs/report/report.html").read_text()
     assert "It takes 20 complete trials to tell which hyper-parameters matter." in text
@@ -174,7 +174,7 @@ def test_one_seed_is_said_to_be_one_seed(made, reported):
 def test_the_command_for_more_seeds_can_be_pasted(made, tmp_path):
     shutil.copytree(made[0] / "before", tmp_path / "lightning_logs")
     lines = made[1].splitlines()
-    start = lines.index("To train three more seeds of each, and to compare all:")
+    start = lines.index("To train three more seeds of each model, and to compare all runs:")
     script = "\n".join(lines[start + 1 : start + 4]).replace("43 44 45", "43")
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     found = subprocess.run(
@@ -524,7 +524,10 @@ def test_the_study_shown_is_the_one_that_made_the_run(run):
     shutil.move("lightning_logs/tune", "lightning_logs/moved")
     code, output = run()
     assert code == 0, output
-    assert "tuned is from study tune, which is not in lightning_logs/tune/journal.log. Show it: --storage" in output
+    assert (
+        "tuned is from study tune, which is not in lightning_logs/tune/journal.log. To show the study, add --storage"
+        in output
+    )
     assert json.loads(page.with_name("report.json").read_text())["study"] is None
     code, output = run("--storage=lightning_logs/moved/journal.log")
     assert code == 0, output

@@ -623,7 +623,7 @@ def test_no_trial_touches_the_test_images(data_dir, tune, tmp_path):
         ([choices(**{"model.network.init_args.units.3": [1]})], "no key model.network.init_args.units.3"),
         (
             [choices(**{"model.network.init_args.units.length": [2, 3]}), "--model.network.dropout=[0.2,0.2]"],
-            "model.network.init_args.units.length cannot be 3. dropout has 2 values for 3 hidden layers",
+            "model.network.init_args.units.length cannot be 3. the length of dropout is 2, but the number of",
         ),
         (
             [
