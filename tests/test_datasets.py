@@ -173,7 +173,7 @@ def test_a_folder_of_any_shape_and_labels_goes_through_all_commands(odd, monkeyp
     assert code == 1
     assert "has the class 3, but the checkpoint's network is for 2, 7, 30, 31" in err
     code, _, err = in_process(capfd, "test", "--data.data_dir=null")
-    assert (code, "has a class 0, but the checkpoint" in err) == (1, True)
+    assert (code, "has the class 0, but the checkpoint" in err) == (1, True)
 
     code, out, err = in_process(capfd, "report", "baseline")
     assert code == 0, err
