@@ -24,7 +24,7 @@ def atomic_write(path: Path, overwrite: bool = True) -> Iterator[Path]:
         UserError: If the file exists and must not be replaced.
     """
     # unique for each writer; some writers look at the suffix
-    partial = path.with_name(f".{path.stem[:100]}.{secrets.token_hex(4)}.partial{path.suffix}")
+    partial = path.with_name(f".{path.stem[:100]}.{secrets.token_hex(4)}.partial{path.suffix[:20]}")
     try:
         yield partial
         if overwrite:
