@@ -467,6 +467,8 @@ class TrialCallback(Checkpoint):
         others = zip(self._metrics[1:], scores_of(result)[1:], strict=True)
         scores = {"score": result["score"], **{metric.name: value for metric, value in others}}
         for logger in trainer.loggers:
-            logger.log_metrics(scores, step=trainer.global_step)
-            if isinstance(logger, RunLogger):
+            if isinstance(logger, RunLogger):  # its x axis is the epoch
+                logger.log_metrics(scores, step=int(self.history[-1]["epoch"]) + 1)
                 logger.log_settings(self.config)
+            else:
+                logger.log_metrics(scores, step=trainer.global_step)

@@ -82,7 +82,8 @@ def test_each_execution_is_a_run_in_tensorboard(whole):
             events = EventAccumulator(str(run)).Reload()
             logged = [(event.value) for event in events.Scalars("val/accuracy")]
             assert logged == pytest.approx([value for _, value in execution["values"]])
-            assert events.Scalars("score")[0].value == pytest.approx(execution["score"])
+            (score,) = events.Scalars("score")
+            assert (score.step, score.value) == (2, pytest.approx(execution["score"]))
             plugin = events.summary_metadata["_hparams_/session_start_info"].plugin_data.content
             assert b"model.network.init_args.units.0" in plugin
             config = yaml.safe_load((run / "config.yaml").read_text())
