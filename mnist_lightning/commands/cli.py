@@ -501,7 +501,7 @@ def chosen_classes(config: Any, option: str = "") -> dict[type, str]:
         for each in config:
             found |= chosen_classes(each, option)
     elif isinstance(config, dict):
-        with suppress(ImportError, AttributeError, KeyError, ValueError):
+        with suppress(ImportError, AttributeError, KeyError, TypeError, ValueError):
             found[resolve_name(config["class_path"])] = option
         for key, value in config.items():
             found |= chosen_classes(value, option if key == "init_args" else f"{option}.{key}".lstrip("."))
