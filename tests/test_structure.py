@@ -1,6 +1,7 @@
 """The map of the modules in docs/internals.md is true, and the README's Python works."""
 
 import ast
+import os
 import re
 import textwrap
 from pathlib import Path
@@ -42,6 +43,12 @@ def test_imports_go_down_the_map_of_modules():
         assert lines[name] == docstring.partition("\n")[0].removesuffix(".").replace("``", "")
         for module in imported(path):
             assert modules.index(module) > modules.index(name), f"{name} imports {module}"
+
+
+@pytest.mark.skipif("PYTEST_XDIST_WORKER" not in os.environ, reason="a single process runs all tests (-n0)")
+def test_one_worker_runs_the_tests_of_a_file(request):
+    """Check that xdist has made groups: versions that do not fit together silently ignore them."""
+    assert request.node.nodeid.endswith("@test_structure.py")
 
 
 def python_of(file: str, title: str) -> str:
