@@ -181,8 +181,9 @@ class Pool:
         """Return what a worker runs."""
         if trial is None:
             return "  starts"
-        done = len(TrialRecord.of(trial).executions)
-        text = f"  trial {trial.number:3}, execution {done + 1}/{self.search.options.executions_per_trial}"
+        total = self.search.options.executions_per_trial
+        done = min(len(TrialRecord.of(trial).executions), total - 1)  # the last may be stored, and the trial not ended
+        text = f"  trial {trial.number:3}, execution {done + 1}/{total}"
         if len(self.search.metrics) > 1 or isinstance(self.study.pruner, WilcoxonPruner):
             return text  # which epoch it is, is not in the study
         epoch = self._epochs_of(trial) - done * self.search.epochs + 1

@@ -65,7 +65,7 @@ def trained(objective, trial, number, executions):
 
 @pytest.fixture(autouse=True)
 def _without_training(monkeypatch):
-    monkeypatch.setattr(Objective, "train", trained)
+    monkeypatch.setattr(Objective, "execute", trained)
 
 
 def work(journal, n_trials, **options):
@@ -78,13 +78,13 @@ def work(journal, n_trials, **options):
 def work_and_die(journal, n_trials, executions=1, after=0):
     """Run trials as a worker that is killed during its first trial, after some executions."""
 
-    def train(objective, trial, number, done):
+    def execute(objective, trial, number, done):
         if number == after:
             os._exit(0)
         return trained(objective, trial, number, done)
 
     def run():
-        Objective.train = train
+        Objective.execute = execute
         work(journal, n_trials, executions=executions)
 
     in_process(run).join(30)
@@ -230,11 +230,11 @@ def test_the_total_counts_every_trial_but_those_too_many(journal):
 
 @pytest.mark.slow
 def test_a_limit_is_a_constraint_but_not_of_executions_that_are_older(journal, monkeypatch):
-    def train(objective, trial, number, executions):
+    def execute(objective, trial, number, executions):
         limited = {"limited": {"parameters": 5.0}} if trial.number or number else {}
         return trained(objective, trial, number, executions) | limited
 
-    monkeypatch.setattr(Objective, "train", train)
+    monkeypatch.setattr(Objective, "execute", execute)
     make(journal)
     limited = search(journal, 2, executions=2)
     limited.options.limits = {"parameters": 3.0}
@@ -363,7 +363,7 @@ def test_a_trial_that_others_have_is_left_to_them(journal, monkeypatch):
     study = make(journal)
     other = Recovery(study, open_storage(journal))
 
-    def train(objective, trial, number, executions):
+    def execute(objective, trial, number, executions):
         if trial.number == 0 and not taken:
             taken.append(trial.number)
             other.put_back(0, died=True)
@@ -372,16 +372,16 @@ def test_a_trial_that_others_have_is_left_to_them(journal, monkeypatch):
             raise RuntimeError("which is not the trial's")
         return trained(objective, trial, number, executions)
 
-    def body(objective, trial, number, executions):  # like Objective.train
+    def body(objective, trial, number, executions):  # like Objective.execute
         try:
-            return train(objective, trial, number, executions)
+            return execute(objective, trial, number, executions)
         except RuntimeError:
             assert not objective.owns(trial)
             raise AbandonedTrial from None
 
     taken = []
     AbandonedTrial = trial.AbandonedTrial  # noqa: N806
-    monkeypatch.setattr(Objective, "train", body)
+    monkeypatch.setattr(Objective, "execute", body)
     trials = work(journal, 3).trials
     assert [each.state.name for each in trials] == ["RUNNING", "COMPLETE", "COMPLETE"]
     assert trials[0].user_attrs["owner"] == "another"
