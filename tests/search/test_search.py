@@ -54,7 +54,8 @@ def test_a_terminal_shows_what_each_worker_runs_and_how_much_is_done(whole):
     cwd, output = whole
     shown = (cwd / "terminal.txt").read_text()
     executions = re.findall(r"trial   [0-4], execution (\S+?), epoch +[12]/2", shown)
-    assert {*executions} in ({"1/2"}, {"2/2"}, {"1/2", "2/2"})  # it is shown once a second, and a trial may be faster
+    assert {*executions} <= {"1/2", "2/2"}
+    assert executions or "  starts" in shown  # shown once a second: the trials may be faster
     assert "Loading …" in shown
     counts = re.findall(r"(\d+) % \|.*?\| (\d+)/20 epochs, (\d)/5 trials", shown)
     assert all(int(share) == round(100 * int(epochs) / 20) and 4 * int(n) <= int(epochs) for share, epochs, n in counts)
