@@ -4,7 +4,6 @@ import os
 import re
 import shlex
 import shutil
-import subprocess
 import sys
 import textwrap
 from collections.abc import Sequence
@@ -19,7 +18,11 @@ CODES = {"bold": 1, "red": 31, "green": 32, "yellow": 33}
 def command_line(*words: object) -> str:
     """Return a command of this package that can be pasted into a terminal."""
     texts = [*PROG.split(), *map(str, words)]
-    return subprocess.list2cmdline(texts) if os.name == "nt" else shlex.join(texts)
+    if os.name == "nt":
+        from subprocess import list2cmdline  # --help is quicker without it
+
+        return list2cmdline(texts)
+    return shlex.join(texts)
 
 
 def hide_password(storage: str) -> str:
