@@ -19,7 +19,7 @@ from mnist_lightning.data.pictures import PictureError, find, read
 from mnist_lightning.data.placing import count_characters
 from mnist_lightning.system.console import colored, format_table, rank_zero_print, shorten_middle
 from mnist_lightning.system.errors import UserError
-from mnist_lightning.system.files import atomic_write, write_csv
+from mnist_lightning.system.files import atomic_write, make_room, write_csv
 from mnist_lightning.training import figures
 from mnist_lightning.training.precision import Trainer
 from mnist_lightning.training.runs import newest_result
@@ -81,7 +81,7 @@ class PredictCLI(RunCLI):
 
     def predict_test_images(self, output: Path) -> None:
         """Write the true label, the predicted label and the probabilities of each test image."""
-        _make_room(output)
+        make_room("output", output)
         import pandas as pd  # slow to import
 
         self.datamodule.setup("predict")
@@ -103,7 +103,7 @@ class PredictCLI(RunCLI):
         if not output.name or output.suffix == ".png":
             raise UserError("--output must name the CSV file; the pictures are drawn next to it, as .png.")
         sheet, data, checkpoint = output.with_suffix(".png"), self.datamodule, self.config.ckpt_path
-        _make_room(output, sheet)
+        make_room("output", output, sheet)
         rank_zero_print(f"Network: {checkpoint}\nTrained on {data.source}")
         places, made, skipped = self.read_pictures()
         if data.standardize or self.config.explain:
@@ -217,18 +217,6 @@ class PredictCLI(RunCLI):
 
 def _is_doubtful(row: dict[str, Any]) -> bool:
     return bool(row["probability"] < DOUBTFUL)
-
-
-def _make_room(*paths: Path) -> None:
-    """Make the folder for new files.
-
-    Raises:
-        UserError: If a file exists.
-    """
-    for path in paths:
-        if path.exists():
-            raise UserError(f"{path} exists and is not overwritten: choose another --output.")
-    paths[0].parent.mkdir(parents=True, exist_ok=True)
 
 
 main = PredictCLI.main

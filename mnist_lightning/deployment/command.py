@@ -10,8 +10,7 @@ from mnist_lightning.commands.cli import RunCLI
 from mnist_lightning.deployment import formats
 from mnist_lightning.deployment.page import write_page
 from mnist_lightning.system.console import rank_zero_print
-from mnist_lightning.system.errors import UserError
-from mnist_lightning.system.files import atomic_write
+from mnist_lightning.system.files import atomic_write, make_room
 from mnist_lightning.training.runs import newest_result
 from mnist_lightning.training.saved_run import check_finite, outputs
 
@@ -41,10 +40,8 @@ class ExportCLI(RunCLI):
         page = Path(self.config.page) if self.config.page else None
         output = Path(self.config.output or "network.onnx") if self.config.output or page is None else None
         for option, path in (("output", output), ("page", page)):
-            if path is not None and path.exists():
-                raise UserError(f"{path} exists and is not overwritten: choose another --{option}.")
             if path is not None:
-                path.parent.mkdir(parents=True, exist_ok=True)
+                make_room(option, path)
         form = None if output is None else formats.format_of(output)
         checkpoint, data, classifier = self.config.ckpt_path, self.datamodule, self.model.eval()
         data.setup("test")

@@ -269,11 +269,12 @@ function read(context) {
 const FINE = 10; // pixels of a character's picture for a pixel of the image
 const fine = document.createElement("canvas").getContext("2d", { willReadFrequently: true });
 
+/** Return the smallest and the largest coordinate of points on an axis. */
+const range = (points, axis) => points.reduce(([low, high], { [axis]: at }) => [Math.min(low, at), Math.max(high, at)], [Infinity, -Infinity]);
+
 /** Return the picture of a character: whatever the size of the drawing, its strokes are as wide as the data set's. */
 function character(strokes) {
-  const [xs, ys] = [0, 1].map((axis) => strokes.flat().map((point) => point[axis]));
-  const [left, top] = [xs, ys].map((values) => values.reduce((a, b) => Math.min(a, b)));
-  const sides = [xs, ys].map((values, axis) => values.reduce((a, b) => Math.max(a, b)) - [left, top][axis]);
+  const [[left, right], [top, bottom]] = [0, 1].map((axis) => range(strokes.flat(), axis)), sides = [right - left, bottom - top];
   const longer = FINE * placing.share * Math.min(...imageShape.slice(1)), pen = Math.min(FINE * placing.stroke, longer / 2);
   const scale = (longer - pen) / Math.max(...sides, pad.width / 20); // a tap, which is smaller, stays a dot
   [fine.canvas.width, fine.canvas.height] = sides.map((side) => Math.ceil(scale * side + pen + 2));
@@ -283,10 +284,7 @@ function character(strokes) {
 
 /** Return how many characters strokes seem to be: groups of similar height, with clear gaps between them. */
 function countCharacters(strokes) {
-  const groups = [], boxes = strokes.map((stroke) => [0, 1].map((axis) => {
-    const values = stroke.map((point) => point[axis]);
-    return [values, values].map((all, i) => all.reduce((a, b) => Math[i ? "max" : "min"](a, b)));
-  }));
+  const groups = [], boxes = strokes.map((stroke) => [0, 1].map((axis) => range(stroke, axis)));
   const side = Math.max(...boxes.map(([, [top, bottom]]) => bottom - top));
   for (const [[left, right], [top, bottom]] of boxes.sort((a, b) => a[0][0] - b[0][0])) {
     const last = groups.at(-1);
@@ -335,8 +333,8 @@ const said = document.getElementById("said"), bars = [...document.querySelectorA
 const pen = pad.getContext("2d", { willReadFrequently: true });
 let strokes = [], pointer = null, isRunning = false, isStale = false;
 
-/** Show the probabilities of a network. */
-function show(index, probabilities) {
+/** Show the probabilities of a network for a drawing of some characters. */
+function show(index, probabilities, count) {
   const best = probabilities ? probabilities.indexOf(Math.max(...probabilities)) : -1;
   bars.forEach((bar, i) => {
     const row = bar.querySelectorAll("div")[index], percent = probabilities ? 100 * probabilities[i] : 0;
@@ -345,7 +343,6 @@ function show(index, probabilities) {
     row.classList.toggle("best", i === best);
   });
   if (!probabilities) return "nothing drawn yet";
-  const count = placing ? countCharacters(strokes) : 1;
   const doubt = count > 1 ? `, but these seem to be ${count} characters` : probabilities[best] < doubtful ? ", unsure" : "";
   return `${classes[best]}, ${(100 * probabilities[best]).toFixed(1)} %${doubt}`;
 }
@@ -361,8 +358,9 @@ async function update() {
     const shown = new ImageData(seen.width, seen.height);
     shown.data.fill(255).forEach((_, i, all) => { if (i % 4 < 3) all[i] = image ? 255 * image[i >> 2] : 0; });
     seen.getContext("2d").putImageData(shown, 0, 0);
+    const count = placing ? countCharacters(strokes) : 1;
     const given = image && inverted ? image.map((value) => 1 - value) : image, answers = [];
-    for (const [index, { classify }] of networks.entries()) answers.push(show(index, given && (await classify(given))));
+    for (const [index, { classify }] of networks.entries()) answers.push(show(index, given && (await classify(given)), count));
     if (pointer === null && !isStale) // otherwise a screen reader would never finish
       [...said.children].forEach((line, index) => { line.querySelector("b").textContent = answers[index]; });
   }

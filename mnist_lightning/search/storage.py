@@ -45,8 +45,8 @@ class JournalFile(JournalFileBackend):
     def _check(self) -> None:
         if self._identify() != self._identity:
             raise UserError(
-                f"{self._path} was moved or deleted while it was in use. Restore it and run the command again, or "
-                "give the new path as --storage."
+                f"{self._path} was moved or deleted while it was in use. Finished work is kept: restore the file "
+                "and run the command again, or give the new path as --storage."
             )
 
     def read_logs(self, log_number_from: int) -> Generator[dict[str, Any], None, None]:

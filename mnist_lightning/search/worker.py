@@ -130,7 +130,7 @@ def _work(search: "Search", device: str | None, connection: "Connection[str, Non
     from mnist_lightning.commands.parsing import patched_jsonargparse
     from mnist_lightning.search.storage import open_storage
     from mnist_lightning.search.trial import run_trials
-    from mnist_lightning.system.errors import describe_os_error, silence_os_errors_of_threads
+    from mnist_lightning.system.errors import UserError, describe_os_error, silence_os_errors_of_threads
 
     silence_os_errors_of_threads()
     gc.freeze()  # imported objects are not garbage: the collection after each trial skips them
@@ -144,10 +144,9 @@ def _work(search: "Search", device: str | None, connection: "Connection[str, Non
             run_trials(search, storage)
     except Exception as error:  # a fault of the machine, such as a full disk
         reason = describe_os_error(error) if isinstance(error, OSError) else str(error) or repr(error)
-        advice = (
-            "" if "Finished work is kept" in reason else " Finished work is kept: fix the problem, then run it again."
-        )
-        connection.send(f"{reason.rstrip('.')}.{advice}")
+        if not isinstance(error, UserError):  # which says what to do
+            reason = f"{reason.rstrip('.')}. Finished work is kept: fix the problem, then run the command again."
+        connection.send(reason)
         sys.exit(1)
 
 

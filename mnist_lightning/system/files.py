@@ -11,6 +11,23 @@ from typing import Any
 from mnist_lightning.system.errors import UserError
 
 
+def make_room(option: str, *paths: Path) -> None:
+    """Make the folders for new files.
+
+    Args:
+        option: The option that names the files, without its dashes.
+        paths: Paths of the files.
+
+    Raises:
+        UserError: If a file exists.
+    """
+    for path in paths:
+        if path.exists():
+            raise UserError(f"{path} exists and is not overwritten: choose another --{option}.")
+    for path in paths:
+        path.parent.mkdir(parents=True, exist_ok=True)
+
+
 @contextmanager
 def atomic_write(path: Path, overwrite: bool = True) -> Iterator[Path]:
     """Yield a temporary path to write to, then rename it to ``path``: readers find a whole file, the old or the new.
