@@ -78,8 +78,10 @@ def test_the_readme_s_python_works(capfd, tmp_path, monkeypatch, mnist):
     Image.fromarray(mnist.test.images[0, 0].numpy()).resize((280, 280)).save("scan.png")
     code = python_of("README.md", "From Python")
     assert 5 < len(code.strip().splitlines()) < 10
-    exec(compile(code, "README.md", "exec"), {})
+    shorter = re.sub(r"(epochs|n_trials)=\d", r"\1=1", code)
+    assert shorter != code
+    exec(compile(shorter, "README.md", "exec"), {})
     output = capfd.readouterr().out
     assert output.endswith("0    7\ndtype: str\n")
-    assert "last epoch (5)" in output
+    assert "last epoch (1)" in output
     assert "Report: lightning_logs/report/report.html" in output
