@@ -24,7 +24,14 @@ from lightning.pytorch.utilities.seed import isolate_rng
 
 from mnist_lightning.classifier import SCHEDULE, Classifier
 from mnist_lightning.commands.cli import TRAINING_OPTIONS, RunCLI, add_method_options, add_training_options
-from mnist_lightning.system.console import command_line, format_table, rank_zero_print, shorten_middle, show_status
+from mnist_lightning.system.console import (
+    command_line,
+    format_table,
+    quoted,
+    rank_zero_print,
+    shorten_middle,
+    show_status,
+)
 from mnist_lightning.system.errors import UserError, library_errors
 from mnist_lightning.system.files import write_csv
 from mnist_lightning.system.nested import flatten
@@ -191,7 +198,7 @@ class FitCLI(RunCLI):
         if trainer.limit_test_batches != 0 and not trainer.barebones:
             self.test()
         if self.run_dir is not None and trainer.is_global_zero:
-            print(f"\nRun: {self.run_dir}\nView it: tensorboard --logdir {self.logs}")
+            print(f"\nRun: {self.run_dir}\nView it: {quoted('tensorboard', '--logdir', self.logs)}")
 
     def print_data_and_layers(self) -> None:
         """Print the shapes of the data and the layers of the network."""

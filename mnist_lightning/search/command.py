@@ -4,7 +4,6 @@ import csv
 import json
 import math
 import re
-import shlex
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
@@ -63,7 +62,7 @@ from mnist_lightning.search.study import (
     source_of,
 )
 from mnist_lightning.search.trial import Search, kept_weights
-from mnist_lightning.system.console import PROG, command_line, format_table, hide_password
+from mnist_lightning.system.console import PROG, command_line, format_table, hide_password, quoted
 from mnist_lightning.system.errors import UserError, user_errors
 from mnist_lightning.system.files import atomic_write
 from mnist_lightning.system.nested import flatten, get_value
@@ -343,9 +342,9 @@ def _print_ways_to_look(search: Search, logs: Path) -> None:
     storage = ["--storage", search.options.storage] if search.options.storage else []
     print("To watch the search from another terminal:")
     print(f"  {command_line('tune', '--show', '--study_name', search.options.study_name, *storage)}")
-    print(f"  tensorboard --logdir {shlex.quote(str(logs))}")
+    print(f"  {quoted('tensorboard', '--logdir', logs)}")
     if not search.storage.startswith("grpc://"):  # the dashboard reads only journals and databases
-        print(f"  optuna-dashboard {shlex.quote(search.storage)}")
+        print(f"  {quoted('optuna-dashboard', search.storage)}")
 
 
 def _write_best(study: Study, run: SearchCLI, search: Search, command: str) -> tuple[Path, dict[str, Any]] | None:

@@ -17,7 +17,12 @@ CODES = {"bold": 1, "red": 31, "green": 32, "yellow": 33}
 
 def command_line(*words: object) -> str:
     """Return a command of this package that can be pasted into a terminal."""
-    texts = [*PROG.split(), *map(str, words)]
+    return quoted(*PROG.split(), *words)
+
+
+def quoted(*words: object) -> str:
+    """Return a command of any program that can be pasted into a terminal."""
+    texts = [*map(str, words)]
     if os.name == "nt":
         from subprocess import list2cmdline  # --help is quicker without it
 

@@ -8,6 +8,7 @@ import math
 import os
 import platform
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -964,12 +965,13 @@ def test_a_metric_that_is_not_logged_is_refused_before_the_first_step(
 def test_a_home_folder_is_meant_by_its_sign_and_a_url_is_not_a_folder(quick, monkeypatch, capfd, tmp_path):
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setenv("USERPROFILE", str(tmp_path))
-    quick(tmp_path, "fit", "--trainer.max_epochs=1", "--trainer.default_root_dir=~/runs")
-    run = tmp_path / "runs/lightning_logs/baseline/version_0"
+    output = quick(tmp_path, "fit", "--trainer.max_epochs=1", "--trainer.default_root_dir=~/my runs").stdout
+    run = tmp_path / "my runs/lightning_logs/baseline/version_0"
+    assert shlex.split(output.splitlines()[-1])[-2:] == ["--logdir", str(tmp_path / "my runs/lightning_logs")]
     assert (run / "checkpoints/last.ckpt").is_file()
     assert list(run.glob("events.*"))
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["runs"]
-    quick(tmp_path, "fit", "--trainer.max_epochs=2", "--trainer.default_root_dir=~/runs", "--ckpt_path=last")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["my runs"]
+    quick(tmp_path, "fit", "--trainer.max_epochs=2", "--trainer.default_root_dir=~/my runs", "--ckpt_path=last")
     assert (run.with_name("version_1") / "test.csv").is_file()
     code, _, errors = in_process(capfd, "fit", "--trainer.default_root_dir=s3://bucket/runs")
     assert code == 1
