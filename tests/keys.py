@@ -6,6 +6,8 @@ python tests/keys.py fit lr    # keys with lr in their name
 
 import argparse
 import contextlib
+import copy
+import functools
 import io
 import math
 import sys
@@ -28,6 +30,16 @@ VALUES: dict[str, Any] = {
 GENERAL = ("trainer", "model", "data", "init_args", "class_path")
 """Parts of keys that do not identify them."""
 
+JARGON = (
+    "not supported between instances",
+    "Union subtypes",
+    "Problem with given",
+    "<class",
+    "Namespace(",
+    "Parser key",
+)
+"""Words of Python and of the parser that a user need not know."""
+
 LEFT_OUT = {
     *(("trainer.devices", kind) for kind in ("huge", "-1", "a list", "null")), ("trainer.num_nodes", "huge"),
     # this is an eighth of a validation batch, for which Lightning names limit_val_batches
@@ -36,33 +48,45 @@ LEFT_OUT = {
 """Values that would really start, or wait for, that many processes or machines."""
 
 
-def keys(name: str) -> list[str]:
-    """Return the keys of a command's config, including those of a schedule for ``fit``, and of whole sections."""
+@functools.cache
+def defaults(name: str) -> dict[str, Any]:
+    """Return a command's config; that of ``fit`` has a schedule."""
     output = io.StringIO()
     more = ["--model.lr_scheduler=StepLR", "--model.lr_scheduler.step_size=1"] if name == "fit" else []
     with contextlib.redirect_stdout(output), contextlib.suppress(SystemExit):
         command([name, *more, "--print_config"])
-    config = yaml.safe_load(output.getvalue())
-    return [
-        *flatten(config),
-        *(
-            key
-            for key in ("model", "data", "trainer", "model.optimizer", "model.network")
-            if key in config or "." in key
-        ),
-    ]
+    config: dict[str, Any] = yaml.safe_load(output.getvalue())
+    return config
 
 
-def try_key(name: str, key: str, value: Any, folder: Path, *options: str) -> str:
-    """Return how a command mishandles a value for a key, or an empty text."""
+def keys(name: str) -> list[str]:
+    """Return the keys of a command's config, and of whole sections."""
+    config = defaults(name)
+    sections = ("model", "data", "trainer", "model.optimizer", "model.network")
+    return [*flatten(config), *(key for key in sections if key in config or "." in key)]
+
+
+def config_with(name: str, key: str, value: Any) -> Any:
+    """Return a config of a command in which a key has a value."""
+    if key.startswith("search_space."):  # its own keys have dots, and a part of it would be another space
+        space = copy.deepcopy(defaults(name)["search_space"])
+        searched = next(each for each in space if key.startswith(f"search_space.{each}."))
+        *parts, last = key.removeprefix(f"search_space.{searched}.").split(".")
+        functools.reduce(dict.__getitem__, parts, space[searched])[last] = value
+        return {"search_space": space}
     nested: Any = value
     for part in reversed(key.split(".")):
         nested = {part: nested}
     if key.startswith("model.lr_scheduler."):
         nested["model"]["lr_scheduler"].setdefault("class_path", "StepLR")
         nested["model"]["lr_scheduler"].setdefault("init_args", {}).setdefault("step_size", 1)
+    return nested
+
+
+def try_key(name: str, key: str, value: Any, folder: Path, *options: str) -> str:
+    """Return how a command mishandles a value for a key, or an empty text."""
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "config.yaml").write_text(yaml.safe_dump(nested), encoding="utf-8")
+    (folder / "config.yaml").write_text(yaml.safe_dump(config_with(name, key, value)), encoding="utf-8")
     try:
         result = run(folder, name, *options, "--config=config.yaml")
     except FailedError as error:
@@ -75,8 +99,8 @@ def try_key(name: str, key: str, value: Any, folder: Path, *options: str) -> str
         given = str(value.get("class_path") if isinstance(value, dict) else value).rpartition(".")[2]
         if not any(word in lines[0] for word in (*words, given) if word):
             return f"is refused without its name: {lines[0]}"
-        if "not supported between instances" in lines[0]:
-            return f"is refused in Python's words: {lines[0]}"
+        if any(words in lines[0] for words in JARGON):
+            return f"is refused in the words of Python or its libraries: {lines[0]}"
         return ""
     where = run_folder(result, folder)
     for line in read(where / "test.csv") if where else []:

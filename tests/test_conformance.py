@@ -61,12 +61,12 @@ def test_the_table_in_the_docs_has_all_that_is_refused():
     ("command", "share"),
     [
         pytest.param(command, share, marks=pytest.mark.xdist_group(f"keys {command} {share}"))
-        for command, shares in (("fit", SHARES), ("predict", 1))
+        for command, shares in (("fit", SHARES), ("tune", 1), ("predict", 1))
         for share in range(shares)
     ],
 )
 def test_no_value_of_a_key_ends_in_a_traceback(command, share, tmp_path):
-    """Try a sixth of the cases of fit and a twenty-fourth of predict's; ``python tests/keys.py fit`` tries all."""
+    """Try a sixth of the cases of fit and a twenty-fourth of others; ``python tests/keys.py fit`` tries all."""
     found = cases(command)
     random.Random(0).shuffle(found)
     options = options_of(command, tmp_path)

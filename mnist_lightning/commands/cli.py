@@ -297,10 +297,14 @@ class RunCLI(LightningCLI):
         for group in ("model", "data"):
             check_numbers(config[group], group)
         defaults = self.parser.get_defaults()
-        for name in ("name", "num_threads", "tensorboard", "fast", "output"):
+        flags = ("show", "sheet", "explain")  # the parser takes any value for them
+        for name in ("name", "num_threads", "tensorboard", "fast", "output", *flags):
             if name in config and config[name] is None:
                 config[name] = defaults[name]
         if "ckpt_path" in config and config.ckpt_path == "":
+        for name in flags:
+            if not isinstance(config.get(name, False), bool):
+                raise UserError(f"{name} is {config[name]}, but must be true or false.")
             config.ckpt_path = None
         data = config.data.init_args
         if data.data_dir is not None:  # config and checkpoint may be used from another folder

@@ -30,6 +30,7 @@ from mnist_lightning.commands.help import print_help
 from mnist_lightning.commands.model import flat_config, flat_text, flat_words, grouped, is_config
 from mnist_lightning.data import ImageDataModule
 from mnist_lightning.system.errors import OptionError, UserError
+from mnist_lightning.system.nested import as_list
 from mnist_lightning.training.runs import LOGS
 
 MAX_NODES = 10_000
@@ -237,7 +238,7 @@ def _sizes_of(spec: Namespace) -> list[str]:
 def _place_loggers(trainer: Namespace) -> None:
     """Make loggers without a given folder write next to the runs."""
     folder, loggers = Path(trainer.get("default_root_dir") or ".").expanduser() / LOGS, trainer.get("logger")
-    for logger in loggers if isinstance(loggers, list) else [loggers]:
+    for logger in as_list(loggers):
         if not isinstance(logger, Namespace):
             continue
         name, given = str(logger.get("class_path")).rpartition(".")[2], vars(logger.get("init_args", Namespace()))
@@ -276,7 +277,7 @@ def fill_nulls(arguments: Namespace, made: type) -> None:
                 if NoneType not in get_args(hints[name]):
                     arguments[name] = default
     for value in vars(arguments).values():
-        for spec in value if isinstance(value, list) else [value]:
+        for spec in as_list(value):
             if isinstance(spec, Namespace) and "class_path" in spec and isinstance(spec.get("init_args"), Namespace):
                 fill_nulls(spec.init_args, _typehints.import_object(spec.class_path))
 
@@ -313,11 +314,10 @@ def shorten(message: str) -> str:
     text = re.sub(r"- Expected a path but (?:\S+ )?either not accessible or invalid - ", "", text)
     union = "Does not validate against any of the Union subtypes Subtypes: "
     of_class = r"(?:Problem with given class_path '[^']*'|Type \S.*? expects a function or a callable class): "
-    text = re.sub(  # for a class or null, keep only the part about the class
-        rf"{union}\[[^],]*, <class 'NoneType'>\] Errors: - (Problem .*?) - Expected a <class 'NoneType'> Given .*",
-        r"\1",
-        text,
-    )
+    # for a class (or a list of a class) or null, keep only the part about the class
+    or_null = rf"{union}\[[^,]*, <class 'NoneType'>\] Errors: - (Problem .*) - Expected a <class 'NoneType'> Given .*"
+    for _ in range(text.count(union)):
+        text = re.sub(or_null, r"\1", text)
     text = re.sub(rf'(Parser key "[^"]*)": {of_class}Parser key "', r"\1.", text)
     if match := re.search(rf"{union}\[(.*?)\] Errors: - (.*) Given value type: .*? Given value: ?(.*)", text):
         types, errors, value = match.groups()
@@ -329,7 +329,10 @@ def shorten(message: str) -> str:
         ]
         reason = re.sub(rf"{of_class}|\. Got value: Namespace\(.*", "", reasons[0]) if reasons else ""
         text = f"{text[: match.start()]}{value} is not one of {types}{f' ({reason})' if reason else ''}"
+        if re.match(r"list\[\w+\.[^,]*\], <class 'NoneType'>$", types) and not reason:
+            text += ": give a list, or add an item with +="
     text = re.sub(r"\. Got value: Namespace\(.*", "", text)
+    text = re.sub(r"Problem with given class_path '(?:\w+\.)*(\w+)'", r"\1", text)
     text = re.sub(r"Expected a dot import path string: (\S+)", r"there is no class \1", text)
     text = re.sub(r"<class '([\w.]+)'>", r"\1", text)
     text = re.sub(r"typing\.Literal\[([^]]*)\]", r"\1", text)

@@ -145,13 +145,16 @@ def make_space(config: dict[str, Any] | None, base: dict[str, Any]) -> SearchSpa
         try:
             conditions[key] = dict(distribution.get("when") or {})
             distribution = copy.deepcopy({name: value for name, value in distribution.items() if name != "when"})
-            arguments = distribution.get("init_args", {})
+            if not isinstance(distribution.get("class_path"), str):
+                raise ValueError("its class_path is not the name of an Optuna distribution, such as FloatDistribution")
+            given = distribution.get("init_args") or {}
+            arguments = distribution["init_args"] = {name: value for name, value in given.items() if value is not None}
             if isinstance(arguments.get("choices"), list):
                 arguments["choices"] = [_encode(choice) for choice in arguments["choices"]]
             distributions[key] = instantiate(BaseDistribution, distribution)
             json.dumps(distributions[key]._asdict(), allow_nan=False)  # with infinite bounds, Optuna fails at a draw
         except Exception as error:  # jsonargparse and Optuna raise many types
-            reason = " ".join(str(error).split())
+            reason = shorten(str(error)).removeprefix("value: ")
             raise UserError(f"search_space: {key} has no valid distribution. {reason}") from error
     space = SearchSpace()
     while len(space) < len(distributions):

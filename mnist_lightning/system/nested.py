@@ -1,4 +1,4 @@
-"""Nested configs: flatten them, and look up keys with dots."""
+"""Nested configs: flatten them, look up keys with dots, and read options that may be lists."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -29,3 +29,8 @@ def get_value(config: Any, key: str) -> Any:
         elif config is not None or part != "class_path":
             config = config[part]
     return config
+
+
+def as_list(value: Any) -> list[Any]:
+    """Return the values of an option that holds a list, a single value or null."""
+    return value if isinstance(value, list) else [] if value is None else [value]

@@ -757,6 +757,8 @@ def damaged(path: Path, content: bytes) -> str:
     path.write_bytes(content)
     return str(path)
 
+        (["--data.augmentation=Distortion"], "Distortion is not one of list[Module], null: give a list, or add an it"),
+        (["--data.augmentation+=Distorsion"], "data.augmentation: Distorsion is not one of list[Module], null (there "),
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
