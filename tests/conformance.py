@@ -35,7 +35,7 @@ import sys
 import tempfile
 import typing
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -200,6 +200,9 @@ KILLED = "continued/lightning_logs/killed/version_0/checkpoints"
 
 PLAIN = ("optimizers", "schedules", "profilers", "plugins")
 """Kinds that can influence neither figures nor the random state before the first step."""
+
+DRAWING = ("on_train_start", "on_validation_end", "on_train_end", "on_test_end")
+"""Hooks of ``Figures``."""
 
 NOT_HERE = "if it is not here"
 """The end of a refusal that depends on the machine: its hardware, or optional packages."""
@@ -438,10 +441,10 @@ class Result:
 
 
 @contextlib.contextmanager
-def observed(result: list[str], killed: Path | None, stop: bool, is_drawn: bool) -> Iterator[None]:
+def observed(result: list[str], killed: Path | None, stop: bool, drawn: Sequence[str]) -> Iterator[None]:
     """Record the random state before the first step, and keep the checkpoints that a kill after an epoch leaves.
 
-    Figures take a third of the time of such a short training, so they are only drawn for rows that check their effect.
+    Figures take half of the time of such a short training, so only the hooks ``drawn`` draw them.
     """
     step, save = Classifier.training_step, RunCheckpoint.on_train_epoch_end
 
@@ -465,9 +468,7 @@ def observed(result: list[str], killed: Path | None, stop: bool, is_drawn: bool)
         (errors, "LIBRARIES", [*errors.LIBRARIES, ROOT / "tests"]),  # the functions here are not a user's
         (sys, "unraisablehook", lambda _: None),  # errors of profilers that could not be created
     ]
-    if not is_drawn:
-        hooks = ("on_train_start", "on_validation_end", "on_train_end")
-        patches += [(Figures, name, getattr(pl.Callback, name)) for name in hooks]
+    patches += [(Figures, name, getattr(pl.Callback, name)) for name in DRAWING if name not in drawn]
     with contextlib.ExitStack() as stack:
         for place, name, value in patches:
             stack.enter_context(mock.patch.object(place, name, value))
@@ -475,7 +476,7 @@ def observed(result: list[str], killed: Path | None, stop: bool, is_drawn: bool)
 
 
 def run(
-    folder: Path, *arguments: str, killed: Path | None = None, stop: bool = False, is_drawn: bool = False
+    folder: Path, *arguments: str, killed: Path | None = None, stop: bool = False, drawn: Sequence[str] = ()
 ) -> Result:
     """Run a command in this process, in a folder.
 
@@ -493,7 +494,7 @@ def run(
         contextlib.redirect_stdout(output),
         contextlib.redirect_stderr(error_output),
         warnings.catch_warnings(),
-        observed(draws, killed, stop, is_drawn),
+        observed(draws, killed, stop, drawn),
     ):
         try:
             command(arguments)
@@ -589,7 +590,9 @@ def check(row: Row, folder: Path, data: Path) -> str:
     if row.kind in ("data sets", "configs"):
         defaults = ("--trainer.accelerator=cpu",)
     options = (*defaults, *(each.replace("{data}", str(data)) for each in row.options))
-    first = run(folder / "first", "fit", *options, killed=folder / KILLED, is_drawn=row.kind not in PLAIN)
+    # an augmentation must not be drawn from before the first step; what is drawn later is the same for all
+    drawn = () if row.kind in PLAIN else DRAWING[:1] if row.kind == "augmentation" else DRAWING
+    first = run(folder / "first", "fit", *options, killed=folder / KILLED, drawn=drawn)
 
     def fail(reason: str, *arguments: str, where: str = "first") -> typing.NoReturn:
         raise FailedError(f"{shown(folder / where, arguments or ('fit', *options))}\n  {reason}")
