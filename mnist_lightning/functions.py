@@ -30,6 +30,7 @@ from mnist_lightning.search.study import best_trial, ranked_trials, results, sou
 from mnist_lightning.search.worker import start_server
 from mnist_lightning.system.console import command_line
 from mnist_lightning.system.errors import UserError
+from mnist_lightning.system.nested import as_list
 from mnist_lightning.system.signals import interruptible
 from mnist_lightning.training.runs import LOGS
 
@@ -93,7 +94,7 @@ def fit(network: Any = None, data: Any = None, *, config: str | Path | None = No
     """
     arguments, objects = words({"config": config, "model.network": network, "data": data}, options)
     for value in objects.values():
-        for each in value if isinstance(value, list) else [value]:
+        for each in as_list(value):
             print(
                 f"{type(each).__name__} is an object, so config.yaml does not hold it: to continue the run, give it "
                 "again."

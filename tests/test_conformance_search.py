@@ -5,11 +5,13 @@ import json
 import math
 import warnings
 from collections import Counter
+from pathlib import Path
 
 import numpy as np
 import optuna
 import pandas as pd
 import pytest
+from conformance import read, rows
 from helpers.commands import in_process
 from helpers.studies import load
 from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
@@ -240,6 +242,32 @@ def test_a_trial_of_a_search_is_what_fit_makes_of_its_config(tune, capfd, tmp_pa
     assert code == 0, errors
     table = pd.read_csv("lightning_logs/again/version_0/metrics.csv", float_precision="round_trip")
     assert table["val/accuracy"].max() == trials[2].value
+
+
+VALIDATED = (
+    *("max_steps=6", "limit_train_batches=1", "limit_val_batches=0.5", "overfit_batches=2", "val_check_interval=3"),
+    *("val_check_interval=0.25", "check_val_every_n_epoch=2", "accumulate_grad_batches=3", "num_sanity_val_steps=2"),
+)
+"""Arguments of the Trainer that change what is validated, and when."""
+MEASURED = [row for row in rows() if not row.refusal and (row.kind == "callbacks" or row.name in VALIDATED)]
+
+
+@pytest.mark.parametrize("row", MEASURED, ids=lambda row: row.name)
+def test_a_trial_is_measured_as_a_run_of_fit(tune, capfd, tmp_path, row):
+    """Check the metrics of each epoch; a callback may change weights after they were validated."""
+    options = ["--n_trials=1", "--executions_per_trial=1", "--workers=1", "--data.eval_batch_size=50"]
+    code, output, errors = tune(*row.options, *options, epochs=3)
+    assert code == 0, output + errors
+    folder = tmp_path / "here/lightning_logs/tune/trial_000/execution_0"
+    code, _, errors = in_process(capfd, "fit", f"--config={folder}/config.yaml", "--name=again")
+    assert code == 0, errors
+    trial, run = (read(path / "metrics.csv") for path in (folder, Path("lightning_logs/again/version_0")))
+    names = [name for name in run[0] if name.startswith(("train/", "val/")) or name in ("epoch", "step")]
+    assert "val/accuracy" in names
+    assert [[row.get(name) for name in names] for row in trial] == [[row[name] for name in names] for row in run]
+    (found,) = load(tmp_path / "here").trials
+    assert found.value == max(float(row["val/accuracy"]) for row in run if row["val/accuracy"])
+    assert not (folder / "checkpoints").exists()
 
 
 # --- Optuna's own tests of storages and samplers ------------------------------------------------------------

@@ -18,7 +18,7 @@ import yaml
 from jsonargparse import ArgumentError, Namespace
 from jsonargparse.typing import restricted_number_type
 from lightning.pytorch import Callback
-from lightning.pytorch.callbacks import BatchSizeFinder, LearningRateFinder, ProgressBar, Timer
+from lightning.pytorch.callbacks import BatchSizeFinder, Checkpoint, LearningRateFinder, ProgressBar, Timer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.plugins import CheckpointIO as LightningCheckpointIO
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
@@ -40,6 +40,7 @@ from mnist_lightning.commands.parsing import (
 from mnist_lightning.data import ImageDataModule
 from mnist_lightning.system.console import PROG, rank_zero_print
 from mnist_lightning.system.errors import UserError, explain, is_for_users, is_from_user_code, user_errors
+from mnist_lightning.system.nested import as_list
 from mnist_lightning.system.signals import leave_as_usual
 from mnist_lightning.training.checkpoints import INSTANTIATOR, CheckpointConnector, CheckpointIO, FitLoop
 from mnist_lightning.training.fast import speed_up
@@ -276,7 +277,7 @@ class RunCLI(LightningCLI):
     def take_finders(self) -> list[Namespace]:
         """Remove Lightning's finders from the callbacks and return them."""
         trainer = self.config.trainer
-        given = trainer.callbacks if isinstance(trainer.callbacks, list) else [trainer.callbacks]
+        given = as_list(trainer.callbacks)
         finders = [each for each in given if each and resolve_name(each.class_path) in FINDERS]
         if finders:
             trainer.callbacks = [each for each in given if each not in finders] or None
@@ -301,10 +302,10 @@ class RunCLI(LightningCLI):
         for name in ("name", "num_threads", "tensorboard", "fast", "output", *flags):
             if name in config and config[name] is None:
                 config[name] = defaults[name]
-        if "ckpt_path" in config and config.ckpt_path == "":
         for name in flags:
             if not isinstance(config.get(name, False), bool):
                 raise UserError(f"{name} is {config[name]}, but must be true or false.")
+        if "ckpt_path" in config and config.ckpt_path == "":
             config.ckpt_path = None
         data = config.data.init_args
         if data.data_dir is not None:  # config and checkpoint may be used from another folder
@@ -397,9 +398,9 @@ class RunCLI(LightningCLI):
         """
         if options.barebones:
             self.say("With barebones, nothing is logged, shown or kept.")
-        elif options.enable_progress_bar is not False and not (
-            _has(options.callbacks, ProgressBar) or _has(self.objects.get("callbacks"), ProgressBar)
-        ):
+            return []
+        given = [*as_list(options.callbacks), *self.objects.get("callbacks", [])]
+        if options.enable_progress_bar is not False and not any(isinstance(each, ProgressBar) for each in given):
             return [CellProgressBar() if is_in_cell() else EpochProgressBar()]
         return []
 
@@ -407,10 +408,11 @@ class RunCLI(LightningCLI):
         """Build the trainer."""
         options = self.config_init.trainer
         # Lightning's model summary shows no layers
-        kwargs = {"enable_checkpointing": False, "enable_model_summary": False, **kwargs}
+        is_needed = not self.trains and any(isinstance(each, Checkpoint) for each in as_list(options.callbacks))
+        kwargs = {"enable_checkpointing": is_needed, "enable_model_summary": False, **kwargs}
         if isinstance(options.logger, bool | None) or not self.trains:
             kwargs["logger"] = False  # FitCLI adds TensorBoard's logger once the run folder is known
-        given = options.plugins if isinstance(options.plugins, list) else [options.plugins] if options.plugins else []
+        given = as_list(options.plugins)
         for plugin in given:
             if isinstance(plugin, LightningCheckpointIO):
                 raise UserError(
@@ -510,12 +512,6 @@ def chosen_classes(config: Any, option: str = "") -> dict[type, str]:
         for key, value in config.items():
             found |= chosen_classes(value, option if key == "init_args" else f"{option}.{key}".lstrip("."))
     return found
-
-
-def _has(callbacks: Any, kind: type) -> bool:
-    """Return whether the user's callbacks, one or a list, include an instance of a class."""
-    given = callbacks if isinstance(callbacks, list) else [callbacks]
-    return any(isinstance(callback, kind) for callback in given)
 
 
 CHATTER = (

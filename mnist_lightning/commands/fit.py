@@ -14,7 +14,13 @@ import torch
 from jsonargparse import Namespace
 from lightning.fabric.plugins.environments import SLURMEnvironment
 from lightning.pytorch import Callback
-from lightning.pytorch.callbacks import Checkpoint, LearningRateFinder
+from lightning.pytorch.callbacks import (
+    Checkpoint,
+    LearningRateFinder,
+    ModelCheckpoint,
+    OnExceptionCheckpoint,
+    ProgressBar,
+)
 from lightning.pytorch.cli import LightningArgumentParser
 from lightning.pytorch.profilers import PassThroughProfiler
 from lightning.pytorch.tuner import Tuner
@@ -34,7 +40,7 @@ from mnist_lightning.system.console import (
 )
 from mnist_lightning.system.errors import UserError, library_errors
 from mnist_lightning.system.files import write_csv
-from mnist_lightning.system.nested import flatten
+from mnist_lightning.system.nested import as_list, flatten
 from mnist_lightning.training.callbacks import Figures, RunLogger
 from mnist_lightning.training.checkpoints import RunCheckpoint
 from mnist_lightning.training.precision import Trainer
@@ -287,6 +293,10 @@ def describe_layers(model: Classifier) -> str:
     return f"{format_table([titles, *zip(*columns, strict=True)])}\n{', '.join(sums)}"
 
 
+ONLY_IN_FIT = (ModelCheckpoint, OnExceptionCheckpoint, ProgressBar)
+"""Callbacks that write a run's checkpoints or show its progress; a search does both itself."""
+
+
 class SilentFit(FitCLI):
     """A silent training without a run folder, for a search or for a finder.
 
@@ -306,6 +316,9 @@ class SilentFit(FitCLI):
         return []
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        options = self.config_init.trainer
+        options.callbacks = [each for each in as_list(options.callbacks) if not isinstance(each, ONLY_IN_FIT)]
+        kwargs["enable_checkpointing"] = any(isinstance(each, Checkpoint) for each in options.callbacks)
         return super().instantiate_trainer(enable_progress_bar=False, **kwargs)
 
 

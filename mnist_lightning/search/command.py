@@ -21,8 +21,14 @@ from optuna.samplers import BaseSampler, RandomSampler
 from optuna.study import Study
 from optuna.trial import FrozenTrial, TrialState
 
-from mnist_lightning.commands.cli import DEFAULTS, TRAINING_OPTIONS, RunCLI, add_training_options, quieten_lightning
-from mnist_lightning.commands.fit import FitCLI
+from mnist_lightning.commands.cli import (
+    DEFAULTS,
+    TRAINING_OPTIONS,
+    RunCLI,
+    add_training_options,
+    quieten_lightning,
+)
+from mnist_lightning.commands.fit import ONLY_IN_FIT, FitCLI
 from mnist_lightning.commands.parsing import patched_jsonargparse
 from mnist_lightning.search.pool import Pool, devices
 from mnist_lightning.search.record import COMPUTED, Direction, Metric, TrialRecord, is_counted, metrics_of
@@ -65,7 +71,7 @@ from mnist_lightning.search.trial import Search, kept_weights
 from mnist_lightning.system.console import PROG, command_line, format_table, hide_password, quoted
 from mnist_lightning.system.errors import UserError, user_errors
 from mnist_lightning.system.files import atomic_write
-from mnist_lightning.system.nested import flatten, get_value
+from mnist_lightning.system.nested import as_list, flatten, get_value
 from mnist_lightning.system.signals import Interrupt, interruptible
 from mnist_lightning.training.runs import LABELS, RUN_KEYS, newest_file
 
@@ -459,6 +465,18 @@ def _check_training(run: SearchCLI, search: Search) -> None:
             "A trial trains on one device, and each worker gets its own: leave --trainer.devices at 1, and use "
             "--workers N for another number of workers."
         )
+    options = run.trainer
+    zero = [name for name in ("max_steps", "limit_train_batches", "limit_val_batches") if getattr(options, name) == 0]
+    rare = [] if (options.check_val_every_n_epoch or 1) <= search.epochs else ["check_val_every_n_epoch"]
+    if zero or rare:
+        raise UserError(
+            f"A trial needs a validated epoch: leave out {', '.join(f'--trainer.{name}' for name in zero + rare)}, or "
+            f"change {'it' if len(zero + rare) == 1 else 'them'}."
+        )
+    unused = [each for each in as_list(run.config_init.trainer.callbacks) if isinstance(each, ONLY_IN_FIT)]
+    if unused:
+        names = ", ".join(type(each).__name__ for each in unused)
+        print(f"Only the refit uses {names}: a search shows its own progress and keeps its own checkpoints.")
     run.datamodule.setup("fit")
     run.model.balance(run.datamodule)
     run.trainer.limit_val_batches = 1

@@ -34,13 +34,13 @@ from torch.utils.flop_counter import FlopCounterMode
 from mnist_lightning.commands.fit import SilentFit
 from mnist_lightning.data import ImageDataModule
 from mnist_lightning.networks import count_parameters
-from mnist_lightning.search.record import Direction, Metric, TrialRecord, is_counted, limited_metrics, ordinal
+from mnist_lightning.search.record import COMPUTED, Direction, Metric, TrialRecord, is_counted, limited_metrics, ordinal
 from mnist_lightning.search.recovery import ATTEMPTS, process_name
 from mnist_lightning.search.sampler import draw, make_sampler
 from mnist_lightning.search.space import SearchSpace, bounds, config_with, instantiate
 from mnist_lightning.search.study import best_trial, has_room, is_time_up, limited_values
 from mnist_lightning.system.errors import UserError
-from mnist_lightning.system.files import write_csv
+from mnist_lightning.system.nested import as_list
 from mnist_lightning.training.callbacks import RunLogger
 from mnist_lightning.training.checkpoints import RunCheckpoint
 
@@ -245,6 +245,7 @@ class Objective:
         progress = TrialCallback(self, trial, executions)
         try:
             self.train(config, folder, progress)
+            result = progress.result()
         except (OSError, UpdateFinishedTrialError):  # a fault of the machine, or another process has the trial
             raise
         except (Exception, SystemExit) as error:  # caused by this combination of values
@@ -254,15 +255,16 @@ class Objective:
             self._fail(trial, f"{type(error).__name__}: {' '.join(str(error).split())}")
         if not self.owns(trial):
             raise AbandonedTrial
-        if progress.pruned:
+        if progress.pruned or self.search.options.keep_checkpoints == "none":
             shutil.rmtree(folder / "checkpoints", ignore_errors=True)
+        if progress.pruned:
             raise optuna.TrialPruned
         return {
             "execution": number,
             "seed": config["seed_everything"],
             "seconds": round(time.perf_counter() - start, 2),
             "folder": folder.relative_to(self.search.folder).as_posix(),
-            **progress.result(),
+            **result,
         }
 
     def train(self, config: dict[str, Any], folder: Path, progress: "TrialCallback") -> None:
@@ -289,15 +291,11 @@ class Objective:
                 tensorboard = RunLogger(search.folder, folder.parent.name, folder.name, default_hp_metric=False)
                 run.trainer.loggers = [tensorboard, *loggers]
             callbacks: list[Any] = run.trainer.callbacks  # type: ignore[attr-defined]
-            progress.config = complete
-            callbacks.append(progress)
-            if search.options.keep_checkpoints == "best":
-                mode: Any = "max" if search.metrics[0].sign == 1 else "min"
-                checkpoint = RunCheckpoint(complete, search.metrics[0].name, mode)
-                checkpoint.dirpath = str(folder / "checkpoints")
-                callbacks.append(checkpoint)
+            mode: Any = "max" if search.metrics[0].sign == 1 else "min"
+            progress.checkpoint = RunCheckpoint(complete, search.metrics[0].name, mode)
+            progress.checkpoint.dirpath = str(folder / "checkpoints")
+            callbacks += [progress.checkpoint, progress]
             run.trainer.fit(run.model, datamodule=run.datamodule)
-            write_csv(folder / "metrics.csv", progress.history)
         finally:
             for logger in loggers:
                 if isinstance(logger, WandbLogger):  # otherwise the next execution would log to the same run
@@ -377,7 +375,7 @@ def _new_folder(study_folder: Path, trial: int, execution: int) -> Path:
 def _name_loggers(config: Any, name: str) -> None:
     """Name the user's loggers after the execution, unless they have a name: each execution has its own loggers."""
     keys = {"CSVLogger": "version", "TensorBoardLogger": "version", "MLFlowLogger": "run_name", "WandbLogger": "name"}
-    for logger in config if isinstance(config, list) else [config]:
+    for logger in as_list(config):
         key = keys.get(logger["class_path"].rpartition(".")[2]) if isinstance(logger, dict) else None
         if key is not None and logger.setdefault("init_args", {}).get(key) is None:
             logger["init_args"][key] = name
@@ -394,26 +392,33 @@ class TrialCallback(Checkpoint):
         executions: The trial's finished executions.
 
     Attributes:
-        config: Config of the execution.
-        history: The metrics of each epoch.
+        checkpoint: The callback that measures each epoch, as in ``fit``; it is called before this one.
         pruned: Whether the pruner ended the trial.
     """
+
+    checkpoint: RunCheckpoint
 
     def __init__(self, objective: Objective, trial: Trial, executions: Sequence[dict[str, Any]]) -> None:
         self._objective = objective
         self._trial = trial
         self._executions = executions
-        self._is_validated = False
         self._metrics = objective.search.metrics
+        self._names = [metric.name for metric in (*self._metrics, *objective.search.limited)]
         self._epochs: dict[int, dict[str, float]] = {}
-        self.config: dict[str, Any] = {}
-        self.history: list[dict[str, float]] = []
         self.pruned = False
 
     def result(self) -> dict[str, Any]:
-        """Return the values at the best epoch of the first metric, and those of all epochs."""
-        first = self._metrics[0]
-        curve = {epoch: values[first.name] for epoch, values in self._epochs.items()}
+        """Return the values at the best epoch of the first metric, and those of all epochs.
+
+        Raises:
+            ValueError: If no epoch has values of all metrics.
+        """
+        if not self._epochs:
+            logged = dict.fromkeys(name for row in self.checkpoint.history for name in row if "/" in name)
+            raise ValueError(
+                f"no epoch ended with values of {', '.join(self._names)}; logged metrics: {', '.join(logged) or 'none'}"
+            )
+        first, curve = self._metrics[0], self._curve()
         score = first.best(curve.values())
         best = self._epochs[next(epoch for epoch, value in curve.items() if value == score)]
         result: dict[str, Any] = {"score": score, "values": [*curve.items()]}
@@ -423,52 +428,53 @@ class TrialCallback(Checkpoint):
             result["limited"] = {metric.name: best[metric.name] for metric in limited}
         return result
 
+    def _curve(self) -> dict[int, float]:
+        return {epoch: values[self._metrics[0].name] for epoch, values in self._epochs.items()}
+
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._start = time.perf_counter()
 
-    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._is_validated = not trainer.sanity_checking
-
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if not self._is_validated:  # because of check_val_every_n_epoch
+        if not self._add_epoch(pl_module):
             return
-        self._is_validated = False
-        for name, metric in trainer.callback_metrics.items():
-            if not math.isfinite(metric):
-                raise ArithmeticError(f"{name} is {metric.item()} after epoch {trainer.current_epoch + 1}")
-        metrics = {name: metric.item() for name, metric in trainer.callback_metrics.items()}
-        self.history.append({"epoch": trainer.current_epoch, "step": trainer.global_step - 1, **metrics})
-        names = [metric.name for metric in (*self._metrics, *self._objective.search.limited)]
-        self._epochs[trainer.current_epoch] = {name: self._value(name, trainer, pl_module) for name in names}
-        curve = {epoch: values[names[0]] for epoch, values in self._epochs.items()}
-        self.pruned = self._objective.report(self._trial, self._executions, curve)
+        self.pruned = self._objective.report(self._trial, self._executions, self._curve())
         if self.pruned or not self._objective.owns(self._trial):
             trainer.should_stop = True
 
-    def _value(self, name: str, trainer: Trainer, module: LightningModule) -> float:
-        """Return the value of a metric at the end of an epoch."""
+    def _add_epoch(self, module: LightningModule) -> bool:
+        """Keep the values of the last epoch; return whether it has all, for which it may have to be validated."""
+        row = self.checkpoint.history[-1]
+        if any(name not in row and name not in COMPUTED for name in self._names):
+            return False
+        epoch = int(row["epoch"])
+        for name, value in row.items():
+            if not math.isfinite(value):
+                raise ArithmeticError(f"{name} is {value} after epoch {epoch + 1}")
+        self._epochs[epoch] = {name: row[name] if name in row else self._compute(name, module) for name in self._names}
+        return True
+
+    def _compute(self, name: str, module: LightningModule) -> float:
+        """Return the value of a metric that is not logged."""
         if name == "parameters":
             return count_parameters(module)
         if name == "seconds":
             return round(time.perf_counter() - self._start, 2)
-        if name == "flops":
-            module.eval()  # otherwise dropout would draw random numbers
-            with torch.no_grad(), FlopCounterMode(display=False) as counter:
-                module(module.example_input_array.to(module.device))  # type: ignore[union-attr]
-            module.train()
-            return float(counter.get_total_flops())
-        if name not in trainer.callback_metrics:
-            raise KeyError(f"{name} is not logged; logged metrics: {', '.join(trainer.callback_metrics)}")
-        return float(trainer.callback_metrics[name])
+        module.eval()  # otherwise dropout would draw random numbers
+        with torch.no_grad(), FlopCounterMode(display=False) as counter:
+            module(module.example_input_array.to(module.device))  # type: ignore[union-attr]
+        module.train()
+        return float(counter.get_total_flops())
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Log the scores, and the config for TensorBoard's page "HParams"."""
+        if self.checkpoint.history:
+            self._add_epoch(pl_module)  # once more: a callback may have averaged the weights
         result = self.result()
         others = zip(self._metrics[1:], scores_of(result)[1:], strict=True)
         scores = {"score": result["score"], **{metric.name: value for metric, value in others}}
         for logger in trainer.loggers:
             if isinstance(logger, RunLogger):  # its x axis is the epoch
-                logger.log_metrics(scores, step=int(self.history[-1]["epoch"]) + 1)
-                logger.log_settings(self.config)
+                logger.log_metrics(scores, step=int(self.checkpoint.history[-1]["epoch"]) + 1)
+                logger.log_settings(self.checkpoint.config or {})
             else:
                 logger.log_metrics(scores, step=trainer.global_step)
