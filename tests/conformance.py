@@ -12,6 +12,8 @@ The rows are read from the libraries, so a new callback of Lightning is tried au
 - ``validate`` and ``test`` with ``last.ckpt`` print the numbers of ``metrics.csv`` and ``test.csv``;
 - logs, figures and tables do not change the random state before the first step.
 
+A sampler or pruner works if ``tune`` with it ends without a failed trial.
+
 Otherwise the row must be refused, in one or two lines.
 """
 
@@ -43,6 +45,7 @@ from unittest import mock
 
 import lightning.pytorch as pl
 import numpy as np
+import optuna
 import torch
 import torchvision.datasets.cifar
 from helpers.commands import ROOT, write_idx
@@ -60,6 +63,7 @@ import mnist_lightning.optimizers
 from mnist_lightning.__main__ import main as command
 from mnist_lightning.classifier import Classifier
 from mnist_lightning.data import ImageDataModule, MNISTDataModule
+from mnist_lightning.search.worker import start_server
 from mnist_lightning.system import errors
 from mnist_lightning.training.callbacks import Figures
 from mnist_lightning.training.checkpoints import RunCheckpoint
@@ -152,6 +156,13 @@ ARGUMENTS: dict[str, dict[str, Any]] = {
     "UniformTemporalSubsample": {"num_samples": 1},
     "MixUp": {"num_classes": 10},
     "CutMix": {"num_classes": 10},
+    # samplers and pruners
+    "GridSampler": {"search_space": '{"model.network.init_args.units.0":[4,8],"model.optimizer.init_args.lr":[0.01]}'},
+    "PartialFixedSampler": {"fixed_params": '{"model.optimizer.init_args.lr":0.01}', "base_sampler": "TPESampler"},
+    "HyperbandPruner": {"max_resource": 2},
+    "PatientPruner": {"patience": 0, "wrapped_pruner": "MedianPruner"},
+    "PercentilePruner": {"percentile": 50, "n_startup_trials": 1},
+    "ThresholdPruner": {"lower": 0.0},
 }
 """Arguments that the classes require, or need to have an effect here."""
 
@@ -194,6 +205,16 @@ WITH: dict[str, tuple[str, ...]] = {
     "SparseAdam": (),
 }
 """Further options that a row needs."""
+
+SEARCHES = ("samplers", "pruners")
+"""Kinds that are tried with ``tune``."""
+
+SEARCH = (
+    *("--n_trials=2", "--executions_per_trial=1", "--workers=1", "--refit=false"),
+    '--search_space={"units.0":{"class_path":"IntDistribution","init_args":{"low":4,"high":8}},'
+    '"lr":{"class_path":"FloatDistribution","init_args":{"low":0.01,"high":0.05,"step":0.01}}}',
+)
+"""Options of a short search."""
 
 KILLED = "continued/lightning_logs/killed/version_0/checkpoints"
 """A checkpoint is only trusted in the folder of the runs."""
@@ -267,6 +288,10 @@ REFUSED: dict[str, str] = {
     "SanitizeBoundingBoxes": "No bounding boxes",
     "SanitizeKeyPoints": "No keypoints",
     "ToPILImage": "pic should be 2/3 dimensional",
+    "CmaEsSampler": f"needs the package cmaes {NOT_HERE}",
+    "BaseGASampler": "is abstract",
+    "BaseSampler": "is abstract",
+    "BasePruner": "is abstract",
 }
 """Rows that are deliberately unsupported, and part of the message that refuses them."""
 
@@ -339,6 +364,8 @@ def rows() -> list[Row]:
         ("schedules", "model.lr_scheduler", "", schedules()),
         ("augmentation", "data.augmentation", "+", own(mnist_lightning.augmentation, torch.nn.Module)),
         ("augmentation", "data.augmentation", "+", public(v2, v2.Transform)),
+        ("samplers", "sampler", "", public(optuna.samplers, optuna.samplers.BaseSampler)),
+        ("pruners", "pruner", "", public(optuna.pruners, optuna.pruners.BasePruner)),
     ]
     for kind, key, plus, classes in kinds:
         for cls in classes:
@@ -592,10 +619,13 @@ def check(row: Row, folder: Path, data: Path) -> str:
     options = (*defaults, *(each.replace("{data}", str(data)) for each in row.options))
     # an augmentation must not be drawn from before the first step; what is drawn later is the same for all
     drawn = () if row.kind in PLAIN else DRAWING[:1] if row.kind == "augmentation" else DRAWING
-    first = run(folder / "first", "fit", *options, killed=folder / KILLED, drawn=drawn)
+    tried = ("tune", *SEARCH, *options) if row.kind in SEARCHES else ("fit", *options)
+    if row.kind in SEARCHES:
+        start_server()  # in a folder that stays: it may still import when the row's is deleted
+    first = run(folder / "first", *tried, killed=folder / KILLED, drawn=drawn)
 
     def fail(reason: str, *arguments: str, where: str = "first") -> typing.NoReturn:
-        raise FailedError(f"{shown(folder / where, arguments or ('fit', *options))}\n  {reason}")
+        raise FailedError(f"{shown(folder / where, arguments or tried)}\n  {reason}")
 
     if first.code:
         lines = [line for line in first.error.splitlines() if "error: " in line]
@@ -605,6 +635,11 @@ def check(row: Row, folder: Path, data: Path) -> str:
     left = sorted({path.name for path in (folder / "first").iterdir()} - {"lightning_logs", "elsewhere"})
     if left:
         fail(f"leaves files: {', '.join(left)}")
+    if row.kind in SEARCHES:
+        found = re.search(r"(\d) complete, (\d) pruned, 0 failed", first.text)
+        if found is None or sum(map(int, found.groups())) != 2:
+            fail("does not end two trials")
+        return "works"
     where = run_folder(first, folder / "first")
     if where is None:
         if "nothing is saved" not in row.remark:

@@ -136,12 +136,19 @@ def check_sampler(config: Namespace, seed: int, space: SearchSpace, metrics: Seq
     study = optuna.create_study(directions=directions_of(metrics))
     study.sampler = make_sampler(study, config, seed, space)
 
+    errors: list[Exception] = []
+
     def objective(trial: Trial) -> list[float]:
-        draw(trial, space)
+        try:
+            draw(trial, space)
+        except Exception as error:  # Optuna would print its traceback
+            errors.append(error)
+            trial.study.stop()
         return [0.0] * len(metrics)
 
-    try:
-        study.optimize(objective, n_trials=2)
-    except Exception as error:  # a sampler may be the user's own
-        name = config.class_path.rpartition(".")[2]
-        raise UserError(f"sampler: {name} cannot draw. {' '.join(str(error).split())}") from error
+    study.optimize(objective, n_trials=2)
+    for error in errors:
+        name, reason = config.class_path.rpartition(".")[2], " ".join(str(error).split())
+        if isinstance(error, ModuleNotFoundError):
+            raise UserError(f"sampler: {name} needs the package {error.name}: pip install {error.name}") from error
+        raise UserError(f"sampler: {name} cannot draw. {reason}") from error
