@@ -132,9 +132,9 @@ def load(folder: Path) -> optuna.Study:
 
 
 def executions(study: optuna.Study) -> set[str]:
-    """Return all finished executions with parameters and values, without their wall time."""
+    """Return all finished executions with parameters and values, without wall time and folder, which a kill changes."""
     return {
-        str((trial.params, {key: value for key, value in execution.items() if key != "seconds"}))
+        str((trial.params, {key: value for key, value in execution.items() if key not in ("seconds", "folder")}))
         for trial in study.get_trials()
         for execution in trial.user_attrs.get("executions", [])
     }

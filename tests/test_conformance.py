@@ -29,9 +29,10 @@ def data(tmp_path_factory):
         for number, row in enumerate(ROWS)
     ],
 )
-def test_a_row_works_or_is_refused_as_expected(drawn, row, data, tmp_path):
+def test_a_row_works_or_is_refused_as_expected(drawn, capfd, row, data, tmp_path):
     verdict = check(row, tmp_path, data)
     assert is_expected(row, verdict), verdict
+    assert "Traceback" not in capfd.readouterr().err  # of a library's log, which the row does not redirect
 
 
 @pytest.mark.slow
@@ -65,7 +66,7 @@ def test_the_table_in_the_docs_has_all_that_is_refused():
         for share in range(shares)
     ],
 )
-def test_no_value_of_a_key_ends_in_a_traceback(command, share, tmp_path):
+def test_no_value_of_a_key_ends_in_a_traceback(capfd, command, share, tmp_path):
     """Try a sixth of the cases of fit and a twenty-fourth of others; ``python tests/keys.py fit`` tries all."""
     found = cases(command)
     random.Random(0).shuffle(found)
@@ -75,6 +76,7 @@ def test_no_value_of_a_key_ends_in_a_traceback(command, share, tmp_path):
         problem = try_key(command, key, VALUES[kind], tmp_path / str(number), *without(options, key))
         problems += [f"{key}: {kind}: {problem}"] if problem else []
     assert not problems
+    assert "Traceback" not in capfd.readouterr().err
 
 
 DAMAGE = {

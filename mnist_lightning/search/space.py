@@ -144,15 +144,7 @@ def make_space(config: dict[str, Any] | None, base: dict[str, Any]) -> SearchSpa
     for key, distribution in config.items():
         try:
             conditions[key] = dict(distribution.get("when") or {})
-            distribution = copy.deepcopy({name: value for name, value in distribution.items() if name != "when"})
-            if not isinstance(distribution.get("class_path"), str):
-                raise ValueError("its class_path is not the name of an Optuna distribution, such as FloatDistribution")
-            given = distribution.get("init_args") or {}
-            arguments = distribution["init_args"] = {name: value for name, value in given.items() if value is not None}
-            if isinstance(arguments.get("choices"), list):
-                arguments["choices"] = [_encode(choice) for choice in arguments["choices"]]
-            distributions[key] = instantiate(BaseDistribution, distribution)
-            json.dumps(distributions[key]._asdict(), allow_nan=False)  # with infinite bounds, Optuna fails at a draw
+            distributions[key] = _make_distribution(**{k: v for k, v in distribution.items() if k != "when"})
         except Exception as error:  # jsonargparse and Optuna raise many types
             reason = shorten(str(error)).removeprefix("value: ")
             raise UserError(f"search_space: {key} has no valid distribution. {reason}") from error
@@ -188,6 +180,22 @@ def make_space(config: dict[str, Any] | None, base: dict[str, Any]) -> SearchSpa
         if not isinstance(value, int) or value < 1:
             raise UserError(f"A search needs a fixed number of epochs, but trainer.max_epochs is {value}.")
     return space
+
+
+def _make_distribution(
+    class_path: str | None = None, init_args: dict[str, Any] | None = None, **others: Any
+) -> BaseDistribution:
+    """Make a distribution from its class path and arguments; null means an argument's default."""
+    if not isinstance(class_path, str):
+        raise ValueError("its class_path is not the name of an Optuna distribution, such as FloatDistribution")
+    arguments = {name: value for name, value in (init_args or {}).items() if value is not None}
+    if isinstance(arguments.get("choices"), list):
+        arguments["choices"] = [_encode(choice) for choice in arguments["choices"]]
+    made: BaseDistribution = instantiate(
+        BaseDistribution, {"class_path": class_path, "init_args": copy.deepcopy(arguments), **others}
+    )
+    json.dumps(made._asdict(), allow_nan=False)  # with infinite bounds, Optuna fails at a draw
+    return made
 
 
 def _condition(key: str, parent: str, values: Any, distribution: BaseDistribution) -> list[Any]:
