@@ -3,6 +3,8 @@
 import ast
 import os
 import re
+import subprocess
+import sys
 import textwrap
 from pathlib import Path
 from typing import Any
@@ -55,6 +57,16 @@ def python_of(file: str, title: str) -> str:
     """Return the Python code of a section."""
     section = (ROOT / file).read_text(encoding="utf-8").partition(f"## {title}\n")[2].partition("\n## ")[0]
     return textwrap.dedent("".join(re.findall(r"^(?:    .*|)\n", section, re.MULTILINE)))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["porting", "results"])
+def test_a_table_in_the_docs_is_that_of_its_measurements(name):
+    command = [sys.executable, ROOT / f"benchmarks/{name}.py", "--check"]
+    env = os.environ | {"PYTHONUTF8": "1"}
+    table = subprocess.run(command, check=True, capture_output=True, encoding="utf-8", env=env).stdout
+    assert table.startswith("| ")
+    assert table in (ROOT / f"docs/{name}.md").read_text(encoding="utf-8")
 
 
 @pytest.mark.slow
