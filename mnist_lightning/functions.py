@@ -147,9 +147,7 @@ class Study(optuna.Study):
         """
         metric, found = metrics_of(self)[0], []
         for trial in ranked_trials(self)[:top]:
-            executions = TrialRecord.of(trial).executions
-            score = metric.best(execution["score"] for execution in executions)
-            best = next(execution for execution in executions if execution["score"] == score)
+            best = TrialRecord.of(trial).best_execution(metric)
             found.append(Run(self._logs / self.study_name / best["folder"]))
         return found
 

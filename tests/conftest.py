@@ -33,8 +33,9 @@ if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # a shell makes backgroun
 @pytest.hookimpl(tryfirst=True)  # before xdist's, which reads the groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Start with the slowest files, so that no worker ends late; a worker runs a whole file or group."""
-    longest = ["test_conformance.py", "test_cli.py", "test_faults.py", "test_search.py", "test_report.py"]
-    longest += ["test_examples.py", "test_export.py", "test_notebook.py", "test_metrics.py", "test_structure.py"]
+    longest = ["test_conformance.py", "test_cli.py", "test_conformance_search.py", "test_faults.py", "test_search.py"]
+    longest += ["test_report.py", "test_examples.py", "test_export.py", "test_notebook.py", "test_metrics.py"]
+    longest += ["test_structure.py"]
     items.sort(key=lambda item: longest.index(item.path.name) if item.path.name in longest else len(longest))
     for item in items:
         if item.get_closest_marker("xdist_group") is None:

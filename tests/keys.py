@@ -1,6 +1,6 @@
 """Gives every key of a command's config what it does not expect: is it refused in a line, or does it work?
 
-python tests/keys.py fit       # all keys with all values, about ten minutes
+python tests/keys.py fit       # all keys with all values, two to ten minutes
 python tests/keys.py fit lr    # keys with lr in their name
 """
 

@@ -225,6 +225,7 @@ VALIDATED = (
 MEASURED = [row for row in rows() if not row.refusal and (row.kind == "callbacks" or row.name in VALIDATED)]
 
 
+@pytest.mark.xdist_group("trials against fit")  # another worker may run them than the tests above
 @pytest.mark.parametrize("row", MEASURED, ids=lambda row: row.name)
 def test_a_trial_is_measured_as_a_run_of_fit(tune, capfd, tmp_path, row):
     """Check the metrics of each epoch; a callback may change weights after they were validated."""

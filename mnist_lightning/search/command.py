@@ -365,7 +365,7 @@ def _write_best(study: Study, run: SearchCLI, search: Search, command: str) -> t
     print(f"\nConfig of trial {trial.number}: {path}")
     if not options.refit:
         print(f"Train it: {command_line('fit', '--config', path)}")
-    for weights in kept_weights(search, trial):
+    if weights := kept_weights(search, trial):
         print(f"Its weights: {weights}\nTest them: {command_line('test', '--ckpt_path', weights)}")
     print(f"Config of another trial: {command} --trial N")
     return path, config

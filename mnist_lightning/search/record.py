@@ -112,6 +112,11 @@ class TrialRecord:
             check_finite(execution.get("limited", {}).values())
             [*map(index, [execution["execution"], *curve])]
 
+    def best_execution(self, metric: Metric) -> dict[str, Any]:
+        """Return the finished execution with the best score, the first if several are equal."""
+        score = metric.best(execution["score"] for execution in self.executions)
+        return next(execution for execution in self.executions if execution["score"] == score)
+
     @classmethod
     def of(cls, trial: FrozenTrial) -> "TrialRecord":
         """Read the record of a trial."""

@@ -338,13 +338,13 @@ def scores_of(execution: dict[str, Any]) -> list[float]:
     return scores
 
 
-def kept_weights(search: Search, trial: FrozenTrial) -> list[Path]:
-    """Return the path of a trial's weights on this machine, those of its best execution; empty if none are kept."""
-    executions = [each for each in TrialRecord.of(trial).executions if "folder" in each]
-    if not executions:
-        return []
-    best = search.metrics[0].best((each["score"], each["folder"]) for each in executions)[1]
-    return [path for path in (search.folder / best / "checkpoints/best.ckpt",) if path.is_file()]
+def kept_weights(search: Search, trial: FrozenTrial) -> Path | None:
+    """Return the path of a trial's weights on this machine, those of its best execution; None if none are kept."""
+    record = TrialRecord.of(trial)
+    if not record.executions:
+        return None
+    path = search.folder / record.best_execution(search.metrics[0]).get("folder", "") / "checkpoints/best.ckpt"
+    return path if path.is_file() else None
 
 
 def delete_weights(search: Search, study: Study) -> None:
