@@ -223,7 +223,7 @@ PLAIN = ("optimizers", "schedules", "profilers", "plugins")
 """Kinds that can influence neither figures nor the random state before the first step."""
 
 DRAWING = ("on_train_start", "on_validation_end", "on_train_end", "on_test_end")
-"""Hooks of ``Figures``."""
+"""Hooks of ``Figures``, in the order of their calls."""
 
 NOT_HERE = "if it is not here"
 """The end of a refusal that depends on the machine: its hardware, or optional packages."""
@@ -383,7 +383,8 @@ def rows() -> list[Row]:
         if "search_space" not in path.read_text(encoding="utf-8"):
             data = "FashionMNIST" if "FashionMNIST" in path.read_text(encoding="utf-8") else "MNISTDataModule"
             few = ("--trainer.max_epochs=2", "--trainer.limit_train_batches=1", "--data.batch_size=16")
-            options = (f"--config={path}", f"--data.data_dir={{data}}/{data}", "--data.val_split=0.2", *few)
+            options = (f"--config={path}", f"--data.data_dir={{data}}/{data}", "--data.val_split=0.2")
+            options += (*few, "--num_threads=1")
             found.append(make_row("configs", path.name, options))
     return found
 
@@ -617,8 +618,9 @@ def check(row: Row, folder: Path, data: Path) -> str:
     if row.kind in ("data sets", "configs"):
         defaults = ("--trainer.accelerator=cpu",)
     options = (*defaults, *(each.replace("{data}", str(data)) for each in row.options))
-    # an augmentation must not be drawn from before the first step; what is drawn later is the same for all
-    drawn = () if row.kind in PLAIN else DRAWING[:1] if row.kind == "augmentation" else DRAWING
+    # what is drawn before the first step, or between epochs, could change them; what is drawn later depends on the data
+    count = {**dict.fromkeys(PLAIN, 0), "augmentation": 1, "Trainer": 2, "callbacks": 2}.get(row.kind, len(DRAWING))
+    drawn = DRAWING[:count]
     tried = ("tune", *SEARCH, *options) if row.kind in SEARCHES else ("fit", *options)
     if row.kind in SEARCHES:
         start_server()  # in a folder that stays: it may still import when the row's is deleted

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, fields
 from pathlib import Path
+from pkgutil import resolve_name
 from typing import Any, Literal
 
 import optuna
@@ -473,9 +474,8 @@ def _check_training(run: SearchCLI, search: Search) -> None:
             f"A trial needs a validated epoch: leave out {', '.join(f'--trainer.{name}' for name in zero + rare)}, or "
             f"change {'it' if len(zero + rare) == 1 else 'them'}."
         )
-    unused = [each for each in as_list(run.config_init.trainer.callbacks) if isinstance(each, ONLY_IN_FIT)]
-    if unused:
-        names = ", ".join(type(each).__name__ for each in unused)
+    classes = [resolve_name(each.class_path) for each in as_list(run.config.trainer.callbacks) if each]
+    if names := ", ".join(each.__name__ for each in classes if issubclass(each, ONLY_IN_FIT)):
         print(f"Only the refit uses {names}: a search shows its own progress and keeps its own checkpoints.")
     run.datamodule.setup("fit")
     run.model.balance(run.datamodule)
