@@ -16,8 +16,8 @@ from mnist_lightning import Run
 
 EXAMPLE = ROOT / "examples/letters"
 SHORT = {
-    "fit": ["--trainer.max_epochs=4"],
-    "tune": ["--trainer.max_epochs=1", "--n_trials=2", "--refit_epochs=4"],
+    "fit": ["--trainer.max_epochs=6"],
+    "tune": ["--trainer.max_epochs=1", "--n_trials=2", "--refit_epochs=6"],
 }
 """Options that shorten a command."""
 pytestmark = pytest.mark.xdist_group("letters")  # one worker makes the project, for all tests
@@ -58,7 +58,7 @@ def test_a_project_of_one_s_own_trains_searches_and_reports(project):
     own, tuned = (Run(folder / f"lightning_logs/{name}/version_0") for name in ("letters", "letters_tuned"))
     for found in (own, tuned):
         assert found.config["model"]["class_path"] == "letters.Focal"
-        assert found.test["test/accuracy"].iloc[0] > 0.8  # of letters in other fonts; chance is 1/26
+        assert found.test["test/accuracy"].iloc[0] > 0.9  # of letters in other fonts; chance is 1/26
         worst = found.history["val/worst_letter"]
         assert (worst <= found.history["val/accuracy"]).all()
         assert 0.5 < worst.max() < 1

@@ -450,7 +450,8 @@ class TrialCallback(Checkpoint):
         for name, value in row.items():
             if not math.isfinite(value):
                 raise ArithmeticError(f"{name} is {value} after epoch {epoch + 1}")
-        self._epochs[epoch] = {name: row[name] if name in row else self._compute(name, module) for name in self._names}
+        known = {**self._epochs.get(epoch, {}), **row}
+        self._epochs[epoch] = {n: known[n] if n in known else self._compute(n, module) for n in self._names}
         return True
 
     def _compute(self, name: str, module: LightningModule) -> float:
