@@ -298,13 +298,9 @@ class RunCLI(LightningCLI):
         for group in ("model", "data"):
             check_numbers(config[group], group)
         defaults = self.parser.get_defaults()
-        flags = ("show", "sheet", "explain")  # the parser takes any value for them
-        for name in ("name", "num_threads", "tensorboard", "fast", "output", *flags):
+        for name in ("name", "num_threads", "tensorboard", "fast", "output"):
             if name in config and config[name] is None:
                 config[name] = defaults[name]
-        for name in flags:
-            if not isinstance(config.get(name, False), bool):
-                raise UserError(f"{name} is {config[name]}, but must be true or false.")
         if "ckpt_path" in config and config.ckpt_path == "":
             config.ckpt_path = None
         data = config.data.init_args
@@ -446,6 +442,10 @@ def add_training_options(parser: LightningArgumentParser) -> None:
     parser.add_argument(
         "--fast", type=bool, default=True, help="Whether training steps skip hooks that nothing listens to."
     )
+
+
+FLAG: dict[str, Any] = {"type": bool, "nargs": "?", "const": True, "default": False}
+"""Arguments of an option that needs no value; for ``store_true``, the parser takes any value in a file."""
 
 
 def add_method_options(parser: LightningArgumentParser, method: str) -> None:

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
-from mnist_lightning.commands.cli import DEFAULTS, RunCLI, add_method_options
+from mnist_lightning.commands.cli import DEFAULTS, FLAG, RunCLI, add_method_options
 from mnist_lightning.data import DOUBTFUL, Split
 from mnist_lightning.data.pictures import PictureError, find, read
 from mnist_lightning.data.placing import count_characters
@@ -47,10 +47,8 @@ class PredictCLI(RunCLI):
             nargs="+",
             help="Pictures to predict instead of the test images: files, folders or patterns.",
         )
-        parser.add_argument("--sheet", action="store_true", help="Whether each picture has many digits to cut out.")
-        parser.add_argument(
-            "--explain", action="store_true", help="Whether to draw what speaks for the class and the runner-up."
-        )
+        parser.add_argument("--sheet", **FLAG, help="Whether each picture has many digits to cut out.")
+        parser.add_argument("--explain", **FLAG, help="Whether to draw what speaks for the class and the runner-up.")
         add_method_options(parser, "predict")
         parser.set_defaults({"name": None})  # the default run depends on whether there are pictures
 

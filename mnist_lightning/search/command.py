@@ -24,6 +24,7 @@ from optuna.trial import FrozenTrial, TrialState
 
 from mnist_lightning.commands.cli import (
     DEFAULTS,
+    FLAG,
     TRAINING_OPTIONS,
     RunCLI,
     add_training_options,
@@ -150,7 +151,7 @@ class SearchCLI(RunCLI):
         super().add_arguments_to_parser(parser)
         add_training_options(parser)
         parser.add_class_arguments(SearchOptions, as_group=False)
-        parser.add_argument("--show", action="store_true", help="Only print the study's results so far.")
+        parser.add_argument("--show", **FLAG, help="Only print the study's results so far.")
         parser.set_defaults({"name": "tuned", "trainer.max_epochs": 10})
         parser.set_defaults({"data": {**DEFAULTS["data"], "init_args": {"batch_size": 32}}})
 
