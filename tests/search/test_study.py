@@ -265,15 +265,25 @@ def test_the_last_place_is_taken_once(journal):
 
 @pytest.mark.slow
 @posix
-def test_processes_share_a_study_exactly(journal):
+def test_processes_share_a_study_exactly(journal, monkeypatch):
     make(journal)
+    start = multiprocessing.get_context("fork").Barrier(4)
+
+    def execute(objective, trial, number, executions):
+        if os.getpid() not in started:  # a fast process waits until all have a trial
+            started.add(os.getpid())
+            start.wait(60)
+        return trained(objective, trial, number, executions)
+
+    started = set()
+    monkeypatch.setattr(Objective, "execute", execute)
     processes = [in_process(work, journal, 25) for _ in range(4)]
     for process in processes:
         process.join(60)
     study = make(journal)
     counted = counted_trials(study)
     assert [trial.state for trial in counted] == [TrialState.COMPLETE] * 25
-    assert len({trial.user_attrs["owner"] for trial in counted}) > 1
+    assert len({trial.user_attrs["owner"] for trial in counted}) == 4
     drawn = Counter(trial.params["a"] for trial in counted)
     assert len(drawn) > 20  # no process repeats the draws of another
     alone = make(journal, name="alone")
