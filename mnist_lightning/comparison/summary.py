@@ -118,8 +118,7 @@ def card(model: Model, first: Model) -> dict[str, str]:
         interval = f"mean ± standard deviation of {len(model.runs)} seeds"
     if model is not first:
         difference = statistics.mean(model.accuracies) - statistics.mean(first.accuracies)
-        points = f"{100 * difference:+.2f}".replace("-", "−")
-        interval += f"; {points} points against {first.name}"
+        interval += f"; {100 * difference:+.2f} points against {first.name}"
     mistakes = [len(run.evaluations[model.weights, "test"].mistakes) for run in model.runs]
     seeds = [run.config["seed_everything"] for run in model.runs if "seed_everything" in run.config]
     facts = {
