@@ -195,7 +195,7 @@ def test_images_sorted_by_class_are_split_by_class_or_shuffled(tmp_path):
     data = MNISTDataModule(str(tmp_path))
     data.setup("fit")
     assert data.is_split_by_class
-    assert "0.2 of each class's training images held out for validation" in data.describe()
+    assert "0.2 of each class's training images for validation" in data.describe()
     is_held_out = np.arange(300) % 30 >= 24
     assert np.array_equal(data.val.images[:, 0], images[is_held_out])
     assert np.array_equal(data.train.images[:, 0], images[~is_held_out])

@@ -5,7 +5,7 @@ from lightning.pytorch import Callback
 from lightning.pytorch.cli import LightningArgumentParser
 
 from mnist_lightning.commands.cli import RunCLI, add_method_options
-from mnist_lightning.system.console import rank_zero_print
+from mnist_lightning.system.console import fill_terminal, rank_zero_print
 from mnist_lightning.system.errors import UserError
 
 
@@ -25,7 +25,7 @@ class EvaluateCLI(RunCLI):
 
     def run(self) -> None:
         self.datamodule.setup(self.command)
-        rank_zero_print(f"Network: {self.config.ckpt_path}\n{self.datamodule.describe()}")
+        rank_zero_print(f"Network: {self.config.ckpt_path}\n{fill_terminal(self.datamodule.describe())}")
         evaluate = getattr(self.trainer, self.command)
         evaluate(self.model, datamodule=self.datamodule, ckpt_path=self.config.ckpt_path, verbose=self.config.verbose)
 

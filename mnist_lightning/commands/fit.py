@@ -32,6 +32,7 @@ from mnist_lightning.classifier import SCHEDULE, Classifier
 from mnist_lightning.commands.cli import TRAINING_OPTIONS, RunCLI, add_method_options, add_training_options
 from mnist_lightning.system.console import (
     command_line,
+    fill_terminal,
     format_table,
     quoted,
     rank_zero_print,
@@ -209,7 +210,7 @@ class FitCLI(RunCLI):
     def print_data_and_layers(self) -> None:
         """Print the shapes of the data and the layers of the network."""
         data = self.datamodule
-        print(data.describe())
+        print(fill_terminal(data.describe()))
         for name in ("train", "val", "test"):
             split = getattr(data, name)
             shapes = [tuple(tensor.shape) for tensor in (split.images, split.labels)]

@@ -17,7 +17,7 @@ from mnist_lightning.commands.cli import DEFAULTS, FLAG, RunCLI, add_method_opti
 from mnist_lightning.data import DOUBTFUL, Split
 from mnist_lightning.data.pictures import PictureError, find, read
 from mnist_lightning.data.placing import count_characters
-from mnist_lightning.system.console import colored, format_table, rank_zero_print, shorten_middle
+from mnist_lightning.system.console import colored, fill_terminal, format_table, rank_zero_print, shorten_middle
 from mnist_lightning.system.errors import UserError
 from mnist_lightning.system.files import atomic_write, make_room, write_csv
 from mnist_lightning.training import figures
@@ -83,7 +83,7 @@ class PredictCLI(RunCLI):
         import pandas as pd  # slow to import
 
         self.datamodule.setup("predict")
-        rank_zero_print(f"Network: {self.config.ckpt_path}\n{self.datamodule.describe()}")
+        rank_zero_print(f"Network: {self.config.ckpt_path}\n{fill_terminal(self.datamodule.describe())}")
         if self.trainer.limit_predict_batches == 0:
             raise UserError("--trainer.limit_predict_batches 0 leaves nothing to predict.")
         probabilities = self.probabilities()

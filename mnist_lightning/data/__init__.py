@@ -338,8 +338,8 @@ class ImageDataModule(LightningDataModule):
         parts = [f"Data: {self.source}", "standardized" if self.standardize else "scaled to [0, 1]"]
         if self.val is not None:
             of = "each class's training images" if self.is_split_by_class else "the training images"
-            held_out = f"{self.val_split:.4g} of {of} held out"
-            parts.append(f"{'its own images' if self.has_own_val else held_out} for validation")
+            images = "its own images" if self.has_own_val else f"{self.val_split:.4g} of {of}"
+            parts.append(f"{images} for validation")
         augmentation = ", ".join(type(each).__name__ for each in self.augmentation)
         if self.train is not None and augmentation:
             parts.append(f"augmented in training by {augmentation}, so the metrics of train are on augmented images")

@@ -70,7 +70,7 @@ from mnist_lightning.search.study import (
     source_of,
 )
 from mnist_lightning.search.trial import Search, kept_weights
-from mnist_lightning.system.console import PROG, command_line, format_table, hide_password, quoted
+from mnist_lightning.system.console import PROG, command_line, format_table, hide_password, quoted, terminal_width
 from mnist_lightning.system.errors import UserError, user_errors
 from mnist_lightning.system.files import atomic_write
 from mnist_lightning.system.nested import as_list, flatten, get_value
@@ -526,7 +526,7 @@ def _print_results(study: Study, limits: dict[str, float]) -> None:
         front = {str(trial.number) for trial in pareto_front(study)}
         table = table[table["trial"].isin(front)]
         print(f"Pareto front, which no other trial dominates: {len(table)} of {len(complete)} trials")
-    print(table.head(10 if len(study.directions) == 1 else 30).to_string(index=False))
+    print(table.head(10 if len(study.directions) == 1 else 30).to_string(index=False, line_width=terminal_width()))
     limits = limits or study.user_attrs.get("limits", {})
     best = best_trial(study, limits)
     measured = {metric.name: value for metric, value in zip(metrics_of(study), best.values, strict=True)}

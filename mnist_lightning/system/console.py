@@ -70,11 +70,15 @@ def shorten_middle(text: str, width: int) -> str:
     return text if len(text) <= width else f"{text[: width - tail - 1]}…{text[-tail:]}"
 
 
+def terminal_width() -> int | None:
+    """Return the number of columns of the terminal; None if the output goes elsewhere."""
+    return shutil.get_terminal_size().columns if sys.stdout.isatty() else None
+
+
 def fill_terminal(text: str) -> str:
     """Return a text with line breaks between words where it would not fit the terminal."""
-    if not sys.stdout.isatty():
-        return text
-    return textwrap.fill(text, shutil.get_terminal_size().columns, subsequent_indent="    ", break_on_hyphens=False)
+    width = terminal_width()
+    return text if width is None else textwrap.fill(text, width, subsequent_indent="    ", break_on_hyphens=False)
 
 
 def format_table(rows: Sequence[Sequence[str]]) -> str:

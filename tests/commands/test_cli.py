@@ -739,7 +739,7 @@ def test_a_run_is_evaluated_on_its_own_data(quick, monkeypatch, capfd, data_dir,
     code, out, err = in_process(capfd, "validate", path)
     assert code == 0, err
     assert f"Data: MNIST in {data_dir}" in out
-    assert "0.4 of the training images held out" in out
+    assert "0.4 of the training images for validation" in out
     accuracy = float(re.search(r"val/accuracy\s+(\S+)", out)[1])
     assert accuracy == pytest.approx(float(row["val/accuracy"]))
     code, out, err = in_process(capfd, "predict", path)
