@@ -6,7 +6,8 @@ import re
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from typing import Any
+from pkgutil import resolve_name
+from typing import Any, get_args, get_origin, get_type_hints
 
 import numpy as np
 import torch
@@ -59,7 +60,8 @@ class RunLogger(TensorBoardLogger):
         runs, not only those of the first.
         """
         trainer = {key: config["trainer"].get(key) for key in COMPARED}
-        values = flatten({**config, "trainer": trainer}, with_items=True)
+        model = {**config["model"], "network": _by_layer(config["model"].get("network"))}
+        values = flatten({**config, "trainer": trainer, "model": model}, with_items=True)
         values = {key: value for key, value in values.items() if isinstance(value, bool | int | float | str)}
         names = [key for key in values if re.match(r"(trainer|model|data|seed_everything)\b", key)]
         _, start, end = hparams({key: values[key] for key in names if not key.endswith(".data_dir")}, {})
@@ -67,11 +69,25 @@ class RunLogger(TensorBoardLogger):
             self.experiment.file_writer.add_summary(summary)
 
 
+def _by_layer(network: Any) -> Any:
+    """Return a network's config with a list where one number stands for all layers, as in the trials of a search."""
+    with suppress(AttributeError, ImportError, KeyError, NameError, StopIteration, TypeError):  # a user's own
+        arguments = network["init_args"]
+        layers = next(len(value) for value in arguments.values() if isinstance(value, list))
+        repeated = {}
+        for name, hint in get_type_hints(resolve_name(network["class_path"]).__init__).items():
+            may_be_list = any(get_origin(part) in (list, Sequence) for part in get_args(hint))
+            if may_be_list and isinstance(arguments.get(name), int | float):
+                repeated[name] = [arguments[name]] * layers
+        return {**network, "init_args": arguments | repeated}
+    return network
+
+
 class Figures(Callback):
     """The notebook's figures, in ``figures/`` of the run folder and in TensorBoard.
 
-    TensorBoard also gets the confusion matrices of up to ten epochs, the graph, a chart of train against validation for
-    each metric (page "Custom scalars") and the hyper-parameters with the validation metrics (page "HParams").
+    TensorBoard also gets the confusion matrices of up to ten epochs, the graph, for each metric a chart of validation
+    and one with training beside it (page "Custom scalars"), and the hyper-parameters (page "HParams").
 
     Args:
         checkpoint: Keeps the history that the curves show.
@@ -142,9 +158,12 @@ class Figures(Callback):
         if self._is_first:
             self._is_first = False
             names = [name.removeprefix("val/") for name in trainer.callback_metrics if name.startswith("val/")]
-            charts = {name: ["Multiline", [f"train/{name}$", f"val/{name}$"]] for name in names}
+            layout = {  # of many runs, only one line each can be told apart
+                "validation": {name: ["Multiline", [f"^val/{name}$"]] for name in names},
+                "training and validation": {name: ["Multiline", [f"^(train|val)/{name}$"]] for name in names},
+            }
             for logger in _tensorboards(trainer):
-                logger.experiment.add_custom_scalars({"train against validation": charts})
+                logger.experiment.add_custom_scalars(layout)
                 if isinstance(logger, RunLogger):
                     logger.log_settings(self._checkpoint.config or {})
 
