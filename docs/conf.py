@@ -48,6 +48,7 @@ docs/data
 docs/networks
 docs/tune
 docs/report
+docs/tensorboard
 docs/use
 docs/export
 docs/python

@@ -23,7 +23,8 @@ def executed(folder: Path, is_short: bool = False) -> Any:
         for cell in notebook.cells:
             short = re.sub(r"(epochs|n_trials|executions_per_trial)=\d+", r"\1=1", cell.source)
             cell.source = short.replace(" max_epochs=1", " max_epochs=1, limit_train_batches=100")
-    NotebookClient(notebook, timeout=3600, resources={"metadata": {"path": str(folder)}}).execute()
+    place = {"metadata": {"path": str(folder)}}
+    NotebookClient(notebook, timeout=3600, record_timing=False, resources=place).execute()
     return notebook
 
 

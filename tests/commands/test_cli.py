@@ -8,6 +8,7 @@ import math
 import os
 import platform
 import re
+import runpy
 import shlex
 import shutil
 import signal
@@ -22,6 +23,7 @@ import torch
 import yaml
 from helpers.commands import ROOT, ROUNDING, in_process, posix, spelled_and_default
 from lightning.pytorch.loggers import CSVLogger
+from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from mnist_lightning.__main__ import COMMANDS, MODULES
@@ -165,6 +167,15 @@ def test_a_run_folder_is_complete(fitted):
     accuracies = [float(row["val/accuracy"]) for row in table]
     best = torch.load(run / "checkpoints/best.ckpt", weights_only=True)
     assert best["epoch"] == accuracies.index(max(accuracies))
+
+
+def test_the_recording_in_the_readme_shows_what_fit_prints(fitted, data_dir):
+    output = fitted[1].replace(f" in {data_dir}", "")
+    without_numbers = runpy.run_path(f"{ROOT}/docs/screenshots.py")["without_numbers"]
+    command, *recorded = json.loads(Image.open(f"{ROOT}/docs/pictures/fit.gif").info["comment"])
+    assert command == "$ python -m mnist_lightning fit --trainer.max_epochs 0"
+    assert len(recorded) > 20
+    assert not {*recorded} - {*map(without_numbers, output.splitlines())}
 
 
 def test_tensorboard_shows_everything(fitted):

@@ -8,6 +8,7 @@ import math
 import os
 import platform
 import re
+import runpy
 import shutil
 import subprocess
 import sys
@@ -22,7 +23,7 @@ import pandas as pd
 import pytest
 import torch
 from helpers.browser import DARK, as_bytes, audit, in_browser
-from helpers.commands import ROUNDING, in_process, posix
+from helpers.commands import ROOT, ROUNDING, in_process, posix
 from helpers.studies import tune_options
 from PIL import Image
 from scipy import stats
@@ -249,6 +250,20 @@ def test_the_page_is_one_file_with_everything(made, reported):
     assert '<tr><th scope="row">seed_everything</th><td>42</td><td>42</td></tr>' in folded
 
 
+def test_the_pictures_in_the_docs_say_what_the_page_says(made):
+    words_of_page = runpy.run_path(f"{ROOT}/docs/screenshots.py")["words_of_page"]
+    page = words_of_page((made[0] / "lightning_logs/report/report.html").read_text())
+    # a sentence depends on the results: all of its words must be among those of the page's sources
+    sources = [*Path(summary.__file__).parent.glob("*.*"), ROOT / "mnist_lightning/search/space.py"]
+    words = {*re.findall("[a-z]+", " ".join([*page, *(path.read_text() for path in sources)]).lower())}
+    for name in ("report", "report_dark", "report_phone"):
+        shown = json.loads(Image.open(f"{ROOT}/docs/pictures/{name}.png").info["words"])
+        assert shown[:5] == ["Verdict", "Models", "Draw", "Curves", "Mistakes"]
+        changed = [text for text in shown if text not in page]
+        assert not [text for text in changed if len(text.split()) < 4]
+        assert not {*re.findall("[a-z]+", " ".join(changed).lower())} - words
+
+
 @pytest.fixture(scope="module")
 def browse(made):
     """Run a script in the page in headless Chromium; return the dictionary ``found`` that it fills."""
@@ -269,6 +284,9 @@ def test_a_browser_shows_the_page(browse, width, is_dark):
         found.sorted = values.every((value, i) => i === 0 || values[i - 1] >= value);
         found.wide = all_("body *").filter((element) => !element.closest(".scroll *, .u-wrap *, .charts *, .strip *") &&
           element.getBoundingClientRect().right > innerWidth + 1).map((element) => element.outerHTML.slice(0, 80));
+        const cell = document.querySelector(".confusion td.deep"), { offsetHeight } = cell;
+        cell.textContent = "1121"; // as of 10,000 images
+        found.cut = cell.offsetHeight > offsetHeight || cell.scrollWidth > cell.clientWidth;
         found.scrolls = document.documentElement.scrollWidth > innerWidth;
         found.height = document.documentElement.scrollHeight;
 
@@ -284,9 +302,6 @@ def test_a_browser_shows_the_page(browse, width, is_dark):
 
         for (const details of all_("details")) details.open = true;
         found.problems = await audit();
-        const cell = document.querySelector(".confusion td.deep"), { offsetHeight } = cell;
-        cell.textContent = "1121"; // as of 10,000 images
-        found.cut = cell.offsetHeight > offsetHeight || cell.scrollWidth > cell.clientWidth;
         document.querySelector("#gallery button").click();
         found.problems.push(...await audit(document.getElementById("card")));
         """,
