@@ -72,7 +72,7 @@ def drawing(models: Sequence[Model]) -> Section:
     ]
     pad, remarks = panel(contestants, models[0].test.classes, NETWORKS)
     text = ["The networks run in this page; your drawing never leaves it."] if pad else []
-    text += [f"{name}: {remark}" for name, remark in remarks.items() if remark and ROUNDED not in remark]
+    text += [f"{name}: {remark}" for name, remark in remarks.items() if remark and not remark.startswith(ROUNDED)]
     return Section("Draw", " ".join(text), "draw", pad)
 
 

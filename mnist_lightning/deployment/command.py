@@ -63,7 +63,9 @@ class ExportCLI(RunCLI):
         with atomic_write(path, overwrite=False) as partial:
             program = formats.exported(self.model.network, data)
             form.write(program, formats.metadata(data, expected, checkpoint), partial)
-            difference = formats.compare(expected, formats.predict(form.read(partial), data), form.checker)
+            difference = formats.compare(
+                expected, formats.predict(form.read(partial), data), f"Nothing is written: {form.checker}"
+            )
         rank_zero_print(
             f"{path}: {path.stat().st_size / 2**10:,.0f} KiB. {form.checker} gives all {len(expected):,} test images "
             f"the checkpoint's labels, and probabilities that differ by at most {difference:.1e}."

@@ -112,7 +112,7 @@ def compare(expected: Tensor, found: Tensor, what: str, tolerance: float = TOLER
     Args:
         expected: Probabilities of the checkpoint.
         found: Probabilities to check.
-        what: Name of the checked program, for the error.
+        what: Start of the error: the checked program.
         tolerance: The largest difference that counts as rounding.
 
     Raises:
@@ -122,7 +122,7 @@ def compare(expected: Tensor, found: Tensor, what: str, tolerance: float = TOLER
     labels = int((expected.argmax(dim=1) != found.argmax(dim=1)).sum())
     if labels or not difference <= tolerance:  # also refuses NaN
         raise UserError(
-            f"Nothing is written: {what} gives {labels} of {len(expected)} test images a different label from the "
+            f"{what} gives {labels} of {len(expected)} test images a different label from the "
             f"checkpoint, and probabilities differ by up to {difference:.1e}, more than rounding ({tolerance:.0e})."
         )
     return difference

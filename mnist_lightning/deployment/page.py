@@ -119,7 +119,8 @@ def _network(model: PadModel, outputs: int, supported: set[str], integers: bool)
             formats.predict(formats.ExportedNetwork(one, data.test.statistics), data)
             for one in (model.network, network)
         )
-        difference = formats.compare(expected, found, "a page with weights in 16 bits", TOLERANCE)
+        what = "its weights do not fit in 32 bits, and in 16 bits the network"
+        difference = formats.compare(expected, found, what, TOLERANCE)
         said = f"{ROUNDED}, which change the probabilities of the test images by at most {difference:.1e}."
     samples = data.test.scaled(range(min(3, len(data.test))))
     probabilities = formats.ExportedNetwork(model.network, data.test.statistics)(samples)

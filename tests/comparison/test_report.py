@@ -31,7 +31,7 @@ from sklearn.metrics import accuracy_score, confusion_matrix, log_loss, precisio
 
 from mnist_lightning.__main__ import main
 from mnist_lightning.classifier import Classifier
-from mnist_lightning.comparison import loading, page, summary
+from mnist_lightning.comparison import loading, page, sections, summary
 from mnist_lightning.comparison.significance import (
     accuracy_interval,
     calibration_error,
@@ -43,6 +43,7 @@ from mnist_lightning.comparison.significance import (
     seeds_needed,
     verdict,
 )
+from mnist_lightning.deployment import page as page_to_draw_on
 from mnist_lightning.search.storage import open_storage
 
 
@@ -248,6 +249,16 @@ def test_the_page_is_one_file_with_everything(made, reported):
     shown, _, folded = text.partition("keys with the same value")
     assert '<tr><th scope="row">trainer.max_epochs</th><td>3</td><td>2</td></tr>' in shown
     assert '<tr><th scope="row">seed_everything</th><td>42</td><td>42</td></tr>' in folded
+
+
+def test_the_page_names_a_network_that_it_cannot_hold(run, tmp_path, monkeypatch):
+    monkeypatch.setattr(sections, "NETWORKS", None)
+    monkeypatch.setattr(page_to_draw_on, "WEIGHT_ROOM", 400_000)  # too little for 32 bits
+    monkeypatch.setattr(page_to_draw_on, "TOLERANCE", -1.0)  # no network can be rounded
+    run()
+    text = (tmp_path / "lightning_logs/report/report.html").read_text()
+    for name in ("baseline", "tuned"):
+        assert f"{name}: its weights do not fit in 32 bits, and in 16 bits the network gives 0 of 300" in text
 
 
 def test_the_pictures_in_the_docs_say_what_the_page_says(made):
