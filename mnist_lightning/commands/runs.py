@@ -11,6 +11,7 @@ def main(command: str, description: str, arguments: list[str]) -> None:
     options = parse(command, description, arguments)
 
     from mnist_lightning.run import runs
+    from mnist_lightning.system.console import terminal_width
     from mnist_lightning.system.errors import UserError, user_errors
 
     with user_errors():
@@ -40,8 +41,8 @@ def main(command: str, description: str, arguments: list[str]) -> None:
             )
             raise UserError(f"There is no run in {options.logs} {remedy}")
         shown = table.drop(columns=[label for label in ("tags", "notes") if not table[label].any()])
-        text = {"seconds": "{:.1f}".format}
-        print(shown.to_string(index=False, na_rep="-", float_format="{:.4f}".format, formatters=text))
+        shown["seconds"] = shown["seconds"].map("{:.1f}".format, na_action="ignore")
+        print(shown.to_string(index=False, na_rep="-", float_format="{:.4f}".format, line_width=terminal_width()))
         if options.delete or options.archive:
             names = table[["name", "version"]].itertuples(index=False)
             clear([options.logs / name / f"version_{version}" for name, version in names], options.archive)

@@ -22,7 +22,7 @@ from mnist_lightning.comparison.sections import origins, sections
 from mnist_lightning.comparison.summary import Report
 from mnist_lightning.comparison.table import numbers
 from mnist_lightning.search.study import best_trial, trial_numbers
-from mnist_lightning.system.console import show_status
+from mnist_lightning.system.console import fill_terminal, show_status, terminal_width
 from mnist_lightning.system.errors import UserError
 from mnist_lightning.training.figures import render as render_figure
 
@@ -57,8 +57,8 @@ def write(
     save(report, output)
     show_status("")
     if loaded:
-        print(f"{report.quantities.rename_axis(None).to_string()}\n")
-    print("\n".join([*report.verdict, *report.notes]))
+        print(f"{report.quantities.rename_axis(None).to_string(line_width=terminal_width())}\n")
+    print("\n".join(map(fill_terminal, [*report.verdict, *report.notes])))
     if report.commands:
         print("\nTo train three more seeds of each model, and to compare all runs:\n  " + "\n  ".join(report.commands))
     print(f"\nReport: {output / 'report.html'}")
