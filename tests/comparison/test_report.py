@@ -256,17 +256,17 @@ def test_the_page_names_a_network_that_it_cannot_hold(run, tmp_path, monkeypatch
     monkeypatch.setattr(page_to_draw_on, "WEIGHT_ROOM", 400_000)  # too little for 32 bits
     monkeypatch.setattr(page_to_draw_on, "TOLERANCE", -1.0)  # no network can be rounded
     run()
-    text = (tmp_path / "lightning_logs/report/report.html").read_text()
+    text = (tmp_path / "lightning_logs/report/report.html").read_text("utf-8")
     for name in ("baseline", "tuned"):
         assert f"{name}: its weights do not fit in 32 bits, and in 16 bits the network gives 0 of 300" in text
 
 
 def test_the_pictures_in_the_docs_say_what_the_page_says(made):
     words_of_page = runpy.run_path(f"{ROOT}/docs/screenshots.py")["words_of_page"]
-    page = words_of_page((made[0] / "lightning_logs/report/report.html").read_text())
+    page = words_of_page((made[0] / "lightning_logs/report/report.html").read_text("utf-8"))
     # a sentence depends on the results: all of its words must be among those of the page's sources
     sources = [*Path(summary.__file__).parent.glob("*.*"), ROOT / "mnist_lightning/search/space.py"]
-    words = {*re.findall("[a-z]+", " ".join([*page, *(path.read_text() for path in sources)]).lower())}
+    words = {*re.findall("[a-z]+", " ".join([*page, *(path.read_text("utf-8") for path in sources)]).lower())}
     for name in ("report", "report_dark", "report_phone"):
         shown = json.loads(Image.open(f"{ROOT}/docs/pictures/{name}.png").info["words"])
         assert shown[:5] == ["Verdict", "Models", "Draw", "Curves", "Mistakes"]
