@@ -33,15 +33,7 @@ from mnist_lightning.commands.cli import (
 from mnist_lightning.commands.fit import ONLY_IN_FIT, FitCLI
 from mnist_lightning.commands.parsing import patched_jsonargparse
 from mnist_lightning.search.pool import Pool, devices
-from mnist_lightning.search.record import (
-    COMPUTED,
-    Direction,
-    Metric,
-    TrialRecord,
-    is_counted,
-    limited_metrics,
-    metrics_of,
-)
+from mnist_lightning.search.record import COMPUTED, Direction, Metric, TrialRecord, is_counted, metrics_of
 from mnist_lightning.search.sampler import check_sampler
 from mnist_lightning.search.space import (
     NOTEBOOK_SPACE,
@@ -318,8 +310,7 @@ def _make_search(run: SearchCLI) -> Search:
     options = Namespace(**{field.name: run.config[field.name] for field in fields(SearchOptions)})
     source = source_of(options.study_name, options.storage, run.logs)
     directions = {name: direction for name in options.limits if (direction := run.known_direction(name))}
-    limited = limited_metrics(options.limits, run.metrics, directions)
-    return Search(options, run.metrics, base, space, source, run.logs / options.study_name, limited)
+    return Search(options, run.metrics, base, space, source, run.logs / options.study_name, directions)
 
 
 def _print_space(space: SearchSpace) -> None:
@@ -338,7 +329,7 @@ def _open(run: SearchCLI, search: Search) -> tuple[Study, Any]:
     settings["executions_per_trial"] = search.options.executions_per_trial
     study = open_study(storage, search.options.study_name, search.metrics, settings, search.space, defaults)
     study.set_user_attr("limits", dict(search.options.limits))  # for reports
-    study.set_user_attr("directions", {metric.name: metric.direction for metric in search.limited})
+    study.set_user_attr("directions", dict(search.directions))
     study.pruner = run.config_init.pruner
     return study, storage
 

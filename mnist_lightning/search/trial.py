@@ -34,7 +34,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from mnist_lightning.commands.fit import SilentFit
 from mnist_lightning.data import ImageDataModule
 from mnist_lightning.networks import count_parameters
-from mnist_lightning.search.record import COMPUTED, Metric, TrialRecord, is_counted, ordinal
+from mnist_lightning.search.record import COMPUTED, Direction, Metric, TrialRecord, is_counted, limited_metrics, ordinal
 from mnist_lightning.search.recovery import ATTEMPTS, process_name
 from mnist_lightning.search.sampler import draw, make_sampler
 from mnist_lightning.search.space import SearchSpace, bounds, config_with, instantiate
@@ -70,7 +70,7 @@ class Search:
         space: The search space.
         storage: Path or URL of the study's storage.
         folder: The study's folder, for the logs of the executions.
-        limited: The metrics that have limits, whether the study optimizes them or not.
+        directions: The directions of metrics that have limits, where the model knows them.
     """
 
     options: Namespace
@@ -79,7 +79,7 @@ class Search:
     space: SearchSpace
     storage: str
     folder: Path
-    limited: list[Metric] = field(default_factory=list)
+    directions: Mapping[str, Direction] = field(default_factory=dict)
 
     @property
     def epochs(self) -> int:
@@ -97,6 +97,11 @@ class Search:
         if not self.folder.is_dir():
             raise FileNotFoundError(f"{self.folder} was moved or deleted while the search ran.")
         return FileLock(self.folder / ".lock")
+
+    @property
+    def limited(self) -> list[Metric]:
+        """The metrics that have limits, whether the study optimizes them or not."""
+        return limited_metrics(self.options.limits, self.metrics, self.directions)
 
 
 class Objective:
