@@ -48,7 +48,6 @@ from mnist_lightning.search.space import (
     make_space,
     params_of,
     short_key,
-    spread,
 )
 from mnist_lightning.search.storage import open_storage
 from mnist_lightning.search.study import (
@@ -73,7 +72,7 @@ from mnist_lightning.search.trial import Search, kept_weights
 from mnist_lightning.system.console import PROG, command_line, format_table, hide_password, quoted, terminal_width
 from mnist_lightning.system.errors import UserError, user_errors
 from mnist_lightning.system.files import atomic_write
-from mnist_lightning.system.nested import as_list, flatten, get_value
+from mnist_lightning.system.nested import as_list, flatten, get_value, spread
 from mnist_lightning.system.signals import Interrupt, interruptible
 from mnist_lightning.training.runs import LABELS, RUN_KEYS, newest_file
 
@@ -304,7 +303,7 @@ def _make_search(run: SearchCLI) -> Search:
     """Return what the workers share, after checking that all values of the space are valid."""
     base = {key: value for key, value in run.plain_config().items() if key in ("name", "origin", *RUN_KEYS)}
     given = full_names(run.config.search_space or {}, base)
-    base = spread(base, given)
+    base = spread(base, map(full_key, given))
     space = make_space(given, base)
     check_values(space, base, run.parser)
     options = Namespace(**{field.name: run.config[field.name] for field in fields(SearchOptions)})
@@ -386,7 +385,7 @@ def _first_trials(run: SearchCLI, space: SearchSpace, base: dict[str, Any]) -> l
     if options.enqueue:
         given += _read_trials(options.enqueue, space, base)
     for source, values in given:
-        found, values = {}, spread(values, space)
+        found, values = {}, spread(values, map(full_key, space))
         for key in space:
             with suppress(KeyError, TypeError, IndexError, ValueError):  # a config may lack a conditional key
                 found[key] = values[key] if key in values else get_value(values, full_key(key))

@@ -4,7 +4,7 @@ import copy
 import json
 import math
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from typing import Any
 
@@ -316,24 +316,6 @@ def config_with(base: dict[str, Any], params: Mapping[str, Any], space: SearchSp
             node = get_value(config, parent)
             if isinstance(node, list) and last != "length":
                 del node[int(last)]
-    return config
-
-
-def spread(config: dict[str, Any], keys: Iterable[str]) -> dict[str, Any]:
-    """Return a config in which a number for all layers is expanded to a list if one of its items is searched.
-
-    The number of layers is the length of the first list among the network's arguments.
-    """
-    config = copy.deepcopy(config)
-    for key in keys:
-        parent, _, index = full_key(key).rpartition(".")
-        parent, _, name = parent.rpartition(".")
-        # make_space reports a missing key
-        with suppress(AttributeError, KeyError, TypeError, IndexError, ValueError):
-            arguments = get_value(config, parent)
-            layers = [len(value) for value in arguments.values() if isinstance(value, list)] if index.isdigit() else []
-            if layers and isinstance(arguments[name], int | float):
-                arguments[name] = [arguments[name]] * layers[0]
     return config
 
 

@@ -1,6 +1,8 @@
 """Nested configs: flatten them, look up keys with dots, and read options that may be lists."""
 
-from collections.abc import Mapping
+import copy
+from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from typing import Any
 
 
@@ -28,6 +30,23 @@ def get_value(config: Any, key: str) -> Any:
             config = len(config) if part == "length" else config[[str(i) for i in range(len(config))].index(part)]
         elif config is not None or part != "class_path":
             config = config[part]
+    return config
+
+
+def spread(config: dict[str, Any], keys: Iterable[str]) -> dict[str, Any]:
+    """Return a config in which a number for all layers is a list if one of the keys is for an item of it.
+
+    The number of layers is the length of the first list among the network's arguments. Missing keys are ignored.
+    """
+    config = copy.deepcopy(config)
+    for key in keys:
+        parent, _, index = str(key).rpartition(".")
+        parent, _, name = parent.rpartition(".")
+        with suppress(AttributeError, KeyError, TypeError, IndexError, ValueError):
+            arguments = get_value(config, parent)
+            layers = [len(value) for value in arguments.values() if isinstance(value, list)] if index.isdigit() else []
+            if layers and isinstance(arguments[name], int | float):
+                arguments[name] = [arguments[name]] * layers[0]
     return config
 
 

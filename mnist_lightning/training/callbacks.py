@@ -23,7 +23,7 @@ from torch.utils.tensorboard.summary import hparams
 
 from mnist_lightning.data import Batch, ImageDataModule
 from mnist_lightning.system.files import atomic_write
-from mnist_lightning.system.nested import flatten
+from mnist_lightning.system.nested import flatten, spread
 from mnist_lightning.training import figures
 from mnist_lightning.training.checkpoints import RunCheckpoint
 
@@ -60,8 +60,7 @@ class RunLogger(TensorBoardLogger):
         runs, not only those of the first.
         """
         trainer = {key: config["trainer"].get(key) for key in COMPARED}
-        model = {**config["model"], "network": _by_layer(config["model"].get("network"))}
-        values = flatten({**config, "trainer": trainer, "model": model}, with_items=True)
+        values = flatten({**_by_layer(config), "trainer": trainer}, with_items=True)
         values = {key: value for key, value in values.items() if isinstance(value, bool | int | float | str)}
         names = [key for key in values if re.match(r"(trainer|model|data|seed_everything)\b", key)]
         _, start, end = hparams({key: values[key] for key in names if not key.endswith(".data_dir")}, {})
@@ -69,18 +68,15 @@ class RunLogger(TensorBoardLogger):
             self.experiment.file_writer.add_summary(summary)
 
 
-def _by_layer(network: Any) -> Any:
-    """Return a network's config with a list where one number stands for all layers, as in the trials of a search."""
-    with suppress(AttributeError, ImportError, KeyError, NameError, StopIteration, TypeError):  # a user's own
-        arguments = network["init_args"]
-        layers = next(len(value) for value in arguments.values() if isinstance(value, list))
-        repeated = {}
-        for name, hint in get_type_hints(resolve_name(network["class_path"]).__init__).items():
-            may_be_list = any(get_origin(part) in (list, Sequence) for part in get_args(hint))
-            if may_be_list and isinstance(arguments.get(name), int | float):
-                repeated[name] = [arguments[name]] * layers
-        return {**network, "init_args": arguments | repeated}
-    return network
+def _by_layer(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a config with a list where one number stands for all of a network's layers, as in trials of a search."""
+    keys = []
+    with suppress(AttributeError, ImportError, KeyError, NameError, TypeError):  # a user's own network may be anything
+        hints = get_type_hints(resolve_name(config["model"]["network"]["class_path"]).__init__)
+        for name, hint in hints.items():
+            if any(get_origin(part) in (list, Sequence) for part in get_args(hint)):
+                keys.append(f"model.network.init_args.{name}.0")
+    return spread(dict(config), keys)
 
 
 class Figures(Callback):

@@ -194,7 +194,7 @@ def test_tensorboard_shows_everything(fitted):
     plugins = {plugin: list(events.PluginTagToContent(plugin)) for plugin in ("hparams", "custom_scalars")}
     assert "_hparams_/session_start_info" in plugins["hparams"]
     session = events.PluginTagToContent("hparams")["_hparams_/session_start_info"]
-    assert b"model.optimizer.class_path" in session
+    assert all(key in session for key in (b"model.optimizer.class_path", b"model.network.init_args.units.0"))
     assert b"model.network.init_args.dropout.1" in session  # as in trials, though 0.2 was given for all layers
     assert "_hparams_/experiment" not in plugins["hparams"]  # it would hide the settings that other runs have
     layout = events.Tensors("custom_scalars__config__")[0].tensor_proto.string_val[0]

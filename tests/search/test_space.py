@@ -13,11 +13,11 @@ from mnist_lightning.search.space import (
     make_space,
     params_of,
     short_key,
-    spread,
 )
 from mnist_lightning.search.storage import open_storage
 from mnist_lightning.search.study import open_study
 from mnist_lightning.system.errors import UserError
+from mnist_lightning.system.nested import spread
 
 BASE = {
     "trainer": {"max_epochs": 2},
