@@ -9,7 +9,7 @@ import pandas as pd
 
 from mnist_lightning.comparison.evaluation import Model, have_same
 from mnist_lightning.comparison.summary import Report, card, searched
-from mnist_lightning.deployment.page import ROUNDED, PadModel, panel
+from mnist_lightning.deployment.page import PadModel, panel
 from mnist_lightning.search.record import metrics_of
 from mnist_lightning.search.space import short_key
 from mnist_lightning.search.study import ENOUGH_TRIALS, importances, pareto_front
@@ -70,9 +70,9 @@ def drawing(models: Sequence[Model]) -> Section:
         PadModel(model.name, model.page_color, model.runs[0].classifiers[model.weights].network, model.runs[0].data)
         for model in models
     ]
-    pad, remarks = panel(contestants, models[0].test.classes, NETWORKS)
+    pad, _, left_out = panel(contestants, models[0].test.classes, NETWORKS)
     text = ["The networks run in this page; your drawing never leaves it."] if pad else []
-    text += [f"{name}: {remark}" for name, remark in remarks.items() if remark and not remark.startswith(ROUNDED)]
+    text += [f"{model.name}: {left_out[model.name]}" for model in models if model.name in left_out]
     return Section("Draw", " ".join(text), "draw", pad)
 
 

@@ -112,7 +112,7 @@ def compare(expected: Tensor, found: Tensor, what: str, tolerance: float = TOLER
     Args:
         expected: Probabilities of the checkpoint.
         found: Probabilities to check.
-        what: Start of the error: the checked program.
+        what: The checked program, with which the error starts.
         tolerance: The largest difference that counts as rounding.
 
     Raises:

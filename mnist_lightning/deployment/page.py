@@ -25,8 +25,6 @@ WEIGHT_ROOM = LIMIT - 60 * 2**10
 """Bytes of the page for the networks; the script takes 20,000."""
 TOLERANCE = 9e-5
 """How far rounded weights may move a probability; the browser's own rounding keeps the total below 1e-4."""
-ROUNDED = "weights in 16 bits"
-"""How a remark on rounded weights starts."""
 PAD = 280
 """The width of the drawing in pixels."""
 
@@ -47,7 +45,9 @@ class PadModel(NamedTuple):
     data: ImageDataModule
 
 
-def panel(models: Sequence[PadModel], classes: Sequence[str], room: int | None = None) -> tuple[Markup, dict[str, str]]:
+def panel(
+    models: Sequence[PadModel], classes: Sequence[str], room: int | None = None
+) -> tuple[Markup, dict[str, str], dict[str, str]]:
     """Return a page fragment with a pad to draw on, a bar for each class and network, and the script.
 
     Weights are float32. If they do not fit, they become 16-bit integers times a number for each row, finer than float16
@@ -59,29 +59,30 @@ def panel(models: Sequence[PadModel], classes: Sequence[str], room: int | None =
         room: Bytes for the weights; those that fit only in 16 bits are rounded. By default all that the page has.
 
     Returns:
-        The fragment, empty if the page can have none of the networks; and a remark on each network, by name: empty,
-        how its weights are rounded, or why it is not on the page.
+        The fragment, empty if the page can have none of the networks; by name, how the weights of each network on the
+        page are rounded, or an empty text; and, by name, why each other network is not on the page.
     """
     parts = {suffix: Path(__file__).with_name(f"draw.{suffix}").read_text("utf-8") for suffix in ("js", "html")}
     supported = set(OPERATION.findall(parts["js"]))
     on_page: dict[str, str] = {}
-    said: dict[str, str] = {}
+    rounding: dict[str, str] = {}
+    left_out: dict[str, str] = {}
     size = sum(value.numel() for model in models for value in model.network.parameters()) * 16 / 3  # float32 in base64
     for integers in (True, False) if room and room < size < 2 * room else (False, True):
-        on_page, said = {}, {}
+        on_page, rounding, left_out = {}, {}, {}
         for model in models:
             try:
-                on_page[model.name], said[model.name] = _network(model, len(classes), supported, integers)
+                on_page[model.name], rounding[model.name] = _network(model, len(classes), supported, integers)
             except UserError as error:
-                said[model.name] = str(error)
+                left_out[model.name] = str(error)
         if sum(map(len, on_page.values())) < WEIGHT_ROOM and (not integers or len(on_page) == len(models)):
             break
     while sum(map(len, on_page.values())) >= WEIGHT_ROOM:
         largest = max(on_page, key=lambda name: len(on_page[name]))
-        said[largest] = f"its weights do not fit into the page, which has {WEIGHT_ROOM / 2**20:.1f} MiB for all."
+        left_out[largest] = f"its weights do not fit into the page, which has {WEIGHT_ROOM / 2**20:.1f} MiB for all."
         del on_page[largest]
     if not on_page:
-        return Markup(), said
+        return Markup(), rounding, left_out
     data = models[0].data
     assert data.test is not None
     _, height, width = data.image_shape
@@ -101,7 +102,7 @@ def panel(models: Sequence[PadModel], classes: Sequence[str], room: int | None =
         content=Markup(f'{htmlsafe_json_dumps(content)[:-1]}, "networks": [{", ".join(on_page.values())}]}}'),  # noqa: S704
         script=Markup(parts["js"]),  # noqa: S704
     )
-    return Markup(fragment), said  # noqa: S704
+    return Markup(fragment), rounding, left_out  # noqa: S704
 
 
 def _network(model: PadModel, outputs: int, supported: set[str], integers: bool) -> tuple[str, str]:
@@ -121,7 +122,7 @@ def _network(model: PadModel, outputs: int, supported: set[str], integers: bool)
         )
         what = "its weights do not fit in 32 bits, and in 16 bits the network"
         difference = formats.compare(expected, found, what, TOLERANCE)
-        said = f"{ROUNDED}, which change the probabilities of the test images by at most {difference:.1e}."
+        said = f"weights in 16 bits, which change the probabilities of the test images by at most {difference:.1e}."
     samples = data.test.scaled(range(min(3, len(data.test))))
     probabilities = formats.ExportedNetwork(model.network, data.test.statistics)(samples)
     if probabilities.shape[1] != outputs:
@@ -155,10 +156,10 @@ def write_page(network: nn.Module, data: ImageDataModule, probabilities: Tensor)
     """
     name, count = type(network).__name__, sum(value.numel() for value in network.parameters())
     classes = data.names(probabilities.shape[1])
-    fragment, said = panel([PadModel(name, "var(--accent)", network, data)], classes)
+    fragment, rounding, left_out = panel([PadModel(name, "var(--accent)", network, data)], classes)
     if not fragment:
         raise UserError(
-            f"No page is written for this {name} of {count:,} weights: {said[name]} Use the MLP or CNN of the "
+            f"No page is written for this {name} of {count:,} weights: {left_out[name]} Use the MLP or CNN of the "
             "package, or export the network with --output network.onnx."
         )
     assert data.test is not None
@@ -172,7 +173,7 @@ def write_page(network: nn.Module, data: ImageDataModule, probabilities: Tensor)
     )
     title = "Draw a digit" if classes == [str(digit) for digit in range(10)] else "Draw"
     style = Markup(Path(__file__).with_name("draw.css").read_text("utf-8"))  # noqa: S704
-    return template.render(title=title, text=text, panel=fragment, style=style), said[name] or "weights in float32."
+    return template.render(title=title, text=text, panel=fragment, style=style), rounding[name] or "weights in float32."
 
 
 OPERATION = re.compile(r'^  "([\w.]+)":', re.MULTILINE)

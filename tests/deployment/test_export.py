@@ -434,11 +434,11 @@ def test_networks_that_cannot_be_on_a_page_are_named_and_names_are_not_code():
         return nn.Sequential(nn.Flatten(), nn.Linear(156, outputs), *others).eval()
 
     candidates = {"good": network(10), "wide": network(12), "cosine": network(10, Cosine())}
-    fragment, said = page_module.panel(
+    fragment, rounding, left_out = page_module.panel(
         [page_module.PadModel(name, "red", one, data) for name, one in candidates.items()], classes
     )
-    assert said == {
-        "good": "",
+    assert rounding == {"good": ""}
+    assert left_out == {
         "wide": "it has 12 outputs, but the page has 10 bars.",
         "cosine": "the page's script does not have the operation aten.cos.default in this form.",
     }
