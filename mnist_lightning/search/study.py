@@ -28,6 +28,7 @@ from mnist_lightning.search.record import (
     is_counted,
     limited_metrics,
     metrics_of,
+    ordinal,
 )
 from mnist_lightning.search.space import (
     SearchSpace,
@@ -390,6 +391,5 @@ def is_complete(study: Study, n_trials: int) -> bool:
 def has_room(study: Study, n_trials: int) -> bool:
     """Return whether a trial is waiting or can be added."""
     trials = study.get_trials(deepcopy=False)
-    states = [trial.state for trial in trials]  # asked after each trial, so that it must be quick for thousands
-    surplus = sum(not is_counted(trial) for trial in trials) if TrialState.FAIL in states else 0
-    return len(trials) - surplus < n_trials or TrialState.WAITING in states
+    # asked after each trial, so that it must be quick for thousands
+    return ordinal(study, len(trials)) < n_trials or any(trial.state == TrialState.WAITING for trial in trials)
