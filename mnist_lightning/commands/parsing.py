@@ -447,7 +447,7 @@ def _discard_defaults(original: Callable[..., Any]) -> Callable[..., Any]:
             ).get_defaults()
             for name, given in list(previous.init_args.items(branches=True, nested=False)):
                 default = defaults.get(name)
-                is_default = given == (list(default) if isinstance(given, list) and default else default)
+                is_default = given == (list(default) if isinstance(default, tuple) else default)
                 if is_default and not any({f"{key}.{name}", f"{key}.init_args.{name}"} & typed for key in typed):
                     previous.init_args.pop(name)
         original(action, previous, value)

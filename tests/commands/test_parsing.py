@@ -45,6 +45,15 @@ def test_another_class_comes_with_its_own_defaults(model, options, expected):
     assert {name: arguments[name] for name in expected} == expected
 
 
+@pytest.mark.parametrize("network", ["MLP", "CNN", "TorchvisionModel"])
+def test_each_config_takes_another_network(model, network):
+    for config in sorted((ROOT / "configs").glob("*.yaml")):
+        text = config.read_text()
+        if "search_space" not in text and "FashionMNIST" not in text:
+            made = model(f"--config={config}", f"--model.network={network}", "--print_config")["network"]
+            assert made["class_path"] == f"mnist_lightning.networks.{network}", config.stem
+
+
 def test_a_class_inside_another_can_be_exchanged(model, monkeypatch, tmp_path):
     (tmp_path / "nested_classes.py").write_text(
         "from mnist_lightning.networks import MLP\n"
