@@ -7,7 +7,7 @@ if TYPE_CHECKING:
     from mnist_lightning.classifier import Classifier
     from mnist_lightning.data import ImageDataModule, MNISTDataModule
     from mnist_lightning.functions import export, fit, report, tune
-    from mnist_lightning.networks import CNN, MLP
+    from mnist_lightning.networks import CNN, MLP, Ensemble
     from mnist_lightning.predictor import Predictor
     from mnist_lightning.run import Run, runs
     from mnist_lightning.search.pruning import PruningCallback
@@ -17,6 +17,7 @@ __all__ = [
     "CNN",
     "MLP",
     "Classifier",
+    "Ensemble",
     "ImageDataModule",
     "MNISTDataModule",
     "Predictor",
@@ -33,7 +34,7 @@ _MODULES = {
     "classifier": ["Classifier"],
     "data": ["ImageDataModule", "MNISTDataModule"],
     "functions": ["export", "fit", "report", "tune"],
-    "networks": ["CNN", "MLP"],
+    "networks": ["CNN", "MLP", "Ensemble"],
     "predictor": ["Predictor"],
     "run": ["Run", "runs"],
     "search.pruning": ["PruningCallback"],

@@ -1,8 +1,9 @@
-"""Networks that map images to logits: MLP, CNN and those of torchvision."""
+"""Networks that map images to logits: MLP, CNN, those of torchvision, and ensembles."""
 
 import difflib
+import math
 from collections.abc import Callable, Sequence
-from functools import partial
+from functools import partial, reduce
 from typing import Any, Literal
 
 import torch
@@ -278,6 +279,48 @@ class TorchvisionModel(nn.Module):
         output = self.model(images.to(memory_format=torch.channels_last))
         logits: Tensor = output if isinstance(output, Tensor) else output[0]  # without the auxiliary heads
         return logits
+
+
+class Ensemble(nn.ModuleList):
+    """The average of several networks: the mean of their probabilities (Hansen and Salamon 1990).
+
+    In training, each batch is split evenly between the members, and each member learns from its own part as it would
+    alone. So an epoch takes as long as one of a single member, but shows each member only a part of the images: with
+    three members, an ensemble trains for three times the epochs, in batches that are three times as large. A batch with
+    fewer than two images for each member, such as the rest of an epoch, trains the mean of their logits instead.
+
+    Args:
+        members: Networks for the same images and classes.
+
+    Attributes:
+        hparams: The arguments, by name.
+
+    Raises:
+        ValueError: If there are no members.
+    """
+
+    def __init__(self, members: list[nn.Module]) -> None:
+        super().__init__(members)
+        self.hparams = {"members": members}
+        if not members:
+            raise ValueError("members: an ensemble needs at least one network")
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Map images of shape (batch, channels, height, width) to logits of shape (batch, classes)."""
+        count = len(self)
+        if not self.training:
+            shares = [member(images).log_softmax(dim=1) for member in self]
+            # logsumexp, in operations that the page to draw on has
+            total: Tensor = reduce(lambda total, share: total + F.softplus(share - total), shares)
+            return total - math.log(count)
+        if len(images) < 2 * count:  # batch normalization needs two images
+            logits = torch.stack([member(images) for member in self]).mean(dim=0)
+        else:
+            parts = images.tensor_split(count)
+            logits = torch.cat([member(part) for member, part in zip(self, parts, strict=True)])
+        fixed = logits.detach()
+        # a member's share of the batch's mean loss is 1 / count: its gradient is to be that of its own mean loss
+        return fixed + count * (logits - fixed)
 
 
 def count_parameters(network: nn.Module) -> int:

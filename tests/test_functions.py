@@ -24,7 +24,7 @@ from torch import nn
 from torchvision.transforms import v2
 
 import mnist_lightning
-from mnist_lightning import CNN, MLP, MNISTDataModule, Run, augmentation, export, fit, report, runs, tune
+from mnist_lightning import CNN, MLP, Ensemble, MNISTDataModule, Run, augmentation, export, fit, report, runs, tune
 from mnist_lightning.commands.keywords import words
 from mnist_lightning.networks import TorchvisionModel
 from mnist_lightning.search.space import NOTEBOOK_SPACE, full_names
@@ -215,6 +215,9 @@ def test_networks_and_augmentation_of_the_package_keep_their_arguments():
         if isinstance(each, type) and issubclass(each, nn.Module) and each.__module__ == augmentation.__name__
     ]
     made = [MLP([3, 4], 0.5, normalization="batch"), CNN([4], kernel_size=5), TorchvisionModel("resnet18")]
+    (word,), _ = words({"model.network": Ensemble(made[:2])}, {})
+    members = yaml.safe_load(word.partition("=")[2])["init_args"]["members"]
+    assert [member["init_args"].get("dropout") for member in members] == [0.5, 0.0]
     for value in [*made, *(each() for each in classes), v2.RandomAffine(5, (0.1, 0.1))]:
         (word,), _ = words({"model.network": value}, {})
         spec = yaml.safe_load(word.partition("=")[2])

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from mnist_lightning.networks import CNN, MLP, Convolution, Dense, Dropout, TorchvisionModel
+from mnist_lightning.networks import CNN, MLP, Convolution, Dense, Dropout, Ensemble, TorchvisionModel
 
 pytestmark = pytest.mark.numeric
 
@@ -209,3 +209,52 @@ def test_a_model_that_torchvision_has_not_is_refused(arguments, message):
 def test_torchvision_is_imported_only_where_it_is_needed():
     code = "import sys, mnist_lightning.networks; sys.exit('torchvision' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+def make_ensemble(count=3):
+    torch.manual_seed(0)
+    return Ensemble([MLP([8], dropout=0.0, normalization="batch") for _ in range(count)]).double()
+
+
+def test_an_ensemble_averages_probabilities(mnist):
+    ensemble, images = make_ensemble().eval(), mnist.train.scaled(range(50)).double()
+    expected = torch.stack([member(images).softmax(dim=1) for member in ensemble]).mean(dim=0)
+    torch.testing.assert_close(ensemble(images).exp(), expected)
+    with torch.no_grad():  # members that are as certain as can be, and disagree
+        for number, member in enumerate(ensemble):
+            member.logits.weight.zero_()
+            member.logits.bias.copy_(1e4 * torch.eye(10)[number])
+    torch.testing.assert_close(ensemble(images).softmax(dim=1)[:, :3], torch.full((50, 3), 1 / 3).double())
+
+
+@pytest.mark.parametrize("size", [30, 6, 31])
+def test_a_member_of_an_ensemble_learns_from_its_part_as_it_would_alone(mnist, size):
+    ensemble, alone = make_ensemble(), make_ensemble()
+    images, labels = mnist.train.scaled(range(size)).double(), mnist.train.labels[:size]
+    logits = ensemble(images)
+    nn.functional.cross_entropy(logits, labels).backward()
+    parts = zip(alone, images.tensor_split(3), labels.tensor_split(3), strict=True)
+    expected = []
+    for member, own_images, own_labels in parts:
+        expected.append(member(own_images))
+        # an uneven part weighs by its images
+        (nn.functional.cross_entropy(expected[-1], own_labels) * 3 * len(own_labels) / size).backward()
+    torch.testing.assert_close(logits, torch.cat(expected), rtol=0, atol=0)
+    for own, other in zip(ensemble.parameters(), alone.parameters(), strict=True):
+        torch.testing.assert_close(own.grad, other.grad)
+
+
+def test_a_batch_too_small_to_be_split_trains_every_member_of_an_ensemble(mnist):
+    ensemble = make_ensemble()
+    for size in range(2, 6):
+        ensemble.zero_grad()
+        logits = ensemble(mnist.train.scaled(range(size)).double())
+        assert logits.shape == (size, 10)
+        nn.functional.cross_entropy(logits, mnist.train.labels[:size]).backward()
+        assert all(parameter.grad.isfinite().all() for parameter in ensemble.parameters())
+        assert all(member.logits.weight.grad.any() for member in ensemble)
+
+
+def test_an_ensemble_needs_a_member():
+    with pytest.raises(ValueError, match="at least one network"):
+        Ensemble([])

@@ -29,6 +29,7 @@ from mnist_lightning.classifier import TOTAL_STEPS, Classifier
 from mnist_lightning.commands.help import print_help
 from mnist_lightning.commands.model import flat_config, flat_text, flat_words, grouped, is_config
 from mnist_lightning.data import ImageDataModule
+from mnist_lightning.networks import Ensemble
 from mnist_lightning.system.errors import OptionError, UserError
 from mnist_lightning.system.nested import as_list
 from mnist_lightning.training.runs import LOGS
@@ -197,6 +198,8 @@ def fill_sizes(config: Namespace, data: ImageDataModule, typed: Collection[str] 
     sized = {"model.network": config.model.get("network")}
     if "class_path" in config.model:  # a model of the user's own, which may make its network itself
         sized["model"] = Namespace(class_path=config.model.class_path, init_args=config.model)
+    for index, member in enumerate(_members_of(sized["model.network"])):
+        sized[f"model.network.members.{index}"] = member
     outputs = []
     for key, spec in sized.items():
         if not isinstance(spec, Namespace):
@@ -224,6 +227,12 @@ def fill_sizes(config: Namespace, data: ImageDataModule, typed: Collection[str] 
             if typed is not None or spec.init_args.get(name) == UNKNOWN_SIZE:  # a checkpoint's are known
                 spec.init_args[name] = sizes[name]
     return remarks
+
+
+def _members_of(spec: Any) -> list[Any]:
+    """Return the members of a network if its class is an Ensemble."""
+    made = _typehints.import_object(spec.class_path) if isinstance(spec, Namespace) else None
+    return spec.init_args.members if isinstance(made, type) and issubclass(made, Ensemble) else []
 
 
 def _sizes_of(spec: Namespace) -> list[str]:

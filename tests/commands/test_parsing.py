@@ -101,6 +101,16 @@ def test_a_config_may_have_a_network_of_more_outputs(tmp_path, capfd, network, d
     assert said == "" if not remark else f"model.network.{remark}" in said and said.count("\n") == 1
 
 
+def test_the_members_of_an_ensemble_get_the_sizes_of_the_data():
+    members = ["--model.network.members+=MLP", "--model.network.members.units=[4]", "--model.network.members+=CNN"]
+    with patched_jsonargparse():
+        run = FitCLI("fit", ["--data=CIFAR10", "--model.network=Ensemble", *members])
+    mlp, cnn = run.config.model.network.init_args.members
+    assert (mlp.init_args.units, mlp.init_args.in_features) == ([4], 32 * 32 * 3)
+    assert cnn.init_args.in_channels == 3
+    assert not hasattr(mlp.init_args, "in_channels")
+
+
 def test_a_number_of_classes_that_is_none_is_refused(tmp_path, capfd):
     (tmp_path / "config.yaml").write_text("model: {network: {class_path: MLP, init_args: {num_classes: many}}}")
     code, _, errors = in_process(capfd, "fit", f"--config={tmp_path / 'config.yaml'}")
