@@ -5,7 +5,7 @@ import logging
 import re
 import signal
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import fields
 from pathlib import Path
@@ -204,8 +204,8 @@ def report(
     """Compare models on one page, as ``python -m mnist_lightning report`` does; a cell shows the page.
 
     Args:
-        *models: Runs; or names, for their newest complete runs; or ``NAME=PATH,PATH,...`` for several seeds of a model.
-            By default baseline and tuned or, with ``study_name``, only the study.
+        *models: Runs, or their paths; or names, for their newest complete runs; or ``NAME=PATH,PATH,...`` for several
+            seeds of a model. By default baseline and tuned or, with ``study_name``, only the study.
         ckpt_path: ``last`` or ``best``: the weights to compare.
         study_name: Name of the study to show; by default the study that produced a model.
         storage: Journal file or URL of the study; by default the journal in its folder.
@@ -218,7 +218,7 @@ def report(
     Raises:
         UserError: If a run or the study is missing or damaged, or the models cannot be compared.
     """
-    given = [f"{_label(each, models)}={each.path}" if isinstance(each, Run) else str(each) for each in models]
+    given = [str(each.path if isinstance(each, Run) else each) for each in models]
     given = given or ([] if study_name else ["baseline", "tuned"])
     with as_function():
         return write(given, ckpt_path, study_name, storage, Path(logs), None if output is None else Path(output))
@@ -244,10 +244,3 @@ def export(run: Run | str | Path, output: str | Path, **options: Any) -> Path:
     with as_function():
         ExportCLI("export", words(own, options)[0]).run()
     return path
-
-
-def _label(run: Run, models: Sequence[Run | str | Path]) -> str:
-    """Return the name of a run, with its version where another run has the same name."""
-    name = run.path.parent.name
-    others = [each for each in models if isinstance(each, Run) and each is not run]
-    return f"{name} {run.path.name}" if any(each.path.parent.name == name for each in others) else name

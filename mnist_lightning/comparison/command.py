@@ -26,7 +26,7 @@ def parse(command: str, description: str, arguments: list[str]) -> argparse.Name
         "models",
         nargs="*",
         metavar="MODEL",
-        help="a name, for its newest complete run in the logs, or NAME=PATH, for a run folder or checkpoint; give "
+        help="a name, for its newest complete run in the logs, or the path of a run or checkpoint, or NAME=PATH; give "
         "several seeds of one model as NAME=PATH,PATH,... or 'NAME=FOLDER/*'; each model is compared with the first "
         "(default: baseline tuned; with --study_name, only the study)",
     )

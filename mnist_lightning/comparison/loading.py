@@ -19,8 +19,7 @@ from mnist_lightning.training.runs import newest_complete_run
 def load_models(arguments: Sequence[str], weights: str, logs: Path) -> list[Model]:
     """Load and evaluate the models; see :func:`write`."""
     folders: dict[str, list[Path]] = {}
-    for argument in arguments:
-        name, _, paths = argument.partition("=")
+    for name, paths in names_and_paths(arguments, logs):
         if not name or name in folders:
             raise UserError(f"Each model needs its own name, as NAME=PATH: {' '.join(arguments)}")
         found = [run for path in paths.split(",") for run in find_runs(name, path)] if paths else []
@@ -42,6 +41,32 @@ def load_models(arguments: Sequence[str], weights: str, logs: Path) -> list[Mode
         if (weights, "test") not in run.evaluations:
             raise UserError(f"{run.path} has no weights of its best epoch; use --ckpt_path last.")
     return models
+
+
+def names_and_paths(arguments: Sequence[str], logs: Path) -> list[tuple[str, str]]:
+    """Return the name and the paths of each model.
+
+    It is given as NAME=PATHS; or as the path of a run or of its checkpoint; or as a name in the logs or a folder of
+    runs, of which the newest complete run is taken. Without NAME, the name is the run's, with its version where two
+    have the same name.
+    """
+    runs: dict[str, Path] = {}
+    for argument in arguments:
+        path, in_logs = Path(argument), logs / argument
+        if any(in_logs.glob("version_*")):
+            runs[argument] = newest_complete_run(in_logs)
+        elif path.is_file() or (path / "config.yaml").is_file() or (path / "checkpoints").is_dir():
+            runs[argument] = path
+        elif any(path.glob("version_*")):
+            runs[argument] = newest_complete_run(path)
+    paths = [path.absolute() for path in runs.values()]
+    of_run = [path.parents[1] if path.parent.name == "checkpoints" else path for path in paths]
+    names = [path.parent.name for path in of_run]
+    named = {
+        argument: (name if names.count(name) == 1 else f"{name} {path.name}", str(runs[argument]))
+        for argument, name, path in zip(runs, names, of_run, strict=True)
+    }
+    return [named.get(argument) or (*argument.partition("=")[::2],) for argument in arguments]
 
 
 def find_runs(name: str, pattern: str) -> list[Path]:

@@ -793,6 +793,20 @@ def test_a_pattern_takes_the_complete_runs_in_natural_order(run, made):
     )
 
 
+def test_a_run_is_named_by_its_path(run, made, tmp_path):
+    runs = tmp_path / "a=b/lightning_logs"
+    shutil.copytree("lightning_logs/baseline", runs / "baseline")
+    for number in (7, 8):
+        shutil.copytree("lightning_logs/tuned/version_0", runs / f"lr=1/version_{number}")
+    best = runs / "baseline/version_0/checkpoints/best.ckpt"
+    paths = [str(path) for path in (best, runs / "lr=1/version_7", runs / "lr=1/version_8")]
+    models = loading.load_models([*paths, "tuned", "a=lightning_logs/tuned/version_0"], "last", Path("lightning_logs"))
+    assert [model.name for model in models] == ["baseline", "lr=1 version_7", "lr=1 version_8", "tuned", "a"]
+    assert [str(model.runs[0].path) for model in models[:3]] == paths
+    (model,) = loading.load_models([str(runs / "baseline")], "last", Path("lightning_logs"))
+    assert (model.name, model.runs[0].path.parent) == ("baseline", runs / "baseline")
+
+
 @pytest.mark.slow
 def test_a_study_alone_of_many_trials(tmp_path, monkeypatch, capfd):
     """Check that 500 trials take seconds, and that the page's table is cut."""
