@@ -8,7 +8,7 @@ changed after its test accuracy was seen is refused: validation selects, and the
 only prints the table from results.csv.
 
 --time measures the first epoch of each config, in bfloat16 if the processor supports it and in float32, with the
-threads of the config, and writes times.csv. Nothing else should run on the machine.
+threads of the config, and writes them to times.csv. Nothing else should run on the machine.
 """
 
 import argparse
@@ -165,10 +165,13 @@ def main() -> None:
     parser.add_argument("--time", action="store_true", help="time an epoch of each config instead")
     options = parser.parse_args()
     if options.time:
+        measured = time_epochs(options.configs)
+        with (HERE / "times.csv").open(newline="", encoding="utf-8") as source:
+            kept = [row for row in csv.DictReader(source) if row["config"] not in options.configs]
         with (HERE / "times.csv").open("w", newline="", encoding="utf-8") as target:
             times_writer = csv.DictWriter(target, TIMES, lineterminator="\n")
             times_writer.writeheader()
-            times_writer.writerows(time_epochs(options.configs))
+            times_writer.writerows([*kept, *measured])
         return
     file = HERE / "results.csv"
     rows = list(csv.DictReader(file.open(newline=""))) if file.exists() else []

@@ -70,8 +70,7 @@ def screenshot_after(seconds: float, url: str, file: Path) -> Image.Image:
                 return
             self.send_response(200)
             self.end_headers()
-            frame = f'<iframe style="border: 0" width=1280 height=720 src="{html.escape(url)}"></iframe>'
-            self.wfile.write(f'<body style="margin: 0">{frame}<img src="/slow">'.encode())
+            self.wfile.write(f'{framed(url, 1280, 720)}<img src="/slow">'.encode())
 
     with ThreadingHTTPServer(("127.0.0.1", 0), Slow) as server:
         Thread(target=server.serve_forever, daemon=True).start()
@@ -80,12 +79,20 @@ def screenshot_after(seconds: float, url: str, file: Path) -> Image.Image:
     return picture
 
 
+def framed(url: str, width: int, height: int) -> str:
+    """Return a page that shows another page in a frame."""
+    return (
+        f'<body style="margin: 0"><iframe style="border: 0" width={width} height={height} src="{html.escape(url)}">'
+        "</iframe>"
+    )
+
+
 def picture_report(page: Path, folder: Path) -> None:
     """Make the pictures of a report: light, dark and on a phone."""
     note = PngInfo()
     note.add_itxt("words", json.dumps(words_of_page(page.read_text(encoding="utf-8"))))
     phone = folder / "phone.html"  # a window of Chromium cannot be so narrow
-    phone.write_text(f'<body style="margin: 0"><iframe style="border: 0" width=390 height=844 src="{page.as_uri()}">')
+    phone.write_text(framed(page.as_uri(), 390, 844))
     pictures = {
         "report": screenshot(page.as_uri(), folder / "light.png"),
         "report_dark": screenshot(page.as_uri(), folder / "dark.png", "--blink-settings=preferredColorScheme=0"),
@@ -105,6 +112,8 @@ def picture_tensorboard(folder: Path) -> None:
     server = subprocess.Popen(command, cwd=folder)
     try:
         while not json.loads(_read(f"http://{address}/data/runs") or "[]"):
+            if server.poll() is not None:
+                sys.exit("TensorBoard has ended before it showed the runs: see its messages above.")
             time.sleep(1)
         for name in ("timeseries", "custom_scalars", "images", "hparams"):
             url = f"http://{address}/?darkMode=false&tagFilter=%5E(train%7Cval)/#{name}"
