@@ -13,6 +13,7 @@ from mnist_lightning.deployment.page import PadModel, panel
 from mnist_lightning.search.record import metrics_of
 from mnist_lightning.search.space import short_key
 from mnist_lightning.search.study import ENOUGH_TRIALS, importances, pareto_front
+from mnist_lightning.system.nested import flatten
 
 TRIALS = 100
 """The most rows in the page's table of a study."""
@@ -115,7 +116,7 @@ def hyperparameters(models: Sequence[Model]) -> Section:
     configs = {}
     for model in models:
         given = {key: value for key, value in model.runs[0].config.items() if key != "origin"}  # in the study's section
-        configs[model.name] = pd.Series(pd.json_normalize(given).to_dict("records")[0], dtype=object).map(str)
+        configs[model.name] = pd.Series(flatten(_numbered(given)), dtype=object).map(str)
     table = pd.DataFrame(configs).fillna("-").rename_axis("key")
     table = table[(table != "None").any(axis=1)]
     made = {model.name: pd.Series(model.runs[0].environment, dtype=object).map(str) for model in models}
@@ -128,6 +129,13 @@ def hyperparameters(models: Sequence[Model]) -> Section:
     if is_same.all():
         return Section("Hyper-parameters", "The models have the same hyper-parameters.", folded=folded)
     return Section("Hyper-parameters", "Keys with different values.", table=table[~is_same], folded=folded)
+
+
+def _numbered(config: Any) -> Any:
+    """Return a config in which lists of classes, such as an ensemble's members, are mappings from 0, 1 and so on."""
+    if isinstance(config, list) and any(isinstance(item, dict) for item in config):
+        config = dict(enumerate(config))
+    return {key: _numbered(value) for key, value in config.items()} if isinstance(config, dict) else config
 
 
 def all_numbers(report: Report) -> Section:

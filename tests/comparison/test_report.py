@@ -16,6 +16,7 @@ import time
 from functools import partial
 from html.parser import HTMLParser
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import optuna
@@ -791,6 +792,24 @@ def test_a_pattern_takes_the_complete_runs_in_natural_order(run, made):
         "error: Each model needs its own name, as NAME=PATH: "
         "a=lightning_logs/tuned/version_0 a=lightning_logs/tuned/version_0"
     )
+
+
+def test_arguments_of_classes_in_a_list_are_compared_one_by_one():
+    def model(name, units, augmentation):
+        member = {"class_path": "MLP", "init_args": {"units": units}}
+        config = {"model": {"members": [member, member]}, "data": {"augmentation": augmentation, "batch_size": 64}}
+        return SimpleNamespace(name=name, runs=[SimpleNamespace(config=config, environment={})])
+
+    models = [model("a", [8, 4], None), model("b", [8], [{"class_path": "Distortion"}])]
+    section = sections.hyperparameters(models)
+    assert section.table.T.to_dict("list") == {
+        "data.augmentation": ["None", "-"],
+        "data.augmentation.0.class_path": ["-", "Distortion"],
+        "model.members.0.init_args.units": ["[8, 4]", "[8]"],
+        "model.members.1.init_args.units": ["[8, 4]", "[8]"],
+    }
+    (same,) = section.folded.values()
+    assert [*same.index] == ["data.batch_size", "model.members.0.class_path", "model.members.1.class_path"]
 
 
 def test_a_run_is_named_by_its_path(run, made, tmp_path):
