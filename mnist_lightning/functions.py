@@ -5,6 +5,7 @@ import logging
 import re
 import signal
 import threading
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import fields
@@ -142,14 +143,18 @@ class Study(optuna.Study):
     def runs(self, top: int | None = None) -> list[Run]:
         """Return the best execution of each complete trial, best trial first.
 
+        It warns of trials whose folders are not here, because they have been deleted or are on another machine.
+
         Args:
             top: How many trials; all by default.
         """
-        metric, found = metrics_of(self)[0], []
-        for trial in ranked_trials(self)[:top]:
-            best = TrialRecord.of(trial).best_execution(metric)
-            found.append(Run(self._logs / self.study_name / best["folder"]))
-        return found
+        metric, folder = metrics_of(self)[0], self._logs / self.study_name
+        best = [folder / TrialRecord.of(trial).best_execution(metric)["folder"] for trial in ranked_trials(self)[:top]]
+        here = [path for path in best if (path / "config.yaml").is_file()]
+        if len(here) < len(best):
+            missing = next(path for path in best if path not in here)
+            warnings.warn(f"{len(best) - len(here)} of {len(best)} runs are not here, such as {missing}", stacklevel=2)
+        return [*map(Run, here)]
 
 
 def tune(

@@ -267,6 +267,9 @@ def test_tune_gives_the_study_and_its_runs(small, tmp_path):
     arguments = first.config["model"]["network"]["init_args"]
     assert arguments["units"] == [params[f"model.network.init_args.units.{index}"] for index in (0, 1)]
     assert "<table" in study._repr_html_()
+    shutil.rmtree(first.path)  # as if another machine had trained it
+    with pytest.warns(UserWarning, match=f"^1 of 3 runs are not here, such as {re.escape(str(first.path))}$"):
+        assert study.runs()[0].path == second.path
     fit(data=small(), max_epochs=1)
     optuna.logging.set_verbosity(verbosity - 10)
     page = report(Run("lightning_logs/baseline/version_0"), study.best_run, "again=lightning_logs/baseline/version_0")
