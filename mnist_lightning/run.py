@@ -1,6 +1,7 @@
 """A run of ``fit`` from Python: its metrics, its network, its predictions; and the list of all runs."""
 
 import html
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import suppress
 from datetime import datetime
@@ -164,7 +165,7 @@ def _describe(folder: Path) -> dict[str, Any]:
 
 
 def _network(model: dict[str, Any]) -> Iterator[str]:
-    """Yield the class of a model, unless it is the Classifier; and the class of its network and the widths."""
+    """Yield the class of a model, unless it is the Classifier; the class of its network; and widths or members."""
     if path := model.get("class_path"):
         yield str(path).rpartition(".")[2]
     if "network" not in model:
@@ -177,3 +178,5 @@ def _network(model: dict[str, Any]) -> Iterator[str]:
         if name in arguments:
             widths = arguments[name]
             yield f" {'-'.join(map(str, widths)) if isinstance(widths, list) else widths}"
+    members = Counter("".join(_network({"network": member})) for member in arguments.get("members", []))
+    yield " of " * bool(members) + ", ".join(f"{count} {name}" for name, count in members.items())

@@ -250,6 +250,22 @@ def test_short_names_of_a_search_space():
         full_names({"lr": 1}, config)
 
 
+@pytest.mark.parametrize(
+    ("network", "name"),
+    [
+        (MLP([128, 64]), "MLP 128-64"),
+        (TorchvisionModel("resnet18"), "TorchvisionModel resnet18"),
+        (Ensemble([MLP([8]), CNN([4, 6]), CNN([4, 6])]), "Ensemble of 1 MLP 8, 2 CNN 4-6"),
+    ],
+)
+def test_runs_names_a_network_with_its_widths(tmp_path, network, name):
+    run = tmp_path / "some/version_0"
+    run.mkdir(parents=True)
+    (option,), _ = words({"model.network": network}, {})
+    (run / "config.yaml").write_text(f"model: {{network: {option.partition('=')[2]}}}")
+    assert runs(tmp_path)["network"].tolist() == [name]
+
+
 @pytest.mark.slow
 def test_tune_gives_the_study_and_its_runs(small, tmp_path):
     space = {"units": [IntDistribution(8, 16)] * 2, "lr": FloatDistribution(1e-3, 1e-2, log=True)}
