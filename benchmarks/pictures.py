@@ -20,6 +20,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageOps
+from scipy import ndimage
 from sklearn.datasets import load_digits
 
 from mnist_lightning.classifier import Classifier
@@ -27,6 +28,8 @@ from mnist_lightning.data import MNISTDataModule
 from mnist_lightning.data.pictures import PictureError, read
 
 COUNT = 100
+WIDTHS = (150, 50, 25, 12)
+"""The height of a character, divided by the width of the pen."""
 generator = np.random.default_rng(0)
 
 
@@ -109,6 +112,39 @@ def squared(digit: NDArray[Any]) -> Image.Image:
     return ruled(digit, is_squared=True)
 
 
+def thinned(ink: NDArray[np.bool_]) -> NDArray[np.bool_]:
+    """Return the middle lines of strokes, one pixel wide (Zhang and Suen 1984)."""
+    while True:
+        before = ink
+        for is_first in (True, False):  # from the lower right, then from the upper left
+            p = np.pad(ink, 1)
+            around = [
+                p[:-2, 1:-1],
+                p[:-2, 2:],
+                p[1:-1, 2:],
+                p[2:, 2:],
+                p[2:, 1:-1],
+                p[2:, :-2],
+                p[1:-1, :-2],
+                p[:-2, :-2],
+            ]
+            count = np.sum(around, axis=0)
+            starts = np.sum([~one & other for one, other in zip(around, around[1:] + around[:1], strict=True)], axis=0)
+            north, east, south, west = around[::2]
+            inner = (east & south & (north | west)) if is_first else (north & west & (east | south))
+            ink = ink & ~((count >= 2) & (count <= 6) & (starts == 1) & ~inner)
+        if (ink == before).all():
+            return ink
+
+
+def with_pen(digit: NDArray[Any], width: float) -> Image.Image:
+    """Draw a digit of MNIST anew with a pen whose width is a share of the digit's height."""
+    line = thinned(np.asarray(smooth(digit)) > 127)
+    height = np.ptp(np.flatnonzero(line.any(axis=1)))
+    share = (width * height / 2 - ndimage.distance_transform_edt(~line) + 0.5).clip(0, 1)
+    return Image.fromarray((255 * (1 - share)).astype(np.uint8))
+
+
 def pen_strokes() -> tuple[NDArray[Any], NDArray[Any]]:
     """Return the paths of UCI's pendigits, of shape (n, 8, 2) from 0 to 100, and the digits.
 
@@ -158,17 +194,20 @@ def main() -> None:
         return labels(images)
 
     def report(name: str, found: NDArray[Any], wanted: NDArray[Any]) -> None:
-        print(f"{name:12}", *[f"{share:.4f}" for share in (found == wanted).mean(axis=1)], flush=True)
+        print(f"{name:16}", *[f"{share:.4f}" for share in (found == wanted).mean(axis=1)], flush=True)
 
     digits = data.test.images[:COUNT]
     truths = labels(digits.numpy())
     for kind in (enlarged, smooth, inverted, colored, padded, shifted, turned, shadow, hard_shadow, ruled, squared):
         report(kind.__name__, answers(digits[:, 0].numpy(), kind), truths)
+    for width in WIDTHS:
+        kind = partial(with_pen, width=1 / width)
+        report(f"a pen of 1/{width}", answers(digits[:, 0].numpy(), kind), truths)
     others = load_digits()
     paths, wanted = pen_strokes()
     chosen = np.linspace(0, len(paths) - 1, COUNT).astype(int)
-    for width in (150, 50, 25, 12):
-        report(f"pen 1/{width}", answers(paths[chosen], partial(drawn, width=1 / width)), wanted[chosen])
+    for width in WIDTHS:
+        report(f"pendigits, 1/{width}", answers(paths[chosen], partial(drawn, width=1 / width)), wanted[chosen])
     report("load_digits", answers((others.images * (255 / 16)).astype(np.uint8), Image.fromarray), others.target)
 
 
