@@ -232,7 +232,8 @@ def fill_sizes(config: Namespace, data: ImageDataModule, typed: Collection[str] 
 def _members_of(spec: Any) -> list[Any]:
     """Return the members of a network if its class is an Ensemble."""
     made = _typehints.import_object(spec.class_path) if isinstance(spec, Namespace) else None
-    return spec.init_args.members if isinstance(made, type) and issubclass(made, Ensemble) else []
+    is_ensemble = isinstance(made, type) and issubclass(made, Ensemble)
+    return as_list(spec.get("init_args", Namespace()).get("members")) if is_ensemble else []
 
 
 def _sizes_of(spec: Namespace) -> list[str]:

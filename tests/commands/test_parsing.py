@@ -111,6 +111,19 @@ def test_the_members_of_an_ensemble_get_the_sizes_of_the_data():
     assert not hasattr(mlp.init_args, "in_channels")
 
 
+def test_an_ensemble_may_make_its_members_itself(tmp_path, monkeypatch):
+    (tmp_path / "my_ensemble.py").write_text(
+        "from mnist_lightning import MLP, Ensemble\n"
+        "class Pair(Ensemble):\n"
+        "    def __init__(self, in_features: int, units: int = 4):\n"
+        "        super().__init__([MLP([units], in_features=in_features), MLP([units], in_features=in_features)])\n"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    with patched_jsonargparse():
+        run = FitCLI("fit", ["--data=CIFAR10", "--model.network=my_ensemble.Pair"])
+    assert [member.dense_1.in_features for member in run.model.network] == [32 * 32 * 3] * 2
+
+
 def test_a_number_of_classes_that_is_none_is_refused(tmp_path, capfd):
     (tmp_path / "config.yaml").write_text("model: {network: {class_path: MLP, init_args: {num_classes: many}}}")
     code, _, errors = in_process(capfd, "fit", f"--config={tmp_path / 'config.yaml'}")
