@@ -22,6 +22,8 @@ def load_models(arguments: Sequence[str], weights: str, logs: Path) -> list[Mode
     for name, paths in names_and_paths(arguments, logs):
         if not name or name in folders:
             raise UserError(f"Each model needs its own name, as NAME=PATH: {' '.join(arguments)}")
+        if not paths and Path(name).name != name:
+            raise UserError(f"There is no run or checkpoint at {name}.")
         found = [run for path in paths.split(",") for run in find_runs(name, path)] if paths else []
         folders[name] = [*dict.fromkeys(found)] or [newest_complete_run(logs / name)]
     models: list[Model] = []

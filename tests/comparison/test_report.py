@@ -46,6 +46,7 @@ from mnist_lightning.comparison.significance import (
 )
 from mnist_lightning.deployment import page as page_to_draw_on
 from mnist_lightning.search.storage import open_storage
+from mnist_lightning.system.errors import UserError
 
 
 @pytest.fixture(scope="module")
@@ -822,6 +823,8 @@ def test_a_run_is_named_by_its_path(run, made, tmp_path):
     models = loading.load_models([*paths, "tuned", "a=lightning_logs/tuned/version_0"], "last", Path("lightning_logs"))
     assert [model.name for model in models] == ["baseline", "lr=1 version_7", "lr=1 version_8", "tuned", "a"]
     assert [str(model.runs[0].path) for model in models[:3]] == paths
+    with pytest.raises(UserError, match=r"^There is no run or checkpoint at lightning_logs/tuned/version_9\.$"):
+        loading.load_models(["lightning_logs/tuned/version_9"], "last", Path("lightning_logs"))
     (model,) = loading.load_models([str(runs / "baseline")], "last", Path("lightning_logs"))
     assert (model.name, model.runs[0].path.parent) == ("baseline", runs / "baseline")
 
