@@ -13,13 +13,14 @@ import sys
 import tempfile
 from collections.abc import Callable
 from functools import partial
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import Image, ImageDraw, ImageOps
+from PIL import Image, ImageDraw, ImageFilter, ImageOps
 from scipy import ndimage
 from sklearn.datasets import load_digits
 
@@ -112,6 +113,24 @@ def squared(digit: NDArray[Any]) -> Image.Image:
     return ruled(digit, is_squared=True)
 
 
+def photo(digit: NDArray[Any]) -> Image.Image:
+    """Take a photo of blue ink on warm paper: darker corners, a soft shadow, blur, noise, and JPEG."""
+    share = np.zeros((480, 400, 1))
+    share[90:370, 60:340, 0] = np.asarray(smooth(digit), float) / 255
+    y, x = np.mgrid[-1:1:480j, -1:1:400j]
+    angle, (tilt_x, tilt_y) = generator.uniform(0, 2 * np.pi), generator.uniform(-0.3, 0.3, 2)
+    place = np.cos(angle) * x + np.sin(angle) * y + generator.uniform(-0.5, 0.5)
+    light = (1 - 0.175 * (x**2 + y**2)) * (1 + tilt_x * x + tilt_y * y) * (1 - 0.35 / (1 + np.exp(-8 * place)))
+    paper = np.array((225, 215, 195)) * generator.uniform(0.8, 1)
+    values = (paper + share * (np.array((40, 50, 120)) - paper)) * light[..., None]
+    sharp = Image.fromarray(values.clip(0, 255).astype(np.uint8))
+    blurred = np.asarray(sharp.filter(ImageFilter.GaussianBlur(1.5)), float)
+    noisy = (blurred + generator.normal(0, 5, (480, 400, 1))).clip(0, 255)
+    file = BytesIO()
+    Image.fromarray(noisy.astype(np.uint8)).save(file, "JPEG", quality=70)
+    return Image.open(file)
+
+
 def thinned(ink: NDArray[np.bool_]) -> NDArray[np.bool_]:
     """Return the middle lines of strokes, one pixel wide (Zhang and Suen 1984)."""
     while True:
@@ -198,7 +217,20 @@ def main() -> None:
 
     digits = data.test.images[:COUNT]
     truths = labels(digits.numpy())
-    for kind in (enlarged, smooth, inverted, colored, padded, shifted, turned, shadow, hard_shadow, ruled, squared):
+    for kind in (
+        enlarged,
+        smooth,
+        inverted,
+        colored,
+        padded,
+        shifted,
+        turned,
+        shadow,
+        hard_shadow,
+        ruled,
+        squared,
+        photo,
+    ):
         report(kind.__name__, answers(digits[:, 0].numpy(), kind), truths)
     for width in WIDTHS:
         kind = partial(with_pen, width=1 / width)
