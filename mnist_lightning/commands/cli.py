@@ -1,6 +1,5 @@
 """Base of the commands: a LightningCLI whose defaults are the notebook's."""
 
-import copy
 import json
 import logging
 import re
@@ -243,7 +242,7 @@ class RunCLI(LightningCLI):
             self.normalize(config)
             given = self.plain_config(config)["model"]
             model = self.saved.model | {name: given[name] for name in self.given_over_saved if name in given}
-            self.config = self.parser.parse_object(copy.deepcopy({"model": model, "ckpt_path": str(path)}), config)
+            self.config = self.parser.parse_object({"model": model, "ckpt_path": str(path)}, config)
         except ArgumentError as error:
             reason = shorten(str(error))
             if "unrecognized arguments" in reason:  # typed, but its class has no such argument

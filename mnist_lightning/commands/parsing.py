@@ -5,6 +5,7 @@ which every command enters, so importing the package does not affect other progr
 """
 
 import argparse
+import copy
 import inspect
 import math
 import os
@@ -160,7 +161,8 @@ class Parser(LightningArgumentParser):
     def parse_object(self, config: Any, *args: Any, **kwargs: Any) -> Namespace:
         """Parse a config, as :meth:`parse_string` does."""
         flat = flat_config(config) if isinstance(config, dict) else config
-        parsed: Namespace = super().parse_object(flat, *args, **kwargs)
+        # a copy: jsonargparse replaces the classes in a given list in place
+        parsed: Namespace = super().parse_object(copy.deepcopy(flat), *args, **kwargs)
         return parsed
 
     def instantiate(self, namespace: Namespace, *args: Any, **kwargs: Any) -> Namespace:
