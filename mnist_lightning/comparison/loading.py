@@ -19,13 +19,10 @@ from mnist_lightning.training.runs import newest_complete_run
 def load_models(arguments: Sequence[str], weights: str, logs: Path) -> list[Model]:
     """Load and evaluate the models; see :func:`write`."""
     folders: dict[str, list[Path]] = {}
-    for name, paths in names_and_paths(arguments, logs):
+    for name, found in find_models(arguments, logs):
         if not name or name in folders:
             raise UserError(f"Each model needs its own name, as NAME=PATH: {' '.join(arguments)}")
-        if not paths and Path(name).name != name:
-            raise UserError(f"There is no run or checkpoint at {name}.")
-        found = [run for path in paths.split(",") for run in find_runs(name, path)] if paths else []
-        folders[name] = [*dict.fromkeys(found)] or [newest_complete_run(logs / name)]
+        folders[name] = [*dict.fromkeys(found)]
     models: list[Model] = []
     for name, paths_of in folders.items():
         slug = re.sub(r"[^\w.-]+", "_", name)[:50]
@@ -45,30 +42,40 @@ def load_models(arguments: Sequence[str], weights: str, logs: Path) -> list[Mode
     return models
 
 
-def names_and_paths(arguments: Sequence[str], logs: Path) -> list[tuple[str, str]]:
-    """Return the name and the paths of each model.
+def find_models(arguments: Sequence[str], logs: Path) -> list[tuple[str, list[Path]]]:
+    """Return the name and the runs of each model.
 
     It is given as NAME=PATHS; or as the path of a run or of its checkpoint; or as a name in the logs or a folder of
     runs, of which the newest complete run is taken. Without NAME, the name is the run's, with its version where two
     have the same name.
+
+    Raises:
+        UserError: If a name has no complete run.
     """
-    runs: dict[str, Path] = {}
-    for argument in arguments:
-        path, in_logs = Path(argument), logs / argument
-        if any(in_logs.glob("version_*")):
-            runs[argument] = newest_complete_run(in_logs)
-        elif path.is_file() or (path / "config.yaml").is_file() or (path / "checkpoints").is_dir():
-            runs[argument] = path
-        elif any(path.glob("version_*")):
-            runs[argument] = newest_complete_run(path)
-    paths = [path.absolute() for path in runs.values()]
+    unnamed = {argument: run for argument in arguments if (run := find_unnamed(argument, logs))}
+    paths = [path.absolute() for path in unnamed.values()]
     of_run = [path.parents[1] if path.parent.name == "checkpoints" else path for path in paths]
     names = [path.parent.name for path in of_run]
-    named = {
-        argument: (name if names.count(name) == 1 else f"{name} {path.name}", str(runs[argument]))
-        for argument, name, path in zip(runs, names, of_run, strict=True)
-    }
-    return [named.get(argument) or (*argument.partition("=")[::2],) for argument in arguments]
+    full = [name if names.count(name) == 1 else f"{name} {path.name}" for name, path in zip(names, of_run, strict=True)]
+    found = {argument: (name, [unnamed[argument]]) for argument, name in zip(unnamed, full, strict=True)}
+    for argument in arguments:
+        if argument not in found:
+            name, _, patterns = argument.partition("=")
+            runs = [run for pattern in patterns.split(",") for run in find_runs(name, pattern)] if patterns else []
+            found[argument] = name, runs if runs or not name else [newest_complete_run(logs / name)]
+    return [found[argument] for argument in arguments]
+
+
+def find_unnamed(argument: str, logs: Path) -> Path | None:
+    """Return the run or checkpoint that an argument without NAME= means; None if it has a name, or there is none."""
+    path, in_logs = Path(argument), logs / argument
+    if any(in_logs.glob("version_*")):
+        return newest_complete_run(in_logs)
+    if path.is_file() or (path / "config.yaml").is_file() or (path / "checkpoints").is_dir():
+        return path
+    if any(path.glob("version_*")):
+        return newest_complete_run(path)
+    return path if "=" not in argument and path.name != argument else None  # reading it says that nothing is there
 
 
 def find_runs(name: str, pattern: str) -> list[Path]:
