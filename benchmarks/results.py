@@ -166,9 +166,9 @@ def main() -> None:
     parser.add_argument("--time", action="store_true", help="time an epoch of each config instead")
     options = parser.parse_args()
     if options.time:
-        measured = time_epochs(options.configs)
         with (HERE / "times.csv").open(newline="", encoding="utf-8") as source:
             kept = [row for row in csv.DictReader(source) if row["config"] not in options.configs]
+        measured = time_epochs(options.configs)
         with (HERE / "times.csv").open("w", newline="", encoding="utf-8") as target:
             times_writer = csv.DictWriter(target, TIMES, lineterminator="\n")
             times_writer.writeheader()

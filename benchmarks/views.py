@@ -7,6 +7,7 @@ Each line has accuracy and cross-entropy of the mean probabilities of a checkpoi
 
 import sys
 from collections.abc import Callable
+from functools import partial
 from itertools import product
 
 import torch
@@ -14,7 +15,8 @@ from torch import Tensor
 from torch.nn import functional as F
 from torchvision.transforms.v2.functional import InterpolationMode, affine
 
-from mnist_lightning.training.saved_run import SavedRun
+from mnist_lightning.classifier import Classifier
+from mnist_lightning.training.saved_run import SavedRun, outputs
 
 View = Callable[[Tensor], Tensor]
 
@@ -39,24 +41,24 @@ VIEWS = {
 }
 
 
-@torch.no_grad()
+def mean_over(views: list[View], classifier: Classifier, images: Tensor) -> Tensor:
+    """Return the mean of the probabilities over views of images, of shape (batch, classes)."""
+    return torch.stack([classifier(view(images)).softmax(dim=1) for view in views]).mean(dim=0)
+
+
 def main() -> None:
     """Print a line for each checkpoint and kind of views."""
     torch.set_num_threads(1)
     for path in sys.argv[1:]:
         saved = SavedRun.read(path)
-        data, classifier = saved.datamodule, saved.classifier.eval()
+        data = saved.datamodule
         data.setup("fit")
         assert data.val is not None
-        parts = torch.arange(len(data.val)).split(1000)
+        labels, batches = data.val.labels, torch.arange(len(data.val)).split(1000)
         for name, views in VIEWS.items():
-            shares = [
-                torch.stack([classifier(view(data.val.scaled(part))).float().softmax(dim=1) for view in views]).mean(0)
-                for part in parts
-            ]
-            probabilities = torch.cat(shares)
-            accuracy = (probabilities.argmax(dim=1) == data.val.labels).float().mean()
-            loss = F.nll_loss(probabilities.log(), data.val.labels)
+            probabilities = outputs(partial(mean_over, views, saved.classifier), data.val, batches)
+            accuracy = (probabilities.argmax(dim=1) == labels).float().mean()
+            loss = F.nll_loss(probabilities.log(), labels)
             print(f"{path} {name:20} accuracy {accuracy:.4f} loss {loss:.4f}", flush=True)
 
 
