@@ -150,11 +150,10 @@ class Study(optuna.Study):
         """
         metric, folder = metrics_of(self)[0], self._logs / self.study_name
         best = [folder / TrialRecord.of(trial).best_execution(metric)["folder"] for trial in ranked_trials(self)[:top]]
-        here = [path for path in best if (path / "config.yaml").is_file()]
-        if len(here) < len(best):
-            missing = next(path for path in best if path not in here)
-            warnings.warn(f"{len(best) - len(here)} of {len(best)} runs are not here, such as {missing}", stacklevel=2)
-        return [*map(Run, here)]
+        missing = [path for path in best if not (path / "config.yaml").is_file()]
+        if missing:
+            warnings.warn(f"{len(missing)} of {len(best)} runs are not here, such as {missing[0]}", stacklevel=2)
+        return [Run(path) for path in best if path not in missing]
 
 
 def tune(
